@@ -1,0 +1,1 @@
+"""One episode: an append-only transcript, the think-act-observe loop, tools and rewards."""

@@ -1,0 +1,1 @@
+"""Questions in: records, readers, the miniature world and the input pipelines."""

@@ -1,0 +1,1 @@
+"""The mathematics of GRPO and AXPO: pure functions on plain arrays."""

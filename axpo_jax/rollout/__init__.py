@@ -1,0 +1,1 @@
+"""Who samples the tokens: the engine protocol and the engines."""
