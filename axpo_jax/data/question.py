@@ -1,0 +1,87 @@
+"""The question record: what every data source yields and every later stage reads.
+
+In: whatever a reader or the miniature world knows about one question. Out: a frozen `Question`
+whose images may still lie on disk, so that a shuffled epoch holds names and not pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Union
+
+import PIL.Image
+
+# An image is opened only when it is needed: a path, the encoded bytes of a file, or pixels.
+ImageSource = Union[pathlib.Path, bytes, PIL.Image.Image]
+
+IMAGE_MARK = "<image>"
+KINDS = ("auto", "choice", "math", "number", "text")
+
+
+class ImageError(ValueError):
+  """An image that is missing or cannot be decoded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+  """One question with its images and its gold answers.
+
+  Attributes:
+    id: unique within its source.
+    text: the question; may contain `<image>` marks. Images without a mark go first.
+    images: sources in the order of their marks; open them with `load_image`.
+    answers: any of them is right.
+    kind: how the answer is judged: one of `KINDS`.
+    options: for kind "choice"; an answer is a letter "A".. or the text of an option.
+    category: e.g. "perception", "search", "reasoning".
+    source: name of the data set.
+    meta: anything else worth keeping (pass counts, the world's hidden state, ...).
+  """
+
+  id: str
+  text: str
+  images: tuple[ImageSource, ...]
+  answers: tuple[str, ...]
+  kind: str = "auto"
+  options: tuple[str, ...] = ()
+  category: str = ""
+  source: str = ""
+  meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    if self.kind not in KINDS:
+      raise ValueError(f"question {self.id!r}: kind {self.kind!r} is not one of {KINDS}")
+    if not self.answers:
+      raise ValueError(f"question {self.id!r} has no gold answer; give at least one")
+    marks = self.text.count(IMAGE_MARK)
+    if marks > len(self.images):
+      raise ValueError(
+          f"question {self.id!r} has {marks} {IMAGE_MARK} marks but {len(self.images)} images")
+
+
+def load_image(source: ImageSource) -> PIL.Image.Image:
+  """Opens an image source as RGB pixels.
+
+  Args:
+    source: path, encoded bytes (PNG, JPEG, ...) or an image.
+
+  Returns:
+    A fully decoded RGB image at its original resolution.
+
+  Raises:
+    ImageError: the file is missing, or the bytes do not decode.
+  """
+  if isinstance(source, PIL.Image.Image):
+    return source if source.mode == "RGB" else source.convert("RGB")
+  name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+  try:
+    opened = PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    with opened:
+      return opened.convert("RGB")  # convert() decodes all of it: a cut file fails here
+  except FileNotFoundError as error:
+    raise ImageError(f"image file {name} does not exist") from error
+  except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...
+    raise ImageError(f"image ({name}) cannot be decoded: {error}") from error
