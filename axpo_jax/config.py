@@ -1,0 +1,204 @@
+"""The configuration: every field, its unit and its default.
+
+A config file starts from `base_config()` and changes only what its name says. Values the paper
+(arXiv 2605.28774) gives are marked [paper]; the others are ours. The tree is locked, so a misspelt
+override (`--config.rl.rolouts=16`) is an error and not a silent no-op.
+"""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+ASSETS = pathlib.Path(__file__).parent / "assets"
+
+
+class ConfigError(ValueError):
+  """A config value that cannot work; the message names the field and the mend."""
+
+
+def base_config() -> ConfigDict:
+  """The paper's values for an 8B policy; experiments in `configs/` derive from it."""
+  c = ConfigDict()
+  c.seed = 0
+  # What to do, in order: "sft", "rl" (evaluates at its start and end), "eval".
+  c.stages = ("rl",)
+
+  c.model = _model()
+  # Devices along each mesh axis; one -1 takes what is left.
+  c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
+  c.data = _data()
+  c.images = _images()
+  c.agent = _agent()
+  c.rollout = _rollout()
+  c.rl = _rl()
+  c.optimizer = _optimizer(learning_rate=1e-6, schedule="constant", warmup=0.0)
+  c.batch = _batch()
+  c.sft = _sft()
+  c.eval = _eval()
+
+  # Steps between checkpoints, and how many to keep.
+  c.checkpoint = ConfigDict(dict(every=10, keep=2))
+  c.log = ConfigDict(dict(
+    dump_every=10,       # steps between dumps of all rollouts as readable transcripts; 0 = never
+    tensorboard=True,
+    # Alarm when the mean |log-prob gap| between sampler and trainer exceeds this (nats).
+    gap_alarm=0.05,
+    stop_on_gap=False,   # stop the run on that alarm instead of only warning
+  ))
+  return c.lock()
+
+
+def _model() -> ConfigDict:
+  return ConfigDict(dict(
+    checkpoint="",            # folder in Hugging Face layout (config.json, *.safetensors, tokenizer)
+    preset="",                # sizes for random initialisation, only where checkpoint is empty
+    tokenizer="",             # tokenizer folder; empty = the checkpoint's
+    dtype="bfloat16",         # of activations
+    param_dtype="float32",    # of the master parameters: float32 or bfloat16
+    remat="full",             # what backward recomputes a layer: none, dots or full
+    freeze_vision=False,      # keep the vision tower and its mergers fixed
+  ))
+
+
+def _data() -> ConfigDict:
+  return ConfigDict(dict(
+    source="jsonl",           # jsonl, parquet or miniworld
+    path="",                  # file of training questions (jsonl, parquet)
+    eval_path="",             # file of held-out questions
+    # Names of the columns in your file; see docs/data.md.
+    columns=ConfigDict(dict(id="id", text="question", images="images", answers="answer",
+                            kind="kind", options="options", category="category")),
+    max_bad_share=0.01,       # more unreadable records than this share stop the run
+    miniworld=ConfigDict(dict(
+      train_size=100_000,     # questions in the training split
+      large_share=0.5,        # questions whose glyph can be read without zooming
+      kinds=ConfigDict(dict(read=1.0)),  # mix of question kinds in the RL and evaluation splits
+    )),
+  ))
+
+
+def _images() -> ConfigDict:
+  return ConfigDict(dict(
+    # Pixels that the policy is shown of a question's image.
+    min_pixels=64 * 64, max_pixels=1280 * 28 * 28,
+    # Pixels of a zoomed crop (Qwen-Agent's limits).
+    zoom_min_pixels=262_144, zoom_max_pixels=12_845_056,
+  ))
+
+
+def _agent() -> ConfigDict:
+  return ConfigDict(dict(
+    system_prompt="full",     # "full", "short", or the text itself
+    tools=("image_zoom_in",),
+    scopes=("read_image",),   # what tools may do; a call outside is refused with an observation
+    max_turns=3,              # [paper] in training
+    max_new_tokens=4096,      # per turn
+    max_response_tokens=16_384,  # per episode: sampled and observed tokens together
+    max_total_tokens=24_576,  # per episode, prompt included (expanded)
+    max_images=12,            # per episode, the question's included
+    deadline=0.0,             # seconds an episode may take; 0 = no limit
+  ))
+
+
+def _rollout() -> ConfigDict:
+  return ConfigDict(dict(
+    engine="embedded",
+    temperature=1.0,          # [paper]
+    top_p=1.0,
+    top_k=0,                  # 0 = off
+    presence_penalty=0.0,
+    embedded=ConfigDict(dict(
+      rows=256,               # KV rows: running sequences and cached prefixes together
+      length=24_576,          # tokens a row holds
+      max_running=128,        # sequences decoded at once
+      decode_block=16,        # tokens between two looks at who has finished
+      dtype="bfloat16",       # of the engine's parameters and KV cache
+    )),
+  ))
+
+
+def _rl() -> ConfigDict:
+  return ConfigDict(dict(
+    algorithm="axpo",         # axpo, or grpo: the same without resampling
+    steps=300,
+    questions=128,            # B, questions a step
+    rollouts=8,               # N, rollouts a question [paper]
+    updates=1,                # optimizer updates a step
+    # Where the ratio's denominator comes from: "trainer" recomputes it at the start of the step,
+    # "current" takes the pass itself (ratio 1; exact for updates = 1 and half the cost).
+    old_logprobs="current",
+    resample=ConfigDict(dict(
+      ratio=0.25,             # r: at most r*B*N extra continuations a step [paper]
+      k=4,                    # K: continuations a prefix [paper]
+      choice="uncertain",     # [paper] lowest confidence first; "random" is an ablation
+      breadth_first=True,     # [paper]
+      prefix="thinking",      # [paper]; "question" is the ablation without the prefix fix
+      subgroup="tool",        # [paper]; "no_tool" is an ablation
+    )),
+    credit=ConfigDict(dict(
+      prefix_credit="any",    # [paper]; mean, excess, or none (ablation)
+      merge_resamples=False,  # ablation: resamples join the source's advantage group
+      ddof=1,                 # of the standard deviation
+      eps=1e-6,               # added to it
+      normalise_std=True,     # False: subtract the mean only (Dr.GRPO)
+    )),
+    loss=ConfigDict(dict(
+      variant="grpo",         # grpo or cispo
+      clip_low=0.2, clip_high=0.4,  # [paper]
+      kl_coef=1e-3,           # [paper] beta, against the policy at the start of RL
+      kl_clamp=10.0,          # |log-ratio| cap inside the k3 estimator
+      dual_clip=0.0,          # 3.0 is the usual value; 0 = off
+      entropy_coef=0.0,
+      tis_cap=2.0,            # cap of the sampler-to-trainer importance weight; 0 = off
+    )),
+    aggregation="token_mean",  # or sequence_mean
+    # Reward shaping of the neighbouring recipes; both 0 in the paper's AXPO and GRPO.
+    tool_bonus=0.0, tool_penalty=0.0,
+  ))
+
+
+def _optimizer(learning_rate: float, schedule: str, warmup: float) -> ConfigDict:
+  return ConfigDict(dict(
+    learning_rate=learning_rate,
+    schedule=schedule,        # constant or cosine (to zero)
+    warmup=warmup,            # share of all steps
+    weight_decay=0.01, b1=0.9, b2=0.999, eps=1e-8,
+    clip_norm=1.0,            # global gradient norm
+    mu_dtype="float32",       # of Adam's first moment
+  ))
+
+
+def _batch() -> ConfigDict:
+  return ConfigDict(dict(
+    rows=8,                   # rows of a micro-batch
+    length=24_576,            # tokens of a row; several trajectories share one
+    logprob_chunk=2048,       # tokens whose logits exist at once
+  ))
+
+
+def _sft() -> ConfigDict:
+  return ConfigDict(dict(
+    source="jsonl",           # trajectories as rollout dumps ("jsonl"), or the scripted "teacher"
+    path="",
+    steps=0,                  # optimizer steps; 0 = epochs times the trajectories
+    epochs=3,
+    examples=128,             # trajectories a step
+    max_length=20_480,        # longer trajectories are dropped whole [paper]
+    freeze_vision=True,
+    # Mix of question kinds the teacher answers (miniworld).
+    kinds=ConfigDict(dict(read=1.0)),
+    teacher=ConfigDict(dict(p_tool_small=0.5, p_tool_large=0.2)),
+    keep_wrong=False,         # [paper] keep only trajectories with the right answer
+    optimizer=_optimizer(learning_rate=1e-5, schedule="cosine", warmup=0.1),
+  ))
+
+
+def _eval() -> ConfigDict:
+  return ConfigDict(dict(
+    questions=512,            # held-out questions
+    rollouts=4,               # [paper]
+    max_turns=5,              # [paper]
+    max_response_tokens=32_768,  # [paper]
+    temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5,  # [paper]
+    every=0,                  # RL steps between evaluations; 0 = only at start and end
+  ))

@@ -1,0 +1,42 @@
+"""The one entry: train or evaluate a policy as a config file says.
+
+  python launch/main.py --config=configs/axpo_tiny.py --workdir=runs/axpo_tiny
+
+Every field of the config can be overridden: `--config.seed=1 --config.rl.resample.k=8`. The same
+command run again resumes: finished stages are skipped, an unfinished one goes on from its newest
+checkpoint. `--help` lists the flags, `--print_config` the whole configuration.
+"""
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from axpo_jax.config import ConfigError
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file, such as configs/axpo_tiny.py.", lock_config=True)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder for checkpoints, metrics.jsonl, transcripts and figures.")
+_PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the configuration and stop.")
+flags.mark_flag_as_required("config")
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"Unexpected argument {argv[1]!r}: overrides are --config.<field>=<value>.")
+  if _PRINT_CONFIG.value:
+    print(_CONFIG.value)
+    return
+  if not _WORKDIR.value:
+    raise app.UsageError("--workdir=<folder> is needed: checkpoints and metrics go there.")
+  logging.set_verbosity(logging.INFO)
+  # Imported late: --help and a misspelt override answer without waiting for JAX.
+  from axpo_jax.train import experiment
+
+  try:
+    experiment.run(_CONFIG.value, _WORKDIR.value)
+  except ConfigError as error:
+    raise app.UsageError(str(error)) from error
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,33 @@
+"""Installs axpo_jax; requirements.txt is the one list of what it needs."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+_HERE = pathlib.Path(__file__).parent
+
+
+def _requirements() -> list[str]:
+  lines = (_HERE / "requirements.txt").read_text().splitlines()
+  return [line for line in map(str.strip, lines) if line and line[0] not in "#-"]
+
+
+setup(
+  name="axpo_jax",
+  version="0.1.0",
+  description="AXPO (arXiv 2605.28774) in JAX: train vision-language models that act",
+  long_description=(_HERE / "README.md").read_text(),
+  long_description_content_type="text/markdown",
+  python_requires=">=3.11",
+  packages=find_packages(include=["axpo_jax", "axpo_jax.*"]),
+  package_data={"axpo_jax": ["assets/**/*"]},
+  install_requires=_requirements(),
+  extras_require={
+    "cuda": ["jax[cuda12]>=0.10,<0.11"],
+    "tpu": ["jax[tpu]>=0.10,<0.11"],
+    # The sampler lives in its own environment; it and the trainer want different torch builds.
+    "sglang": ["sglang>=0.5.21,<0.6"],
+    # torch is here to compare with: the port's second implementation. Never imported by the package.
+    "test": ["hypothesis>=6.100", "pytest>=8", "ruff>=0.9", "torch==2.13.0"],
+  },
+)
