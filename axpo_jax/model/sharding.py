@@ -1,0 +1,257 @@
+"""Sharding: the one place where a logical axis name meets a mesh axis.
+
+Models and losses name the axes of a tensor ("batch", "embed", ...); a rules table maps each name to
+a mesh axis, a tuple of mesh axes, or None (replicated). Nothing else in the package mentions a mesh
+axis, so a new layout is a new table.
+
+  mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 2})
+  params = jax.device_put(params, param_shardings(params, mesh))
+  @jax.jit
+  def step(params, batch):
+    with use(mesh):            # inside the traced function: `constrain` is read while tracing
+      return model(...)
+
+A parameter carries its names as nnx metadata, written by `logical(initializer, names)`. Flax has its
+own `out_sharding` metadata; it is not used because it places eagerly, and so demands a mesh merely
+to build a module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MeshAxes = str | tuple[str, ...] | None
+Rules = Mapping[str, MeshAxes]
+Names = Sequence[str | None]
+
+MESH_AXES = ("data", "fsdp", "tensor")
+METADATA_KEY = "logical_axes"
+
+DEFAULT_RULES: Rules = MappingProxyType({
+  # Parameters: fsdp splits the model dimension, tensor the dimension a matmul fans out to.
+  "layers": None,
+  "vocab": "tensor",
+  "embed": "fsdp",
+  "heads": "tensor",
+  "kv_heads": "tensor",
+  "head_dim": None,
+  "mlp": "tensor",
+  "vision_embed": "fsdp",
+  "vision_heads": "tensor",
+  "vision_mlp": "tensor",
+  "patch": None,
+  "norm": None,
+  # Activations: rows over data and fsdp, features over tensor.
+  "batch": ("data", "fsdp"),
+  "length": None,
+  "act_embed": None,
+  "act_heads": "tensor",
+  "act_kv_heads": "tensor",
+  "act_mlp": "tensor",
+  "act_vocab": "tensor",
+  "vision_rows": ("data", "fsdp"),
+  "patches": None,
+})
+
+_log = logging.getLogger(__name__)
+_context: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar(
+  "axpo_sharding", default=None)
+_warned: set[tuple] = set()
+
+
+class ShardingError(ValueError):
+  """A rules table, a mesh shape or a tensor's names that do not fit together."""
+
+
+def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh with the axes data, fsdp, tensor (missing ones have size 1).
+
+  Args:
+    shape: size of each axis; one of them may be -1 and takes the devices that are left.
+    devices: default all of `jax.devices()`. More devices than the shape needs are left out only
+      when the list is given; with the default, every device must be used.
+  Raises:
+    ShardingError: unknown axis, two -1, or a product that does not fit the devices.
+  """
+  if unknown := sorted(set(shape) - set(MESH_AXES)):
+    raise ShardingError(f"unknown mesh axes {unknown}; the mesh has {MESH_AXES}")
+  sizes = {axis: int(shape.get(axis, 1)) for axis in MESH_AXES}
+  if bad := {a: s for a, s in sizes.items() if s == 0 or s < -1}:
+    raise ShardingError(f"mesh sizes must be positive or -1, got {bad}")
+  given = devices is not None
+  devices = list(jax.devices() if devices is None else devices)
+  fill = [axis for axis, size in sizes.items() if size == -1]
+  known = math.prod(size for size in sizes.values() if size != -1)
+  if len(fill) > 1:
+    raise ShardingError(f"only one mesh axis may be -1, got {fill}")
+  if fill:
+    if len(devices) % known:
+      raise ShardingError(f"{len(devices)} devices cannot be filled: {sizes} fixes {known} of them")
+    sizes[fill[0]] = len(devices) // known
+  needed = math.prod(sizes.values())
+  if needed > len(devices) or (needed < len(devices) and not given):
+    raise ShardingError(
+      f"mesh {sizes} needs {needed} devices, there are {len(devices)}; "
+      "set one axis to -1, or pass the devices to use")
+  return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3,
+                       devices=devices[:needed])
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh | None, rules: Rules | None = None) -> Iterator[None]:
+  """Makes `constrain` place tensors on `mesh` by `rules`.
+
+  Enter it inside the function that is jitted: the constraint is read while tracing, and jax's
+  cache knows nothing of this context, so a trace made outside could be reused inside. A mesh of None
+  switches constraints off.
+  """
+  rules = DEFAULT_RULES if rules is None else rules
+  if mesh is not None:
+    check_rules(rules, mesh)
+  token = _context.set(None if mesh is None else (mesh, rules))
+  try:
+    yield
+  finally:
+    _context.reset(token)
+
+
+def current() -> tuple[Mesh, Rules] | None:
+  """The mesh and rules of the innermost `use`, or None."""
+  return _context.get()
+
+
+def check_rules(rules: Rules, mesh: Mesh) -> None:
+  """Raises ShardingError when a rule names a mesh axis that `mesh` does not have."""
+  for name, axes in rules.items():
+    if missing := [a for a in _as_tuple(axes) if a not in mesh.shape]:
+      raise ShardingError(
+        f"rule {name!r} -> {axes!r} names {missing}; the mesh has {tuple(mesh.shape)}")
+
+
+def spec(names: Names, rules: Rules | None = None) -> PartitionSpec:
+  """The PartitionSpec of a tensor whose axes are called `names` (None: replicated).
+
+  Raises:
+    ShardingError: a name without a rule, or two names on one mesh axis.
+  """
+  rules = DEFAULT_RULES if rules is None else rules
+  seen: dict[str, str] = {}
+  entries = []
+  for name in names:
+    if name is not None and name not in rules:
+      raise ShardingError(f"no rule for the logical axis {name!r}; known: {sorted(rules)}")
+    axes = None if name is None else rules[name]
+    for axis in _as_tuple(axes):
+      if axis in seen:
+        raise ShardingError(
+          f"{tuple(names)}: {seen[axis]!r} and {name!r} both map to the mesh axis {axis!r}")
+      seen[axis] = name
+    entries.append(axes)
+  return PartitionSpec(*entries)
+
+
+def sharding_for(names: Names, shape: Sequence[int], mesh: Mesh, rules: Rules | None = None,
+                 *, label: str = "") -> NamedSharding:
+  """The NamedSharding of one tensor of `shape`.
+
+  A dimension that its mesh axes do not divide keeps the leading axes that do, else is replicated;
+  a warning names the tensor (`label`, default its axis names), once.
+
+  Raises:
+    ShardingError: the number of names is not the number of dimensions, or see `spec`.
+  """
+  if len(names) != len(shape):
+    raise ShardingError(f"{label or 'tensor'}: names {tuple(names)} for shape {tuple(shape)}")
+  entries = []
+  for dim, size in enumerate(shape):
+    axes = _as_tuple(spec(names, rules)[dim])
+    kept = axes
+    while kept and size % math.prod(mesh.shape[a] for a in kept):
+      kept = kept[:-1]
+    # Axes of size 1 split nothing: losing them is no loss, so no warning.
+    if math.prod(mesh.shape[a] for a in axes) > math.prod(mesh.shape[a] for a in kept):
+      _warn_once(label or str(tuple(names)), dim, size, axes, kept, mesh)
+    entries.append(kept[0] if len(kept) == 1 else (kept or None))
+  return NamedSharding(mesh, PartitionSpec(*entries))
+
+
+def constrain(x: jax.Array, names: Names) -> jax.Array:
+  """`x` with the sharding its axis names ask for; `x` itself outside `use`."""
+  context = _context.get()
+  if context is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, sharding_for(names, x.shape, *context))
+
+
+def logical(initializer: Callable[..., Any], names: Names) -> Callable[..., Any]:
+  """The initializer, with `names` as metadata of the nnx.Variable made from its value.
+
+    self.kernel = nnx.Param(logical(init, ("embed", "mlp"))(key, shape, dtype))
+  """
+  return nnx.with_metadata(initializer, **{METADATA_KEY: tuple(names)})
+
+
+def names_of(variable: nnx.Variable) -> tuple[str | None, ...] | None:
+  """The logical axis names a variable carries, or None."""
+  return variable.get_metadata().get(METADATA_KEY)
+
+
+def param_shardings(abstract_state: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
+  """A tree like `abstract_state` with a NamedSharding in the place of every array.
+
+  Works on any tree whose arrays sit in nnx.Variables (parameters, gradients, optax moments);
+  a bare array, such as a step counter or a key, is replicated.
+
+  Args:
+    abstract_state: arrays or jax.ShapeDtypeStruct, e.g. from `nnx.eval_shape`.
+  Raises:
+    ShardingError: a variable without names (unless scalar), or see `sharding_for`.
+  """
+  rules = DEFAULT_RULES if rules is None else rules
+  check_rules(rules, mesh)
+
+  def of(path, leaf):
+    if not isinstance(leaf, nnx.Variable):
+      return NamedSharding(mesh, PartitionSpec())
+    label, value = path_name(path), leaf.get_value()
+    names = names_of(leaf)
+    if names is None:
+      if np.ndim(value):
+        raise ShardingError(
+          f"{label}: shape {value.shape} carries no logical names; create it with `logical`")
+      names = ()
+    return leaf.replace(sharding_for(names, value.shape, mesh, rules, label=label))
+
+  return jax.tree_util.tree_map_with_path(
+    of, abstract_state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def path_name(path: Sequence[Any]) -> str:
+  """A jax key path as `a/b/c`."""
+  return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
+  if axes is None:
+    return ()
+  return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _warn_once(label, dim, size, axes, kept, mesh) -> None:
+  key = (label, dim, size, axes)
+  if key not in _warned:
+    _warned.add(key)
+    sizes = {axis: mesh.shape[axis] for axis in axes}
+    _log.warning("%s: dimension %d of size %d is not divided by %s; sharded over %s instead",
+                 label, dim, size, sizes, kept or "nothing (replicated)")

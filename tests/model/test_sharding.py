@@ -1,0 +1,94 @@
+"""Sharding rules: names to mesh axes, fallbacks, collisions, and the context."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from axpo_jax.model import sharding
+from axpo_jax.model.sharding import ShardingError
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+
+
+def test_mesh_fills_one_axis_and_refuses_what_does_not_fit():
+  assert dict(sharding.make_mesh({"tensor": 2, "fsdp": -1}).shape) == {
+    "data": 1, "fsdp": 4, "tensor": 2}
+  one = sharding.make_mesh({}, devices=jax.devices()[:1])
+  assert one.size == 1
+  with pytest.raises(ShardingError, match="needs 4 devices, there are 8"):
+    sharding.make_mesh({"data": 4})
+  with pytest.raises(ShardingError, match="only one"):
+    sharding.make_mesh({"data": -1, "fsdp": -1})
+  with pytest.raises(ShardingError, match="unknown mesh axes"):
+    sharding.make_mesh({"model": 8})
+  with pytest.raises(ShardingError, match="fixes 3"):
+    sharding.make_mesh({"data": 3, "fsdp": -1})
+
+
+def test_spec_maps_names_and_finds_collisions():
+  assert sharding.spec(("layers", "embed", "mlp")) == P(None, "fsdp", "tensor")
+  assert sharding.spec(("batch", "length", None)) == P(("data", "fsdp"), None, None)
+  with pytest.raises(ShardingError, match="'heads' and 'mlp' both map to the mesh axis 'tensor'"):
+    sharding.spec(("heads", "mlp"))
+  with pytest.raises(ShardingError, match="no rule for the logical axis 'typo'"):
+    sharding.spec(("typo",))
+
+
+def test_rules_may_not_name_a_mesh_axis_that_is_not_there(mesh):
+  with pytest.raises(ShardingError, match="context"), sharding.use(mesh, {"length": "context"}):
+    pass
+
+
+def test_indivisible_dimensions_fall_back_and_say_so(mesh, caplog):
+  with caplog.at_level(logging.WARNING):
+    result = sharding.sharding_for(("vocab", "embed"), (7, 4), mesh, label="text/embedding")
+  assert result.spec == P(None, "fsdp")
+  assert "text/embedding" in caplog.text and "size 7" in caplog.text
+  # Two rows over data x fsdp = 4: the leading axis still divides.
+  assert sharding.sharding_for(("batch", "length"), (2, 8), mesh).spec == P("data", None)
+  with pytest.raises(ShardingError, match="names"):
+    sharding.sharding_for(("vocab",), (7, 4), mesh)
+
+
+def test_constrain_places_under_use_only(mesh):
+  x = jnp.ones((8, 4, 6))
+  names = ("batch", "length", "act_mlp")
+  assert sharding.constrain(x, names) is x
+
+  @jax.jit
+  def f(x):
+    with sharding.use(mesh):
+      return sharding.constrain(x * 2, names)
+
+  assert f(x).sharding.spec == P(("data", "fsdp"), None, "tensor")
+  assert sharding.current() is None
+
+
+def test_parameter_shardings_come_from_the_metadata(mesh):
+  class Tiny(nnx.Module):
+    def __init__(self, rngs):
+      init = sharding.logical(nnx.initializers.normal(), ("embed", "mlp"))
+      self.kernel = nnx.Param(init(rngs.params(), (4, 6)))
+      self.scale = nnx.Param(jnp.ones(()))
+
+  state = nnx.state(nnx.eval_shape(lambda: Tiny(nnx.Rngs(0))))
+  shardings = sharding.param_shardings({"params": state, "step": jnp.zeros(())}, mesh)
+  assert shardings["params"]["kernel"].get_value().spec == P("fsdp", "tensor")
+  assert shardings["params"]["scale"].get_value().spec == P()
+  assert shardings["step"].spec == P()
+
+  model = jax.jit(lambda: nnx.state(Tiny(nnx.Rngs(0))), out_shardings=shardings["params"])()
+  assert model["kernel"].get_value().sharding.spec == P("fsdp", "tensor")
+
+
+def test_a_parameter_without_names_is_an_error(mesh):
+  state = {"a": {"w": nnx.Param(jnp.ones((2, 2)))}}
+  with pytest.raises(ShardingError, match=r"a/w.*no logical names"):
+    sharding.param_shardings(state, mesh)
