@@ -1,0 +1,319 @@
+"""The clipped policy loss with KL to a fixed reference (arXiv 2605.28774, section 2).
+
+GRPO and AXPO share it: they differ in advantages and masks alone (`credit.assign_credit`). All
+results are *sums* over tokens, so that micro-batches add up; the caller divides once by the step's
+denominator (`aggregation_weights`). Everything is computed in float32.
+
+Legend: B rows, T tokens of a row, S sequences of a step.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# exp(20) = 4.9e8: far beyond any clip or cap, far below float32's overflow.
+_MAX_LOG_RATIO = 20.0
+
+AGGREGATIONS = ("token_mean", "sequence_mean")
+VARIANTS = ("grpo", "cispo")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+  """The loss. Hashable, so it can be a static argument of a jitted step.
+
+  Attributes:
+    clip_low: epsilon_low (paper: 0.2); ratios below 1 - clip_low are clipped.
+    clip_high: epsilon_high (paper: 0.4).
+    kl_coef: beta of the KL to the reference (paper: 1e-3); 0 leaves it out.
+    kl_clamp: ours; |logp_ref - logp| is clamped to this many nats inside k3.
+    dual_clip: ours; lower bound `dual_clip * A` for A < 0 (arXiv 1912.09729; 3.0 is usual), None off.
+    entropy_coef: ours; bonus per nat of policy entropy, 0 off.
+    variant: "grpo", or "cispo" (arXiv 2506.13585: the clipped ratio is a constant weight).
+    cispo_min_ratio: lower bound of CISPO's weight; 0 is none, as there.
+    cispo_max_ratio: upper bound of CISPO's weight (5, as in arXiv 2510.13786).
+    tis_cap: ours; cap of the token importance weight exp(old_logp - behaviour_logp) between trainer
+      and sampler; None trusts the sampler and leaves the weight out.
+    aggregation: ours; "token_mean" over every unmasked token of the step, or "sequence_mean".
+  """
+
+  clip_low: float = 0.2
+  clip_high: float = 0.4
+  kl_coef: float = 1e-3
+  kl_clamp: float = 10.0
+  dual_clip: float | None = None
+  entropy_coef: float = 0.0
+  variant: str = "grpo"
+  cispo_min_ratio: float = 0.0
+  cispo_max_ratio: float = 5.0
+  tis_cap: float | None = 2.0
+  aggregation: str = "token_mean"
+
+  def __post_init__(self):
+    if self.variant not in VARIANTS:
+      raise ValueError(f"loss.variant={self.variant!r}; choose one of {VARIANTS}.")
+    if self.aggregation not in AGGREGATIONS:
+      raise ValueError(f"loss.aggregation={self.aggregation!r}; choose one of {AGGREGATIONS}.")
+    if not (0 <= self.clip_low <= 1 and self.clip_high >= 0):
+      raise ValueError(
+        f"loss.clip_low={self.clip_low}, loss.clip_high={self.clip_high}; need 0 <= low <= 1, "
+        "high >= 0."
+      )
+    if self.kl_coef < 0 or not 0 < self.kl_clamp <= _MAX_LOG_RATIO:
+      raise ValueError(
+        f"loss.kl_coef={self.kl_coef} must be >= 0 and loss.kl_clamp={self.kl_clamp} in "
+        f"(0, {_MAX_LOG_RATIO}]."
+      )
+    if self.dual_clip is not None and self.dual_clip <= 1:
+      raise ValueError(f"loss.dual_clip={self.dual_clip}; it must be > 1, or None for off.")
+    if self.tis_cap is not None and self.tis_cap <= 0:
+      raise ValueError(f"loss.tis_cap={self.tis_cap}; it must be > 0, or None for off.")
+    if not 0 <= self.cispo_min_ratio <= self.cispo_max_ratio:
+      raise ValueError(
+        f"loss.cispo_min_ratio={self.cispo_min_ratio}, loss.cispo_max_ratio="
+        f"{self.cispo_max_ratio}; need 0 <= min <= max."
+      )
+
+
+def policy_loss(
+  logp: jax.Array,
+  old_logp: jax.Array | None,
+  ref_logp: jax.Array | None,
+  behaviour_logp: jax.Array,
+  advantages: jax.Array,
+  weights: jax.Array,
+  config: LossConfig,
+  entropy: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Sum over tokens of weight * (-surrogate + beta * k3 - entropy bonus), to be minimised.
+
+  All arrays have one shape, usually [B, T], aligned token by token.
+
+  Args:
+    logp: log-probability of each token under the policy being trained. The gradient flows here.
+    old_logp: the same under the weights that sampled, by the trainer's own forward pass. None on
+      the first update of a step, where it equals `logp`.
+    ref_logp: the same under the fixed reference. May be None if kl_coef is 0; the KL is then
+      neither used nor logged.
+    behaviour_logp: what the sampler reported.
+    advantages: A of each token.
+    weights: 0 masks a token, which then has exactly zero loss and gradient whatever the other
+      arrays hold there (NaN included).
+    config: see LossConfig.
+    entropy: policy entropy of each token in nats; needed if entropy_coef is not 0, else logged.
+
+  Returns:
+    The summed loss (f32 scalar) and metric sums (f32 scalars; see `zero_metrics`, `add_metrics`,
+    `summarise`).
+
+  Raises:
+    ValueError: an array that the config needs is None.
+  """
+  _check_inputs(config, ref_logp, entropy)
+  weights = weights.astype(jnp.float32)
+  mask = weights != 0
+
+  def clean(x):
+    return jnp.where(mask, x.astype(jnp.float32), 0.0)
+
+  logp, advantages = clean(logp), clean(advantages)
+  old_logp = jax.lax.stop_gradient(logp if old_logp is None else clean(old_logp))
+  behaviour_logp = clean(behaviour_logp)
+  ratio = jnp.exp(jnp.clip(logp - old_logp, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+  surrogate, clipped = _SURROGATES[config.variant](ratio, logp, advantages, config)
+  tis, sampler_metrics = _sampler_correction(old_logp, behaviour_logp, mask, config)
+  per_token = -tis * surrogate
+  totals = {"tokens": mask, "weight": weights, "policy_loss": -tis * surrogate * weights}
+  totals |= {"ratio": ratio, "ratio_squared": ratio**2, **clipped, "advantage": advantages}
+  totals["advantage_nonzero"] = advantages != 0
+  if ref_logp is not None:
+    kl = k3(logp, clean(ref_logp), config.kl_clamp)
+    per_token += config.kl_coef * kl
+    totals["kl"] = kl
+  if entropy is not None:
+    entropy = clean(entropy)
+    per_token -= config.entropy_coef * entropy
+    totals["entropy"] = entropy
+  sums = {name: jnp.sum(jnp.where(mask, x, 0), dtype=jnp.float32) for name, x in totals.items()}
+  ratio_max = {"ratio_max": jnp.max(jnp.where(mask, ratio, 0.0), initial=0.0)}
+  metrics = jax.lax.stop_gradient(sums | sampler_metrics | ratio_max)
+  return jnp.sum(per_token * weights), metrics
+
+
+def k3(logp: jax.Array, ref_logp: jax.Array, clamp: float) -> jax.Array:
+  """KL(policy || reference) per token: exp(d) - d - 1, d = logp_ref - logp clamped to +-clamp.
+
+  Non-negative and unbiased under the policy's samples. Its gradient 1 - exp(d) flows through logp
+  directly; beyond the clamp it is zero.
+  """
+  d = jnp.clip(ref_logp - logp, -clamp, clamp)
+  return jnp.expm1(d) - d
+
+
+def _clipped_surrogate(ratio, logp, advantages, config):
+  """min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), and which tokens the clip silenced."""
+  del logp
+  bounded = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
+  surrogate = jnp.minimum(ratio * advantages, bounded * advantages)
+  metrics = {
+    "clip_low": (ratio < 1 - config.clip_low) & (advantages < 0),
+    "clip_high": (ratio > 1 + config.clip_high) & (advantages > 0),
+  }
+  if config.dual_clip is not None:
+    floor = config.dual_clip * advantages
+    metrics["clip_dual"] = (advantages < 0) & (surrogate < floor)
+    surrogate = jnp.where(advantages < 0, jnp.maximum(surrogate, floor), surrogate)
+  return surrogate, metrics
+
+
+def _cispo_surrogate(ratio, logp, advantages, config):
+  """sg(clip(rho)) * A * logp: no token is silenced, only its weight is bounded."""
+  bounded = jnp.clip(ratio, config.cispo_min_ratio, config.cispo_max_ratio)
+  metrics = {
+    "clip_low": ratio < config.cispo_min_ratio,
+    "clip_high": ratio > config.cispo_max_ratio,
+  }
+  return jax.lax.stop_gradient(bounded) * advantages * logp, metrics
+
+
+_SURROGATES = {"grpo": _clipped_surrogate, "cispo": _cispo_surrogate}
+
+
+def _sampler_correction(old_logp, behaviour_logp, mask, config):
+  """Capped importance weight trainer / sampler, and sums that describe their gap.
+
+  The gap is between two computations under the *same* weights (old, not current), so it shows
+  numerics and staleness, not learning.
+  """
+  gap = old_logp - behaviour_logp
+  raw = jnp.exp(jnp.clip(gap, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
+  tis = jnp.ones_like(raw) if config.tis_cap is None else jnp.minimum(raw, config.tis_cap)
+  p, q = jnp.exp(old_logp), jnp.exp(behaviour_logp)
+  totals = {
+    "tis_weight": tis,
+    "tis_capped": raw > (jnp.inf if config.tis_cap is None else config.tis_cap),
+    "gap": gap,
+    "gap_abs": jnp.abs(gap),
+    "prob_trainer": p,
+    "prob_sampler": q,
+    "prob_trainer_squared": p * p,
+    "prob_sampler_squared": q * q,
+    "prob_product": p * q,
+  }
+  sums = {name: jnp.sum(jnp.where(mask, x, 0), dtype=jnp.float32) for name, x in totals.items()}
+  sums["gap_abs_max"] = jnp.max(jnp.where(mask, jnp.abs(gap), 0.0), initial=0.0)
+  return jax.lax.stop_gradient(tis), sums
+
+
+def _check_inputs(config, ref_logp, entropy):
+  if config.kl_coef and ref_logp is None:
+    raise ValueError(f"loss.kl_coef={config.kl_coef} needs ref_logp; pass it or set kl_coef=0.")
+  if config.entropy_coef and entropy is None:
+    raise ValueError(
+      f"loss.entropy_coef={config.entropy_coef} needs the entropy; pass it or set entropy_coef=0."
+    )
+
+
+def metric_names(config: LossConfig, *, has_ref: bool, has_entropy: bool) -> tuple[str, ...]:
+  """Keys of the metric sums that `policy_loss` returns for these inputs."""
+  x = jnp.zeros(1)
+  args = (x, x, x if has_ref else None, x, x, x, config, x if has_entropy else None)
+  shapes = jax.eval_shape(lambda *a: policy_loss(*a[:6], config, a[7])[1], *args[:6], None, args[7])
+  return tuple(sorted(shapes))
+
+
+def zero_metrics(
+  config: LossConfig, *, has_ref: bool = True, has_entropy: bool = True
+) -> dict[str, jax.Array]:
+  """What to start accumulating metric sums from."""
+  names = metric_names(config, has_ref=has_ref, has_entropy=has_entropy)
+  return {name: jnp.zeros((), jnp.float32) for name in names}
+
+
+def add_metrics(a: Mapping, b: Mapping) -> dict:
+  """Joins the metric sums of two micro-batches: adds, but names ending in _max take the maximum.
+
+  Works on JAX arrays (inside jit) and on Python floats.
+  """
+  if a.keys() != b.keys():
+    raise ValueError(f"metric sums differ in {sorted(a.keys() ^ b.keys())}.")
+  larger = jnp.maximum if any(isinstance(v, jax.Array) for v in a.values()) else max
+  return {name: larger(a[name], b[name]) if name.endswith("_max") else a[name] + b[name] for name in a}
+
+
+def aggregation_weights(
+  tokens_S: np.ndarray, aggregation: str = "token_mean"
+) -> tuple[np.ndarray, float]:
+  """Weight of one token of each sequence, and the step's denominator.
+
+  Args:
+    tokens_S: number of unmasked tokens of every sequence of the update. A sequence is one Credit:
+      a rollout, a source's prefix, or a continuation.
+    aggregation: "token_mean" weighs every token alike; "sequence_mean" every non-empty sequence.
+
+  Returns:
+    weights float32 [S], and the number the summed loss is divided by (>= 1).
+  """
+  tokens_S = np.asarray(tokens_S)
+  if aggregation == "token_mean":
+    return (tokens_S > 0).astype(np.float32), float(max(tokens_S.sum(), 1))
+  if aggregation == "sequence_mean":
+    weights_S = np.where(tokens_S > 0, 1.0 / np.maximum(tokens_S, 1), 0.0)
+    return weights_S.astype(np.float32), float(max((tokens_S > 0).sum(), 1))
+  raise ValueError(f"loss.aggregation={aggregation!r}; choose one of {AGGREGATIONS}.")
+
+
+# metric name -> (sum, unit divided by the token count)
+_TOKEN_MEANS = {
+  "train/ratio_mean": "ratio",
+  "train/clip_fraction_low": "clip_low",
+  "train/clip_fraction_high": "clip_high",
+  "train/clip_fraction_dual": "clip_dual",
+  "train/kl": "kl",
+  "train/entropy": "entropy",
+  "train/advantage_mean": "advantage",
+  "train/advantage_nonzero_share": "advantage_nonzero",
+  "train/tis_weight_mean": "tis_weight",
+  "train/tis_capped_share": "tis_capped",
+  "train/logp_gap_mean": "gap",
+  "train/logp_gap_abs_mean": "gap_abs",
+}
+
+
+def summarise(sums: Mapping[str, float], denominator: float) -> dict[str, float]:
+  """Logged metrics (docs/metrics.md, train/) from the accumulated sums, on the host.
+
+  Args:
+    sums: what `policy_loss` returned, joined by `add_metrics`.
+    denominator: what the loss was divided by.
+  """
+  sums = {name: float(value) for name, value in sums.items()}
+  tokens = sums["tokens"]
+  out = {"train/loss_tokens": tokens}
+  if tokens == 0:
+    return out
+  out["train/policy_loss"] = sums["policy_loss"] / denominator
+  out |= {name: sums[key] / tokens for name, key in _TOKEN_MEANS.items() if key in sums}
+  spread = sums["ratio_squared"] / tokens - (sums["ratio"] / tokens) ** 2
+  out["train/ratio_std"] = math.sqrt(max(spread, 0.0))
+  out["train/ratio_max"] = sums["ratio_max"]
+  out["train/logp_gap_abs_max"] = sums["gap_abs_max"]
+  correlation = _pearson(sums, tokens)
+  if correlation is not None:
+    out["train/prob_pearson"] = correlation
+  return out
+
+
+def _pearson(sums: Mapping[str, float], n: float) -> float | None:
+  """Correlation of trainer and sampler probabilities; None where one of them is constant."""
+  mean_p, mean_q = sums["prob_trainer"] / n, sums["prob_sampler"] / n
+  var_p = sums["prob_trainer_squared"] / n - mean_p**2
+  var_q = sums["prob_sampler_squared"] / n - mean_q**2
+  # Below float32's resolution of the sums the quotient would be noise.
+  if min(var_p, var_q) < 1e-6:
+    return None
+  return (sums["prob_product"] / n - mean_p * mean_q) / math.sqrt(var_p * var_q)
