@@ -140,7 +140,7 @@ def assign_credit(groups: Sequence[GroupOutcome], config: CreditConfig) -> list[
 
   Order: the N rollouts of a question, then its branches' continuations, question by question.
   Sequences with zero advantage stay: their KL counts, and so do their tokens in the one token mean
-  over the step (spec of the loss: "every unmasked token").
+  over every unmasked token of the step. Dropping them would make the step's size depend on luck.
 
   Raises:
     ValueError: a branch names a source that is not there or already has a branch, or rewards are
@@ -165,6 +165,33 @@ def assign_credit(groups: Sequence[GroupOutcome], config: CreditConfig) -> list[
         Credit(number, k, branch, CONTINUATION, float(a)) for k, a in enumerate(resampled_K)
       ]
   return credits
+
+
+def loss_mask(sampled_T: np.ndarray, region: str, prefix_end: int | None = None) -> np.ndarray:
+  """Which tokens of a sequence carry loss: the sampled ones (no prompt, no observation) of a region.
+
+  Args:
+    sampled_T: whether the policy sampled the token. For a continuation: of its whole sequence, the
+      copied prefix included.
+    region: Credit.region.
+    prefix_end: tokens of the sequence before the cut, in the same form (collapsed or expanded) as
+      `sampled_T`; needed for "prefix" and "continuation". The opening tag is the prefix's last.
+
+  Returns:
+    bool [T]. "prefix" and "continuation" split "all" without overlap.
+
+  Raises:
+    ValueError: an unknown region, or a prefix_end that is missing or outside the sequence.
+  """
+  sampled_T = np.asarray(sampled_T, dtype=bool)
+  if region == ALL:
+    return sampled_T.copy()
+  if region not in (PREFIX, CONTINUATION):
+    raise ValueError(f"region={region!r}; choose 'all', 'prefix' or 'continuation'.")
+  if prefix_end is None or not 0 < prefix_end <= len(sampled_T):
+    raise ValueError(f"prefix_end={prefix_end} must lie in 1..{len(sampled_T)} for {region!r}.")
+  before_T = np.arange(len(sampled_T)) < prefix_end
+  return sampled_T & (before_T if region == PREFIX else ~before_T)
 
 
 def _advantages(group: GroupOutcome, config: CreditConfig) -> tuple[np.ndarray, list[np.ndarray]]:

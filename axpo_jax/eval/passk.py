@@ -1,0 +1,104 @@
+"""Pass@k from the rewards of n rollouts per question, with standard errors.
+
+Legend: Q questions, N rollouts of one question (may differ between questions).
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from axpo_jax.rl.advantages import is_right, reward_vector
+
+
+def pass_at_k(num_right: int, num_rollouts: int, k: int) -> float:
+  """Chance that at least one of k rollouts, drawn without replacement, is right.
+
+  The unbiased estimator 1 - C(n - c, k) / C(n, k) of arXiv 2107.03374. With k = n it is "any of n".
+
+  Raises:
+    ValueError: not 1 <= k <= n, or not 0 <= c <= n.
+  """
+  if not (1 <= k <= num_rollouts and 0 <= num_right <= num_rollouts):
+    raise ValueError(
+      f"pass@{k} of {num_right} right among {num_rollouts} rollouts: need 1 <= k <= n and "
+      "0 <= right <= n; sample at least k rollouts per question."
+    )
+  return 1.0 - math.comb(num_rollouts - num_right, k) / math.comb(num_rollouts, k)
+
+
+def mean_and_error(
+  values_Q: Sequence[float], clusters_Q: Sequence[Hashable] | None = None
+) -> tuple[float, float]:
+  """Mean over questions and its standard error.
+
+  Args:
+    values_Q: one number per question.
+    clusters_Q: questions that are variants of each other (the option cycles of HR-Bench) share a
+      cluster; their errors are then not taken for independent. None: every question its own.
+
+  Returns:
+    (mean, standard error); the error is NaN with fewer than two clusters.
+
+  Raises:
+    ValueError: no question, or as many clusters as questions are not given.
+  """
+  if len(values_Q) == 0:
+    raise ValueError("no question to average; evaluate at least one.")
+  values_Q = np.asarray(values_Q, dtype=np.float64)
+  mean = math.fsum(values_Q) / len(values_Q)
+  residuals = dict.fromkeys(range(len(values_Q)), 0.0) if clusters_Q is None else {}
+  labels = range(len(values_Q)) if clusters_Q is None else clusters_Q
+  for label, value in zip(labels, values_Q, strict=True):
+    residuals[label] = residuals.get(label, 0.0) + (value - mean)
+  groups = len(residuals)
+  if groups < 2:
+    return mean, math.nan
+  # With every question its own cluster this is std(ddof=1) / sqrt(Q).
+  squares = math.fsum(r**2 for r in residuals.values()) * groups / (groups - 1)
+  return mean, math.sqrt(squares) / len(values_Q)
+
+
+def summarise(
+  rewards_QxN: Sequence[Sequence[float]],
+  ks: Sequence[int] = (1, 4),
+  *,
+  clusters_Q: Sequence[Hashable] | None = None,
+  prefix: str = "eval",
+) -> dict[str, float]:
+  """Pass@k metrics of an evaluation.
+
+  Pass@1 is the mean reward over rollouts, averaged over questions (so graded rewards keep their
+  grades); Pass@k for k > 1 asks for one right answer. A k larger than some question's number of
+  rollouts is left out, since no unbiased estimate exists there.
+
+  Args:
+    rewards_QxN: rewards of every question's rollouts.
+    ks: which k.
+    clusters_Q: see `mean_and_error`.
+    prefix: first part of the names.
+
+  Returns:
+    {prefix}/pass_at_{k} and {prefix}/pass_at_{k}_se (the latter from two clusters on).
+
+  Raises:
+    ValueError: no question, an empty question, or a non-finite reward.
+  """
+  rewards_QxN = [reward_vector(rewards_N) for rewards_N in rewards_QxN]
+  fewest = min((len(rewards_N) for rewards_N in rewards_QxN), default=0)
+  out = {}
+  for k in ks:
+    if k > fewest > 0:
+      continue
+    values_Q = [_pass_at(rewards_N, k) for rewards_N in rewards_QxN]
+    mean, error = mean_and_error(values_Q, clusters_Q)
+    out[f"{prefix}/pass_at_{k}"] = mean
+    if not math.isnan(error):
+      out[f"{prefix}/pass_at_{k}_se"] = error
+  return out
+
+
+def _pass_at(rewards_N: np.ndarray, k: int) -> float:
+  if k == 1:
+    return math.fsum(rewards_N) / len(rewards_N)
+  return pass_at_k(int(is_right(rewards_N).sum()), len(rewards_N), k)
