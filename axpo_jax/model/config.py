@@ -1,0 +1,304 @@
+"""Sizes and options of a Qwen3-VL policy; no JAX, no weights.
+
+In: a Hugging Face `config.json` (path, folder or dict), or a preset's name. Out: one frozen,
+hashable `ModelConfig`, which is static under `jit`. Options that the model does not implement
+are refused here, where the file is read, not deep inside a forward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+REMAT_POLICIES = ("none", "full", "dots")
+DTYPES = ("float32", "bfloat16")
+
+
+class UnsupportedConfig(ValueError):
+  """A config asks for something that this port of Qwen3-VL does not do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+  """The decoder. `mrope_section` counts the frequencies of (time, height, width)."""
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int = 128
+  rope_theta: float = 5_000_000.0
+  mrope_section: tuple[int, int, int] = (24, 20, 20)
+  rms_norm_eps: float = 1e-6
+  tie_word_embeddings: bool = False
+  max_positions: int = 262_144
+
+  def __post_init__(self):
+    if self.num_heads % self.num_kv_heads:
+      raise UnsupportedConfig(
+        f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
+      )
+    if len(self.mrope_section) != 3 or 2 * sum(self.mrope_section) != self.head_dim:
+      raise UnsupportedConfig(
+        f"mrope_section={self.mrope_section} must be three counts that sum to "
+        f"head_dim / 2 = {self.head_dim // 2}"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+  """The vision tower. `num_position_embeddings` is a square number: the learned position grid."""
+
+  depth: int
+  hidden_size: int
+  intermediate_size: int
+  out_hidden_size: int
+  num_heads: int = 16
+  patch_size: int = 16
+  temporal_patch_size: int = 2
+  spatial_merge_size: int = 2
+  in_channels: int = 3
+  num_position_embeddings: int = 2304
+  deepstack_layers: tuple[int, ...] = (5, 11, 17)
+
+  def __post_init__(self):
+    if self.hidden_size % (4 * self.num_heads):
+      raise UnsupportedConfig(
+        f"vision hidden_size={self.hidden_size} must be a multiple of 4 * num_heads="
+        f"{4 * self.num_heads}: rotary splits a head into (row, column) halves"
+      )
+    if self.grid_side**2 != self.num_position_embeddings:
+      raise UnsupportedConfig(
+        f"num_position_embeddings={self.num_position_embeddings} must be a square number"
+      )
+    taps = self.deepstack_layers
+    if list(taps) != sorted(set(taps)) or any(not 0 <= i < self.depth for i in taps):
+      raise UnsupportedConfig(
+        f"deepstack_layers={taps} must be ascending block numbers below depth={self.depth}"
+      )
+
+  @property
+  def grid_side(self) -> int:
+    return round(self.num_position_embeddings**0.5)
+
+  @property
+  def head_dim(self) -> int:
+    return self.hidden_size // self.num_heads
+
+  @property
+  def merge_unit(self) -> int:
+    """Patches per merged token."""
+    return self.spatial_merge_size**2
+
+  @property
+  def patch_dim(self) -> int:
+    """Values per flattened patch, in (channel, time, row, column) order."""
+    return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A whole policy.
+
+  dtype: what activations and matmuls use; norms, softmax and logits are float32 regardless.
+  param_dtype: what parameters are stored in.
+  remat: "none" keeps all activations for the backward pass, "full" keeps one hidden state a
+    layer, "dots" also keeps the outputs of the weight matmuls.
+  attention_chunk: queries per attention block. Longer sequences are done block by block with
+    recomputation, so that scores take [heads, chunk, keys] instead of [heads, T, keys]. 0: never.
+  """
+
+  text: TextConfig
+  vision: VisionConfig
+  image_token_id: int = 151655
+  video_token_id: int = 151656
+  vision_start_token_id: int = 151652
+  vision_end_token_id: int = 151653
+  dtype: str = "bfloat16"
+  param_dtype: str = "float32"
+  remat: str = "none"
+  attention_chunk: int = 512
+
+  def __post_init__(self):
+    if self.remat not in REMAT_POLICIES:
+      raise UnsupportedConfig(f"remat={self.remat!r}; choose one of {REMAT_POLICIES}")
+    for field in ("dtype", "param_dtype"):
+      if getattr(self, field) not in DTYPES:
+        raise UnsupportedConfig(f"{field}={getattr(self, field)!r}; choose one of {DTYPES}")
+    if self.vision.out_hidden_size != self.text.hidden_size:
+      raise UnsupportedConfig(
+        f"vision out_hidden_size={self.vision.out_hidden_size} must equal text hidden_size="
+        f"{self.text.hidden_size}: merged patches stand in the text's residual stream"
+      )
+    if len(self.vision.deepstack_layers) > self.text.num_layers:
+      raise UnsupportedConfig(
+        f"{len(self.vision.deepstack_layers)} DeepStack features need as many text layers, "
+        f"there are {self.text.num_layers}"
+      )
+
+  @classmethod
+  def from_hf(cls, source: Mapping[str, Any] | str | os.PathLike, **options) -> ModelConfig:
+    """Reads a Hugging Face Qwen3-VL config (dict, `config.json` or the folder that holds it).
+
+    `options` are this class's own fields (dtype, param_dtype, remat, attention_chunk).
+
+    Raises: UnsupportedConfig naming the field if the file is not a Qwen3-VL that we implement.
+    """
+    raw = dict(source) if isinstance(source, Mapping) else _read_json(Path(source))
+    if raw.get("model_type") != "qwen3_vl":
+      raise UnsupportedConfig(
+        f"model_type={raw.get('model_type')!r}; only 'qwen3_vl' (dense Qwen3-VL) is implemented"
+      )
+    tied = raw.get("tie_word_embeddings", raw["text_config"].get("tie_word_embeddings", False))
+    ids = {k: raw[k] for k in _TOKEN_ID_FIELDS if k in raw}
+    return cls(
+      text=_text_from_hf(raw["text_config"], tied),
+      vision=_vision_from_hf(raw["vision_config"]),
+      **{**ids, **options},
+    )
+
+  def to_hf(self) -> dict[str, Any]:
+    """The `config.json` of a Hugging Face checkpoint of this model (the released files' layout)."""
+    text, vision = self.text, self.vision
+    return {
+      "architectures": ["Qwen3VLForConditionalGeneration"],
+      "model_type": "qwen3_vl",
+      **{k: getattr(self, k) for k in _TOKEN_ID_FIELDS},
+      "tie_word_embeddings": text.tie_word_embeddings,
+      "text_config": {
+        "model_type": "qwen3_vl_text",
+        **{hf: getattr(text, ours) for ours, hf in _TEXT_FIELDS.items()},
+        "rope_theta": text.rope_theta,
+        "rope_scaling": {
+          "rope_type": "default",
+          "mrope_interleaved": True,
+          "mrope_section": list(text.mrope_section),
+        },
+        "tie_word_embeddings": text.tie_word_embeddings,
+        **_TEXT_FIXED,
+      },
+      "vision_config": {
+        "model_type": "qwen3_vl",
+        **{hf: getattr(vision, ours) for ours, hf in _VISION_FIELDS.items()},
+        "deepstack_visual_indexes": list(vision.deepstack_layers),
+        **_VISION_FIXED,
+      },
+    }
+
+
+_TOKEN_ID_FIELDS = (
+  "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"
+)  # fmt: skip
+
+# Our field -> Hugging Face's. One table for both directions.
+_TEXT_FIELDS = {
+  "vocab_size": "vocab_size",
+  "hidden_size": "hidden_size",
+  "intermediate_size": "intermediate_size",
+  "num_layers": "num_hidden_layers",
+  "num_heads": "num_attention_heads",
+  "num_kv_heads": "num_key_value_heads",
+  "head_dim": "head_dim",
+  "rms_norm_eps": "rms_norm_eps",
+  "max_positions": "max_position_embeddings",
+}
+_VISION_FIELDS = {
+  "depth": "depth",
+  "hidden_size": "hidden_size",
+  "intermediate_size": "intermediate_size",
+  "out_hidden_size": "out_hidden_size",
+  "num_heads": "num_heads",
+  "patch_size": "patch_size",
+  "temporal_patch_size": "temporal_patch_size",
+  "spatial_merge_size": "spatial_merge_size",
+  "in_channels": "in_channels",
+  "num_position_embeddings": "num_position_embeddings",
+}
+# What the architecture fixes: written out, and checked when a file states it.
+_TEXT_FIXED = {"hidden_act": "silu", "attention_bias": False}
+_VISION_FIXED = {"hidden_act": "gelu_pytorch_tanh"}
+
+
+def _text_from_hf(raw: Mapping[str, Any], tied: bool) -> TextConfig:
+  _check_fixed("text_config", raw, _TEXT_FIXED)
+  # transformers 4 writes rope_theta + rope_scaling, transformers 5 one rope_parameters.
+  rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+  rope_type = rope.get("rope_type", rope.get("type", "default"))
+  theta = rope.get("rope_theta", raw.get("rope_theta"))
+  if rope_type not in ("default", "mrope") or not rope.get("mrope_interleaved", True):
+    raise UnsupportedConfig(
+      f"text_config's rotary settings {rope} are not Qwen3-VL's interleaved M-RoPE"
+    )
+  if theta is None:
+    raise UnsupportedConfig("text_config gives no rope_theta; Qwen3-VL's is 5000000")
+  return TextConfig(
+    **{ours: raw[hf] for ours, hf in _TEXT_FIELDS.items()},
+    rope_theta=float(theta),
+    mrope_section=tuple(rope.get("mrope_section", (24, 20, 20))),
+    tie_word_embeddings=bool(tied),
+  )
+
+
+def _vision_from_hf(raw: Mapping[str, Any]) -> VisionConfig:
+  _check_fixed("vision_config", raw, _VISION_FIXED)
+  return VisionConfig(
+    **{ours: raw[hf] for ours, hf in _VISION_FIELDS.items()},
+    deepstack_layers=tuple(raw["deepstack_visual_indexes"]),
+  )
+
+
+def _check_fixed(where: str, raw: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+  for key, value in fixed.items():
+    if raw.get(key, value) != value:
+      raise UnsupportedConfig(f"{where}.{key}={raw[key]!r}; only {value!r} is implemented")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+  path = path / "config.json" if path.is_dir() else path
+  return json.loads(path.read_text())
+
+
+def _preset(hidden, layers, heads, mlp, tied, vision) -> ModelConfig:
+  depth, vision_hidden, vision_mlp, deepstack = vision
+  return ModelConfig(
+    text=TextConfig(
+      vocab_size=151_936, hidden_size=hidden, intermediate_size=mlp, num_layers=layers,
+      num_heads=heads, num_kv_heads=8, tie_word_embeddings=tied,
+    ),
+    vision=VisionConfig(
+      depth=depth, hidden_size=vision_hidden, intermediate_size=vision_mlp,
+      out_hidden_size=hidden, deepstack_layers=deepstack,
+    ),
+  )  # fmt: skip
+
+
+_SMALL_VISION = (24, 1024, 4096, (5, 11, 17))
+_LARGE_VISION = (27, 1152, 4304, (8, 16, 24))
+
+PRESETS: dict[str, ModelConfig] = {
+  "2b": _preset(2048, 28, 16, 6144, True, _SMALL_VISION),
+  "4b": _preset(2560, 36, 32, 9728, True, _SMALL_VISION),
+  "8b": _preset(4096, 36, 32, 12288, False, _LARGE_VISION),
+  "32b": _preset(5120, 64, 64, 25600, False, _LARGE_VISION),
+  # For one CPU. Vocabulary and ids are placeholders: `dataclasses.replace` them with a
+  # tokenizer's (the large presets' ids are those of the released tokenizer).
+  "tiny": ModelConfig(
+    text=TextConfig(
+      vocab_size=1536, hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4,
+      num_kv_heads=2, head_dim=32, mrope_section=(8, 4, 4), tie_word_embeddings=True,
+      max_positions=8192,
+    ),
+    vision=VisionConfig(
+      depth=4, hidden_size=96, intermediate_size=256, out_hidden_size=128, num_heads=4,
+      patch_size=8, num_position_embeddings=144, deepstack_layers=(0, 1, 2),
+    ),
+    image_token_id=3, video_token_id=4, vision_start_token_id=1, vision_end_token_id=2,
+    dtype="float32",
+  ),
+}  # fmt: skip

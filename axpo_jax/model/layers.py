@@ -1,0 +1,121 @@
+"""The three parameter holders that both towers are made of, and how layers are stacked.
+
+A layer's parameters are created with a leading `stack` of layers and scanned (`scan_layers`): the
+body is traced and compiled once, however deep the model is. Parameters are cast to the input's
+dtype where they are used; norms compute in float32. Every parameter carries its logical axis
+names.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from axpo_jax.model import sharding
+
+INIT_STDDEV = 0.02
+_normal = jax.nn.initializers.normal(INIT_STDDEV)
+_ones = jax.nn.initializers.ones
+_zeros = jax.nn.initializers.zeros
+
+
+class Maker:
+  """Makes parameters of one dtype, with `stack` layers in front (0: a single one)."""
+
+  def __init__(self, rngs: nnx.Rngs, dtype: str, stack: int = 0):
+    self._rngs, self._dtype, self._stack = rngs, jnp.dtype(dtype), stack
+
+  def __call__(self, init: Callable, shape: Sequence[int], names: sharding.Names) -> nnx.Param:
+    if len(shape) != len(names):
+      raise ValueError(f"shape {tuple(shape)} and logical axes {tuple(names)} differ in length")
+    if self._stack:
+      shape, names = (self._stack, *shape), ("layers", *names)
+    return nnx.Param(sharding.logical(init, names)(self._rngs.params(), shape, self._dtype))
+
+  def normal(self, shape: Sequence[int], names: sharding.Names) -> nnx.Param:
+    return self(_normal, shape, names)
+
+
+class Linear(nnx.Module):
+  """x @ kernel + bias over the last `fan_in` axes; the other kernel axes come out.
+
+  shape, names: the kernel's, input axes first. A bias has the output axes.
+  """
+
+  def __init__(self, make: Maker, shape, names, *, fan_in: int = 1, bias: bool = False):
+    self.fan_in = fan_in
+    self.kernel = make.normal(shape, names)
+    self.bias = make(_zeros, shape[fan_in:], names[fan_in:]) if bias else None
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.fan_in)
+    return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """Over the last axis, in float32."""
+
+  def __init__(self, make: Maker, size: int, eps: float):
+    self.eps = eps
+    self.scale = make(_ones, (size,), ("norm",))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+    return (y * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+  """Over the last axis, in float32, with bias."""
+
+  def __init__(self, make: Maker, size: int, eps: float = 1e-6):
+    self.eps = eps
+    self.scale = make(_ones, (size,), ("norm",))
+    self.bias = make(_zeros, (size,), ("norm",))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, -1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.eps)
+    y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+def scan_layers(
+  layers: nnx.Module, step: Callable[[nnx.Module, Any, Any], tuple[Any, Any]], carry: Any, xs: Any
+) -> tuple[Any, Any]:
+  """`jax.lax.scan` of step(layer, carry, x) -> (carry, y) over a stack of layers."""
+  graphdef, stacked = nnx.split(layers)
+
+  def body(carry, slices):
+    state, x = slices
+    return step(nnx.merge(graphdef, state), carry, x)
+
+  return jax.lax.scan(body, carry, (stacked, xs))
+
+
+def remat(function: Callable, policy: str) -> Callable:
+  """function(layer, *arrays), recomputed in the backward pass as ModelConfig.remat says."""
+  if policy == "none":
+    return function
+  policies = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+  }
+
+  @functools.wraps(function)
+  def wrapped(layer, *args):
+    graphdef, state = nnx.split(layer)
+    # prevent_cse is for code outside of a scan: inside, the loop already keeps passes apart.
+    inner = jax.checkpoint(
+      lambda state, *args: function(nnx.merge(graphdef, state), *args),
+      prevent_cse=False, policy=policies[policy],
+    )  # fmt: skip
+    return inner(state, *args)
+
+  return wrapped

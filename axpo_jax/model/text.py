@@ -1,0 +1,158 @@
+"""The text decoder: Qwen3 layers with M-RoPE and DeepStack, as one scanned stack.
+
+In: embedded tokens, rotary angles, who sees whom, DeepStack features, maybe a cache. Out: the
+final hidden states (after the last norm) and the cache with the new tokens.
+
+Legend: B batch, T new tokens, S cache slots, D model, H heads, K kv heads, L layers,
+N DeepStack features, M merged image tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import MutableMapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from axpo_jax.model import attention, rope
+from axpo_jax.model.cache import KVCache
+from axpo_jax.model.config import ModelConfig, TextConfig
+from axpo_jax.model.layers import Linear, Maker, RMSNorm, remat, scan_layers
+from axpo_jax.model.sharding import constrain
+
+Intermediates = MutableMapping[str, jax.Array]
+
+
+class DecoderLayer(nnx.Module):
+  """Attention with per-head q/k norms, then SwiGLU; pre-norm, no biases."""
+
+  def __init__(self, config: TextConfig, make: Maker):
+    D, H, K, h = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+    self.attn_norm = RMSNorm(make, D, config.rms_norm_eps)
+    self.q = Linear(make, (D, H, h), ("embed", "heads", "head_dim"))
+    self.k = Linear(make, (D, K, h), ("embed", "kv_heads", "head_dim"))
+    self.v = Linear(make, (D, K, h), ("embed", "kv_heads", "head_dim"))
+    self.o = Linear(make, (H, h, D), ("heads", "head_dim", "embed"), fan_in=2)
+    self.q_norm = RMSNorm(make, h, config.rms_norm_eps)
+    self.k_norm = RMSNorm(make, h, config.rms_norm_eps)
+    self.mlp_norm = RMSNorm(make, D, config.rms_norm_eps)
+    self.gate = Linear(make, (D, config.intermediate_size), ("embed", "mlp"))
+    self.up = Linear(make, (D, config.intermediate_size), ("embed", "mlp"))
+    self.down = Linear(make, (config.intermediate_size, D), ("mlp", "embed"))
+
+  def __call__(self, x_BxTxD, angles, sees, cached):
+    """cached: this layer's (keys, values), or None. Returns x and the new (keys, values)."""
+    out_BxTxHxD, new = self._attention(self.attn_norm(x_BxTxD), angles, sees, cached)
+    x_BxTxD = constrain(x_BxTxD + self.o(out_BxTxHxD), ("batch", "length", "act_embed"))
+    y_BxTxD = self.mlp_norm(x_BxTxD)
+    y_BxTxF = jax.nn.silu(self.gate(y_BxTxD)) * self.up(y_BxTxD)
+    y_BxTxF = constrain(y_BxTxF, ("batch", "length", "act_mlp"))
+    x_BxTxD = constrain(x_BxTxD + self.down(y_BxTxF), ("batch", "length", "act_embed"))
+    return x_BxTxD, new
+
+  def _attention(self, y_BxTxD, angles, sees, cached):
+    q_BxTxHxD = rope.rotate(self.q_norm(self.q(y_BxTxD)), angles)
+    k_BxTxKxD = rope.rotate(self.k_norm(self.k(y_BxTxD)), angles)
+    q_BxTxHxD = constrain(q_BxTxHxD, ("batch", "length", "act_heads", None))
+    k_BxTxKxD = constrain(k_BxTxKxD, ("batch", "length", "act_kv_heads", None))
+    v_BxTxKxD = constrain(self.v(y_BxTxD), ("batch", "length", "act_kv_heads", None))
+    new = (k_BxTxKxD, v_BxTxKxD)
+    out = attention.attend(q_BxTxHxD, [new] if cached is None else [cached, new], sees)
+    return constrain(out, ("batch", "length", "act_heads", None)), new
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DeepStack:
+  """What the first N layers add: features_NxMxD at image_index_BxT (-1: nothing)."""
+
+  features_NxMxD: jax.Array
+  image_index_BxT: jax.Array
+
+  def add(self, x_BxTxD: jax.Array, layer: jax.Array) -> jax.Array:
+    """x plus the feature of `layer`, or x from layer N on.
+
+    A branch on the layer number keeps all layers in one scan. Two scans, of the first N and of
+    the rest, would cut the stacked parameters, gradients and cache in two: a copy of each.
+    """
+    count = self.features_NxMxD.shape[0]
+
+    def added(x_BxTxD):
+      feature_MxD = self.features_NxMxD[jnp.minimum(layer, count - 1)]
+      return x_BxTxD + gather_image(feature_MxD, self.image_index_BxT, 0).astype(x_BxTxD.dtype)
+
+    return jax.lax.cond(layer < count, added, lambda x: x, x_BxTxD)
+
+
+def gather_image(features_MxD: jax.Array, index_BxT: jax.Array, otherwise_BxTxD) -> jax.Array:
+  """features[index] where index >= 0, else `otherwise`: [B, T, D]."""
+  taken_BxTxD = features_MxD[jnp.maximum(index_BxT, 0)]
+  return jnp.where(index_BxT[..., None] >= 0, taken_BxTxD, otherwise_BxTxD)
+
+
+class TextDecoder(nnx.Module):
+  """Embedding table, layers, final norm, and the head if it is not tied to the table."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    text, make = config.text, Maker(rngs, config.param_dtype)
+    table = ((text.vocab_size, text.hidden_size), ("vocab", "embed"))
+    self.embedding = make.normal(*table)
+    self.layers = DecoderLayer(text, Maker(rngs, config.param_dtype, text.num_layers))
+    self.norm = RMSNorm(make, text.hidden_size, text.rms_norm_eps)
+    self.head = None if text.tie_word_embeddings else make.normal(*table)
+
+  def embed(self, tokens_BxT: jax.Array) -> jax.Array:
+    """[B, T, D] in the compute dtype."""
+    return self.embedding[...][tokens_BxT].astype(self.config.dtype)
+
+  def __call__(
+    self,
+    x_BxTxD: jax.Array,
+    positions_BxTx3: jax.Array,
+    segments_BxT: jax.Array,
+    *,
+    deepstack: DeepStack | None = None,
+    cache: KVCache | None = None,
+    taps: Intermediates | None = None,
+  ) -> tuple[jax.Array, KVCache | None]:
+    """See `Qwen3VL.__call__`. `taps` collects named intermediates."""
+    text = self.config.text
+    x_BxTxD = constrain(x_BxTxD, ("batch", "length", "act_embed"))
+    angles = rope.text_rope(positions_BxTx3, theta=text.rope_theta, section=text.mrope_section)
+    sees = _visibility(segments_BxT, cache, self.config.attention_chunk)
+    layer_fn = remat(DecoderLayer.__call__, self.config.remat)
+
+    def step(layer, x_BxTxD, xs):
+      number, cached = xs
+      x_BxTxD, new = layer_fn(layer, x_BxTxD, angles, sees, cached)
+      if deepstack is not None:
+        x_BxTxD = deepstack.add(x_BxTxD, number)
+      return x_BxTxD, (new if cache is not None else None, None if taps is None else x_BxTxD)
+
+    cached = None if cache is None else (cache.k_LxBxSxKxH, cache.v_LxBxSxKxH)
+    xs = (jnp.arange(text.num_layers), cached)
+    x_BxTxD, (new, hidden_LxBxTxD) = scan_layers(self.layers, step, x_BxTxD, xs)
+    x_BxTxD = self.norm(x_BxTxD)
+    if taps is not None:
+      taps.update({"text.layers": hidden_LxBxTxD, "text.norm": x_BxTxD})
+    return x_BxTxD, None if cache is None else cache.append(*new, segments_BxT > 0)
+
+  def unembedding(self) -> jax.Array:
+    """The [V, D] table of the output head, in its parameter dtype."""
+    return (self.embedding if self.head is None else self.head)[...]
+
+
+def _visibility(segments_BxT, cache: KVCache | None, chunk: int) -> attention.Visibility:
+  order_BxT = jnp.broadcast_to(jnp.arange(segments_BxT.shape[1]), segments_BxT.shape)
+  if cache is None:
+    tags = attention.Tags(segments_BxT, order_BxT)
+    return attention.visibility(tags, [tags], chunk)
+  # With a cache a row is one sequence: its filled slots are all earlier than the new tokens.
+  new = attention.Tags((segments_BxT > 0).astype(jnp.int32), order_BxT)
+  slots = jnp.arange(cache.k_LxBxSxKxH.shape[2])
+  filled_BxS = (slots < cache.lengths_B[:, None]).astype(jnp.int32)
+  old = attention.Tags(filled_BxS, jnp.zeros_like(filled_BxS))
+  return attention.visibility(new, [old, new], chunk)
