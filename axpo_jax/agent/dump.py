@@ -1,0 +1,251 @@
+"""Transcripts and rollouts on disk: one JSON object a line, images beside them, once by key.
+
+Layout of `dump_rollouts("run/rollouts/step_10.jsonl", ...)`:
+  run/rollouts/step_10.jsonl    one rollout a line; reading it back gives the same bits
+  run/rollouts/step_10.txt      the same for people, where a chat is given
+  run/rollouts/images/<key>.png every distinct image once, shared by all dumps of the folder
+Files are written whole or not at all. Patches are not stored: the processor makes the same ones from
+the picture that the policy saw.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import PIL.Image
+
+from axpo_jax.agent.parse import SpecialIds
+from axpo_jax.agent.rollout import Rollout
+from axpo_jax.agent.transcript import EpisodeImage, Kind, Transcript, TranscriptError
+from axpo_jax.model.chat import Chat
+from axpo_jax.model.images import ImageLimits, ImageProcessor, image_key
+
+FORMAT = 1
+
+
+class ImageStore:
+  """A folder of PNG files named by the key of their pixels."""
+
+  def __init__(self, folder: str | os.PathLike):
+    self.folder = pathlib.Path(folder)
+
+  def path(self, key: str) -> pathlib.Path:
+    """Where the image with this key lies."""
+    return self.folder / f"{key}.png"
+
+  def put(self, image: PIL.Image.Image, key: str | None = None) -> str:
+    """Writes an image unless it is there already; returns its key."""
+    key = key or image_key(image)
+    path = self.path(key)
+    if not path.exists():
+      self.folder.mkdir(parents=True, exist_ok=True)
+      _write(path, lambda temporary: image.save(temporary, format="PNG", compress_level=1))
+    return key
+
+  def get(self, key: str) -> PIL.Image.Image:
+    """Reads an image.
+
+    Raises:
+      TranscriptError: the file is missing or its pixels are not those of the key.
+    """
+    path = self.path(key)
+    if not path.exists():
+      raise TranscriptError(f"image {path} is missing; copy the dump's image folder too")
+    with PIL.Image.open(path) as opened:
+      image = opened.copy()
+    if image_key(image) != key:
+      raise TranscriptError(f"image {path} does not hold the pixels it was stored with")
+    return image
+
+
+def transcript_to_json(transcript: Transcript, store: ImageStore, *,
+                       originals: bool = True) -> dict[str, Any]:
+  """A transcript as JSON values; its images go into `store`.
+
+  Args:
+    transcript: what to write.
+    store: receives what the policy saw and, with `originals`, the full-resolution images.
+    originals: without them the transcript can be trained on but not continued exactly: tools then
+      read the picture that the policy saw.
+  """
+  images = [{"origin": image.origin, "shown": store.put(image.shown.image, image.shown.key),
+             "original": store.put(image.original) if originals else None}
+            for image in transcript.images]
+  return {
+      "format": FORMAT,
+      "special": vars(transcript.special),
+      "ids": list(transcript.ids),
+      # Runs of equal values: [[value, how many], ...].
+      "kinds": _runs([int(kind) for kind in transcript.kinds]),
+      "versions": _runs(transcript.versions),
+      "logprobs": [_float_to_json(x) for x in transcript.logprobs],
+      "images": images,
+  }
+
+
+def transcript_from_json(record: dict[str, Any], store: ImageStore,
+                         processor: ImageProcessor) -> Transcript:
+  """The inverse of `transcript_to_json`, bit for bit.
+
+  Raises:
+    TranscriptError: another format, lengths that differ, or an image that is missing or changed.
+  """
+  if record.get("format") != FORMAT:
+    raise TranscriptError(f"transcript format {record.get('format')!r}; this code reads {FORMAT}")
+  transcript = Transcript(SpecialIds(**record["special"]))
+  transcript.ids = list(record["ids"])
+  transcript.kinds = [Kind(value) for value in _from_runs(record["kinds"])]
+  transcript.versions = _from_runs(record["versions"])
+  transcript.logprobs = [_float_from_json(x) for x in record["logprobs"]]
+  transcript.images = [_load_image(entry, store, processor) for entry in record["images"]]
+  lengths = {len(transcript.ids), len(transcript.kinds), len(transcript.versions),
+             len(transcript.logprobs)}
+  pads = transcript.ids.count(transcript.special.image_pad)
+  if len(lengths) > 1 or pads != len(transcript.images):
+    raise TranscriptError(f"damaged transcript: lengths {sorted(lengths)}, {pads} image pads, "
+                          f"{len(transcript.images)} images")
+  return transcript
+
+
+def dump_rollouts(path: str | os.PathLike, rollouts: Sequence[Rollout], *,
+                  chat: Chat | None = None, extra: Sequence[dict[str, Any]] | None = None,
+                  originals: bool = True) -> None:
+  """Writes rollouts; see the module docstring.
+
+  Args:
+    path: of the .jsonl file; an existing one is replaced.
+    rollouts: in the order to write.
+    chat: with it a readable .txt is written too.
+    extra: one JSON-able dict per rollout (group, branch, advantage, ...), kept under "extra".
+    originals: see `transcript_to_json`.
+  """
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  store = ImageStore(path.parent / "images")
+  lines, pages = [], []
+  for rollout, more in zip(rollouts, extra or itertools.repeat({}, len(rollouts)), strict=True):
+    record = rollout.to_json() | {
+        "extra": more, "transcript": transcript_to_json(rollout.transcript, store,
+                                                        originals=originals)}
+    lines.append(json.dumps(record, allow_nan=False))
+    if chat is not None:
+      pages.append(_page(rollout, more, chat))
+  _write_text(path, "".join(f"{line}\n" for line in lines))
+  if chat is not None:
+    _write_text(path.with_suffix(".txt"), "\n".join(pages))
+
+
+def load_rollouts(path: str | os.PathLike, processor: ImageProcessor) -> Iterator[Rollout]:
+  """Reads the rollouts of a dump in order, one at a time.
+
+  Raises:
+    TranscriptError: a line is damaged; the message names the line.
+  """
+  path = pathlib.Path(path)
+  store = ImageStore(path.parent / "images")
+  with path.open() as lines:
+    for number, line in enumerate(lines, 1):
+      try:
+        record = json.loads(line)
+        record.pop("extra", None)
+        transcript = transcript_from_json(record.pop("transcript"), store, processor)
+        rollout = Rollout.from_json(record, transcript)
+      except (ValueError, KeyError, TypeError) as error:
+        raise TranscriptError(f"{path}, line {number}: {error}") from error
+      yield rollout
+
+
+def readable(transcript: Transcript, chat: Chat,
+             image_path: Callable[[EpisodeImage], str] | None = None) -> str:
+  """A transcript for people: one block per run of tokens of a kind, images by file name.
+
+  Args:
+    transcript: what to show.
+    chat: decodes the ids.
+    image_path: names the file of an image; by default images/<key>.png.
+  """
+  name = image_path or (lambda image: f"images/{image.shown.key}.png")
+  blocks, at, images, turn = [], 0, iter(enumerate(transcript.images)), -1
+  turn_starts = {turn.start for turn in transcript.turns}
+  for kind, run in itertools.groupby(transcript.kinds):
+    length = sum(1 for _ in run)
+    turn += at in turn_starts
+    text = _text_with_images(transcript.ids[at:at + length], transcript.special, chat, images, name)
+    where = "" if kind in (Kind.PROMPT, Kind.OBSERVATION, Kind.INSERTED) else f" turn {turn}"
+    if kind != Kind.INSERTED:  # only the template's glue
+      blocks.append(f"--- {kind.name}{where} ({length} tokens) ---\n{text.strip()}")
+    at += length
+  return "\n".join(blocks) + "\n"
+
+
+def _text_with_images(ids, special, chat, images, name) -> str:
+  parts, begin = [], 0
+  for i, token in enumerate(ids):
+    if token == special.image_pad:
+      number, image = next(images)
+      width, height = image.shown.image.size
+      parts += [chat.decode(ids[begin:i]),
+                f"[image {number}: {name(image)}, {width}x{height}, from {image.origin}]"]
+      begin = i + 1
+  parts.append(chat.decode(ids[begin:]))
+  return "".join(parts)
+
+
+def _page(rollout: Rollout, extra: dict[str, Any], chat: Chat) -> str:
+  confidence = rollout.confidence()
+  head = {"question": rollout.question_id, "reward": rollout.reward, "answer": rollout.answer,
+          "stop": rollout.stop, "seed": rollout.seed, "turns": rollout.num_turns,
+          "sampled": rollout.response_tokens, **extra}
+  if confidence is not None:
+    head["confidence"] = round(confidence, 4)
+  calls = [f"  call in turn {call.turn}: {call.name or '(unreadable)'} {call.error or 'ok'}"
+           for call in rollout.calls]
+  title = "  ".join(f"{key}={value}" for key, value in head.items())
+  return "\n".join(["=" * 100, title, *calls, readable(rollout.transcript, chat)])
+
+
+def _load_image(entry: dict[str, Any], store: ImageStore,
+                processor: ImageProcessor) -> EpisodeImage:
+  picture = store.get(entry["shown"])
+  # Limits equal to its own pixel count leave a legal picture as it is.
+  pixels = picture.width * picture.height
+  shown = processor(picture, ImageLimits(pixels, pixels))
+  if shown.key != entry["shown"]:
+    raise TranscriptError(f"image {entry['shown']} of {picture.width} x {picture.height} pixels "
+                          "does not fit this processor; was the dump made with another model?")
+  original = picture if entry["original"] is None else store.get(entry["original"])
+  return EpisodeImage(original, shown, entry["origin"])
+
+
+def _runs(values: Sequence[int]) -> list[list[int]]:
+  return [[value, sum(1 for _ in run)] for value, run in itertools.groupby(values)]
+
+
+def _from_runs(runs: Sequence[Sequence[int]]) -> list[int]:
+  return [value for value, count in runs for _ in range(count)]
+
+
+def _float_to_json(value: float) -> float | str | None:
+  """JSON has no nan and no infinity; finite floats survive as they are."""
+  return value if math.isfinite(value) else None if math.isnan(value) else str(value)
+
+
+def _float_from_json(value: float | str | None) -> float:
+  return math.nan if value is None else float(value)
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+  _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _write(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
+  """Writes beside `path`, then renames: a reader or a crash never meets half a file."""
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  write(temporary)
+  os.replace(temporary, path)

@@ -1,0 +1,324 @@
+"""One episode: think, act, observe, until an answer or a limit.
+
+An episode continues a transcript. A fresh rollout continues the prompt; an AXPO resample continues
+`transcript.cut(transcript.prefix_end())`; there is one loop and no second code path. In: a
+transcript, a question, an engine and tools. Out: a Rollout.
+
+Budgets are checked before anything is appended, so a transcript never holds a token or an image
+that its limits forbid. Rules where several are possible:
+- The turn limit ends the episode after the last allowed turn; the calls it made are not run, since
+  nobody would see their results.
+- If an observation's images do not fit the image or the token budget, the observation says so
+  instead and brings no image. If its text does not fit either, the episode ends ("token_limit").
+- A turn cut by length has no next turn. A turn that ends with <|endoftext|> instead of <|im_end|>
+  ends the episode too.
+- Only an episode that ends by itself, with a last turn that makes no call, has an answer.
+- Nothing depends on the wall clock, except that a deadline, where one is set, ends the episode.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+
+from axpo_jax.agent import parse, rewards
+from axpo_jax.agent import rollout as rollout_lib
+from axpo_jax.agent.parse import SpecialIds, ToolCall
+from axpo_jax.agent.rollout import CallRecord, Rollout
+from axpo_jax.agent.tools.base import EpisodeState, Observation, ToolBox, failure
+from axpo_jax.agent.transcript import EpisodeImage, Kind, Transcript, TranscriptError
+from axpo_jax.data.question import Question, load_image
+from axpo_jax.model.chat import Chat
+from axpo_jax.model.images import ImageError, ImageLimits, ImageProcessor
+from axpo_jax.rollout.engine import Engine, PromptTooLong, Sample, SampleRequest, SamplingParams
+
+Judge = Callable[[Question, str], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeLimits:
+  """Budgets of one episode; the defaults are those of training.
+
+  Attributes:
+    max_turns: assistant turns.
+    max_new_tokens_per_turn: sampled tokens of one turn.
+    max_response_tokens: expanded tokens after the prompt, sampled and observed together.
+    max_total_tokens: expanded tokens of the whole transcript.
+    max_images: images of the episode, the question's included.
+    deadline: seconds the episode may take; None = no limit.
+  """
+
+  max_turns: int = 3
+  max_new_tokens_per_turn: int = 4096
+  max_response_tokens: int = 16_384
+  max_total_tokens: int = 24_576
+  max_images: int = 12
+  deadline: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSettings:
+  """How the policy is shown images: a processor, and the pixel limits of each origin."""
+
+  processor: ImageProcessor
+  question: ImageLimits
+  tool: ImageLimits
+
+
+def start_transcript(question: Question, chat: Chat, tools: ToolBox, system: str,
+                     images: ImageSettings) -> Transcript:
+  """The prompt of an episode. The N rollouts of a question may share it: it is never changed.
+
+  Raises:
+    axpo_jax.data.question.ImageError: an image cannot be opened.
+    axpo_jax.model.images.ImageError: an image cannot be shown.
+    axpo_jax.model.chat.ChatError: the text cannot be rendered.
+  """
+  originals = [load_image(source) for source in question.images]
+  ids = chat.prompt_ids(system, tools.schemas(), question.text, len(originals))
+  transcript = Transcript(SpecialIds.from_chat(chat))
+  transcript.append_prompt(ids, [
+      EpisodeImage(original, images.processor(original, images.question), "question")
+      for original in originals])
+  return transcript
+
+
+async def continue_episode(transcript: Transcript, question: Question, *, engine: Engine,
+                           tools: ToolBox, limits: EpisodeLimits, sampling: SamplingParams,
+                           chat: Chat, images: ImageSettings, seed: int,
+                           judge: Judge | None = rewards.judge, session: str = "") -> Rollout:
+  """Continues a transcript to its end.
+
+  Args:
+    transcript: a prompt, or one cut inside or at the end of a turn; it is copied, not changed.
+    question: what is asked, with its gold answers.
+    engine: samples tokens.
+    tools: what can be called.
+    limits: budgets; they count what the transcript already holds.
+    sampling: how to sample; max_new_tokens is set per turn, and stop and banned ids come from
+      `chat` where they are empty.
+    chat: renders observations.
+    images: how tool images are shown.
+    seed: of the episode; turn t samples with `turn_seed(seed, t)`.
+    judge: reward of an answer; None leaves the reward at 0 for the caller to fill.
+    session: routing key; the question's id by default, so that all rollouts and resamples of a
+      question meet the same prefix cache.
+
+  Returns:
+    The finished rollout. A failing engine ends it with stop "engine_error" and its message.
+
+  Raises:
+    TranscriptError: the transcript is empty or was cut inside an observation.
+  """
+  episode = _Episode(transcript.copy(), question, engine, tools, limits, chat, images, seed)
+  episode.sampling = dataclasses.replace(
+      sampling, stop_ids=sampling.stop_ids or tuple(chat.stop_ids),
+      banned_ids=sampling.banned_ids or tuple(chat.banned_ids))
+  episode.session = session or question.id
+  try:
+    async with asyncio.timeout(limits.deadline) as clock:
+      stop = await episode.run()
+  except TimeoutError:
+    if not clock.expired():
+      raise
+    stop = rollout_lib.DEADLINE
+  answer = episode.answer() if stop == rollout_lib.ANSWER else None
+  reward = float(judge(question, answer)) if judge is not None and answer is not None else 0.0
+  return Rollout(
+      question_id=question.id, transcript=episode.transcript, reward=reward, answer=answer,
+      stop=stop, calls=episode.calls, seed=seed, prompt_tokens=episode.prompt_tokens,
+      cached_tokens=episode.cached_tokens, start=len(transcript), error=episode.error)
+
+
+def turn_seed(seed: int, turn: int) -> int:
+  """A 31-bit seed for one turn, stable over processes and Python versions."""
+  digest = hashlib.blake2b(f"{seed}:{turn}".encode(), digest_size=4).digest()
+  return int.from_bytes(digest, "big") >> 1
+
+
+class _Episode:
+  """The running state of one episode."""
+
+  sampling: SamplingParams
+  session: str
+
+  def __init__(self, transcript: Transcript, question: Question, engine: Engine, tools: ToolBox,
+               limits: EpisodeLimits, chat: Chat, images: ImageSettings, seed: int):
+    if not transcript.ids or transcript.kinds[-1] == Kind.OBSERVATION:
+      raise TranscriptError("only a prompt, or a transcript cut inside or after a turn, can be "
+                            "continued; this one is empty or ends inside an observation")
+    self.transcript = transcript
+    self.engine = engine
+    self.tools = tools
+    self.limits = limits
+    self.chat = chat
+    self.images = images
+    self.seed = seed
+    self.calls: list[CallRecord] = []
+    self.prompt_tokens = self.cached_tokens = 0
+    self.error: str | None = None
+    self.prompt_expanded = transcript.cut(transcript.prompt_length).expanded_length
+    self.state = EpisodeState(question.id, [image.original for image in transcript.images],
+                              seed=seed, history=self._past_calls())
+
+  async def run(self) -> str:
+    """Runs to the end; returns the stop reason."""
+    if len(self.transcript.images) > self.limits.max_images:
+      return rollout_lib.IMAGE_LIMIT
+    while True:
+      stop = None if self.transcript.turn_is_closed else await self._think()
+      stop = stop or await self._act()
+      if stop:
+        return stop
+
+  def answer(self) -> str | None:
+    """The answer in the last turn, after its last </think>."""
+    ids = self._last_turn()
+    if self.transcript.turn_is_closed:
+      ids = ids[:-1]
+    text = self.chat.decode(ids[parse.think_stop(ids, self.transcript.special):])
+    return rewards.extract_answer(text, thinking=False)
+
+  # ---- think: sample the rest of the turn ----
+
+  async def _think(self) -> str | None:
+    room, stop = self._turn_room()
+    if stop:
+      return stop
+    request = SampleRequest(
+        ids=tuple(self.transcript.ids), images=tuple(i.shown for i in self.transcript.images),
+        params=dataclasses.replace(self.sampling, max_new_tokens=room),
+        seeds=(turn_seed(self.seed, self._turn_number()),), session=self.session)
+    try:
+      (sample,) = await self.engine.generate(request)
+      self._check(sample)
+      self.transcript.append_sampled(sample.ids, sample.logprobs, sample.weight_version)
+    except PromptTooLong:  # the engine's rows are shorter than our budget
+      return rollout_lib.TOKEN_LIMIT
+    except Exception as error:  # one bad request must not take the run down; it is counted
+      return self._fail(f"{type(error).__name__}: {error}")
+    self.prompt_tokens += sample.prompt_tokens
+    self.cached_tokens += sample.cached_tokens
+    if sample.finish_reason == "abort":
+      return self._fail("the engine aborted the request")
+    if sample.finish_reason == "length":
+      return (rollout_lib.LENGTH if self._turn_used() >= self.limits.max_new_tokens_per_turn
+              else rollout_lib.TOKEN_LIMIT)
+    return None
+
+  def _turn_room(self) -> tuple[int, str | None]:
+    """Tokens that may be sampled now, and the stop reason if there are none."""
+    if not self.transcript.turn_is_open and len(self.transcript.turns) >= self.limits.max_turns:
+      return 0, rollout_lib.TURN_LIMIT
+    turn, total = self.limits.max_new_tokens_per_turn - self._turn_used(), self._token_room()
+    if total < 1:
+      return 0, rollout_lib.TOKEN_LIMIT
+    return min(turn, total), rollout_lib.LENGTH if turn < 1 else None
+
+  def _token_room(self) -> int:
+    """Expanded tokens that still fit the response and the total budget."""
+    length = self.transcript.expanded_length
+    return min(self.limits.max_response_tokens - (length - self.prompt_expanded),
+               self.limits.max_total_tokens - length)
+
+  def _turn_used(self) -> int:
+    """Tokens already sampled in the open turn."""
+    return len(self._last_turn()) if self.transcript.turn_is_open else 0
+
+  def _turn_number(self) -> int:
+    """Number of the turn being sampled or acted on, from 0."""
+    turns = len(self.transcript.turns)
+    return turns - 1 if self.transcript.turn_is_open or self.transcript.turn_is_closed else turns
+
+  def _check(self, sample: Sample) -> None:
+    """Holds the engine to its contract; a client that re-tokenises prompts is caught here."""
+    if sample.prompt_tokens != self.transcript.expanded_length:
+      raise TranscriptError(f"the engine saw a prompt of {sample.prompt_tokens} tokens, the "
+                            f"transcript has {self.transcript.expanded_length} (expanded)")
+    if sample.finish_reason == "stop" and not (
+        sample.ids and sample.ids[-1] in self.transcript.special.stop_ids):
+      raise TranscriptError("the engine says 'stop' but the last token is not a stop token")
+
+  def _fail(self, message: str) -> str:
+    self.error = message
+    return rollout_lib.ENGINE_ERROR
+
+  # ---- act: run the calls of the finished turn ----
+
+  async def _act(self) -> str | None:
+    turn = self.state.turn = self._turn_number()
+    calls = self._parse(self._last_turn())
+    if not calls:
+      return rollout_lib.NO_ANSWER if self.answer() is None else rollout_lib.ANSWER
+    ended = self.transcript.ids[-1] != self.transcript.special.im_end
+    if ended or turn + 1 >= self.limits.max_turns:
+      self.calls += [self._record(call, "not_run", 0.0) for call in calls]
+      return rollout_lib.NO_ANSWER if ended else rollout_lib.TURN_LIMIT
+    texts: list[tuple[str, int]] = []
+    shown: list[EpisodeImage] = []
+    for call in calls:
+      begin = time.perf_counter()
+      observation, new = self._fit(await self._call(call), call, texts, shown)
+      texts.append((observation.text, len(new)))
+      shown += new
+      self.state.images += [image.original for image in new]
+      self.calls.append(self._record(call, observation.error, time.perf_counter() - begin))
+    if not self._fits(texts, shown):
+      return rollout_lib.TOKEN_LIMIT
+    self.transcript.append_observation(self.chat.observation_ids(texts), shown)
+    self.state.history += [call for call in calls if isinstance(call, ToolCall)]
+    return None
+
+  async def _call(self, call: ToolCall | parse.CallError) -> Observation:
+    if isinstance(call, ToolCall):
+      return await self.tools.call(call.name, call.arguments, self.state)
+    return self.tools.reject(call, self.state)
+
+  def _fit(self, observation: Observation, call, texts: Sequence[tuple[str, int]],
+           shown: Sequence[EpisodeImage]) -> tuple[Observation, list[EpisodeImage]]:
+    """The observation with its images ready to show, or one that says why they are not shown."""
+    if not observation.images:
+      return observation, []
+    have = len(self.state.images)
+    if have + len(observation.images) > self.limits.max_images:
+      return failure(rollout_lib.IMAGE_LIMIT, f"the image is not shown: at most "
+                     f"{self.limits.max_images} images are allowed and there are {have}"), []
+    try:
+      new = [EpisodeImage(image, self.images.processor(image, self.images.tool), call.name)
+             for image in observation.images]
+    except ImageError as error:
+      return failure("bad_image", f"the image cannot be shown: {error}"), []
+    if not self._fits([*texts, (observation.text, len(new))], [*shown, *new]):
+      return failure(rollout_lib.IMAGE_LIMIT,
+                     "the image is not shown: it does not fit the rest of the token budget"), []
+    return observation, new
+
+  def _fits(self, texts: Sequence[tuple[str, int]], shown: Sequence[EpisodeImage]) -> bool:
+    """True when this observation leaves room for at least one token of the next turn."""
+    ids = self.chat.observation_ids(texts)
+    return len(ids) + sum(i.shown.num_tokens - 1 for i in shown) < self._token_room()
+
+  def _record(self, call: ToolCall | parse.CallError, error: str | None,
+              seconds: float) -> CallRecord:
+    name, arguments = ((call.name, call.arguments) if isinstance(call, ToolCall) else ("", {}))
+    return CallRecord(self.state.turn, name, arguments, error, seconds)
+
+  # ---- read the transcript ----
+
+  def _last_turn(self) -> list[int]:
+    start, stop = self.transcript.turns[-1]
+    return self.transcript.ids[start:stop]
+
+  def _parse(self, ids: Sequence[int]) -> list[ToolCall | parse.CallError]:
+    return parse.parse_turn(ids, self.transcript.special, self.chat.decode)
+
+  def _past_calls(self) -> list[ToolCall]:
+    """Calls of the turns that already have their observation."""
+    turns = self.transcript.turns
+    if self.transcript.turn_is_open or self.transcript.turn_is_closed:
+      turns = turns[:-1]
+    return [call for start, stop in turns for call in self._parse(self.transcript.ids[start:stop])
+            if isinstance(call, ToolCall)]
