@@ -24,6 +24,8 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 
+import PIL.Image
+
 from axpo_jax.agent import parse, rewards
 from axpo_jax.agent import rollout as rollout_lib
 from axpo_jax.agent.parse import SpecialIds, ToolCall
@@ -59,18 +61,17 @@ class EpisodeLimits:
   deadline: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageSettings:
-  """How the policy is shown images: a processor, and the pixel limits of each origin."""
-
-  processor: ImageProcessor
-  question: ImageLimits
-  tool: ImageLimits
-
-
 def start_transcript(question: Question, chat: Chat, tools: ToolBox, system: str,
-                     images: ImageSettings) -> Transcript:
+                     processor: ImageProcessor, image_limits: ImageLimits) -> Transcript:
   """The prompt of an episode. The N rollouts of a question may share it: it is never changed.
+
+  Args:
+    question: text and images.
+    chat: renders the prompt.
+    tools: listed in the system message.
+    system: system prompt.
+    processor: makes the question's images fit for the policy.
+    image_limits: pixels the policy is shown of each of them.
 
   Raises:
     axpo_jax.data.question.ImageError: an image cannot be opened.
@@ -81,14 +82,14 @@ def start_transcript(question: Question, chat: Chat, tools: ToolBox, system: str
   ids = chat.prompt_ids(system, tools.schemas(), question.text, len(originals))
   transcript = Transcript(SpecialIds.from_chat(chat))
   transcript.append_prompt(ids, [
-      EpisodeImage(original, images.processor(original, images.question), "question")
+      EpisodeImage(original, processor(original, image_limits), "question")
       for original in originals])
   return transcript
 
 
-async def continue_episode(transcript: Transcript, question: Question, *, engine: Engine,
+async def continue_episode(transcript: Transcript, question: Question, engine: Engine,
                            tools: ToolBox, limits: EpisodeLimits, sampling: SamplingParams,
-                           chat: Chat, images: ImageSettings, seed: int,
+                           chat: Chat, processor: ImageProcessor, seed: int, *,
                            judge: Judge | None = rewards.judge, session: str = "") -> Rollout:
   """Continues a transcript to its end.
 
@@ -101,7 +102,7 @@ async def continue_episode(transcript: Transcript, question: Question, *, engine
     sampling: how to sample; max_new_tokens is set per turn, and stop and banned ids come from
       `chat` where they are empty.
     chat: renders observations.
-    images: how tool images are shown.
+    processor: makes the tools' images fit for the policy.
     seed: of the episode; turn t samples with `turn_seed(seed, t)`.
     judge: reward of an answer; None leaves the reward at 0 for the caller to fill.
     session: routing key; the question's id by default, so that all rollouts and resamples of a
@@ -113,7 +114,7 @@ async def continue_episode(transcript: Transcript, question: Question, *, engine
   Raises:
     TranscriptError: the transcript is empty or was cut inside an observation.
   """
-  episode = _Episode(transcript.copy(), question, engine, tools, limits, chat, images, seed)
+  episode = _Episode(transcript.copy(), question, engine, tools, limits, chat, processor, seed)
   episode.sampling = dataclasses.replace(
       sampling, stop_ids=sampling.stop_ids or tuple(chat.stop_ids),
       banned_ids=sampling.banned_ids or tuple(chat.banned_ids))
@@ -146,7 +147,7 @@ class _Episode:
   session: str
 
   def __init__(self, transcript: Transcript, question: Question, engine: Engine, tools: ToolBox,
-               limits: EpisodeLimits, chat: Chat, images: ImageSettings, seed: int):
+               limits: EpisodeLimits, chat: Chat, processor: ImageProcessor, seed: int):
     if not transcript.ids or transcript.kinds[-1] == Kind.OBSERVATION:
       raise TranscriptError("only a prompt, or a transcript cut inside or after a turn, can be "
                             "continued; this one is empty or ends inside an observation")
@@ -155,7 +156,7 @@ class _Episode:
     self.tools = tools
     self.limits = limits
     self.chat = chat
-    self.images = images
+    self.processor = processor
     self.seed = seed
     self.calls: list[CallRecord] = []
     self.prompt_tokens = self.cached_tokens = 0
@@ -287,14 +288,19 @@ class _Episode:
       return failure(rollout_lib.IMAGE_LIMIT, f"the image is not shown: at most "
                      f"{self.limits.max_images} images are allowed and there are {have}"), []
     try:
-      new = [EpisodeImage(image, self.images.processor(image, self.images.tool), call.name)
-             for image in observation.images]
+      new = [self._show(image, call.name) for image in observation.images]
     except ImageError as error:
       return failure("bad_image", f"the image cannot be shown: {error}"), []
     if not self._fits([*texts, (observation.text, len(new))], [*shown, *new]):
       return failure(rollout_lib.IMAGE_LIMIT,
                      "the image is not shown: it does not fit the rest of the token budget"), []
     return observation, new
+
+  def _show(self, image: PIL.Image.Image, tool: str) -> EpisodeImage:
+    """A tool's image, with its sides rounded to the factor where the tool has not done so."""
+    least = self.processor.factor**2
+    limits = ImageLimits(least, max(least, image.width * image.height))
+    return EpisodeImage(image, self.processor(image, limits), tool)
 
   def _fits(self, texts: Sequence[tuple[str, int]], shown: Sequence[EpisodeImage]) -> bool:
     """True when this observation leaves room for at least one token of the next turn."""

@@ -93,7 +93,7 @@ class Rollout:
   @property
   def response_tokens(self) -> int:
     """Tokens that were sampled."""
-    return int(self.transcript.sampled.sum())
+    return int(self.transcript.sampled_mask().sum())
 
   def confidence(self) -> float | None:
     """Mean probability the sampling policy gave the first call's tokens, tags included.

@@ -32,7 +32,8 @@ import PIL.Image
 from axpo_jax.agent import parse
 from axpo_jax.agent.parse import SpecialIds
 
-if TYPE_CHECKING:  # its import takes a second, and only the type is needed
+if TYPE_CHECKING:  # their imports take a second, and only the types are needed
+  from axpo_jax.model.chat import Chat
   from axpo_jax.model.images import ProcessedImage
 
 
@@ -216,10 +217,14 @@ class Transcript:
     """Number of tokens of the expanded form."""
     return len(self.ids) + sum(image.shown.num_tokens - 1 for image in self.images)
 
-  @property
-  def sampled(self) -> np.ndarray:
+  def sampled_mask(self) -> np.ndarray:
     """bool [C]: True where the token was sampled, that is, where it may carry loss."""
     return np.array([kind in SAMPLED_KINDS for kind in self.kinds], bool)
+
+  def response(self, chat: Chat) -> str:
+    """Text of the last turn, special tokens included; "" before the first."""
+    turns = self.turns
+    return chat.decode(self.ids[slice(*turns[-1])]) if turns else ""
 
   def first_call_span(self) -> tuple[int, int] | None:
     """Collapsed [start, stop) of the first tool call, tags included; None without a call."""

@@ -33,7 +33,8 @@ class Observation:
 
   Attributes:
     text: shown first.
-    images: shown after the text, and appended to the episode's images.
+    images: shown after the text, and appended to the episode's images. At the size the policy
+      shall see: the loop only rounds their sides to what the vision tower can take.
     error: None when the call worked, else the kind of the error.
   """
 

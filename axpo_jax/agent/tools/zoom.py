@@ -52,8 +52,8 @@ class ImageZoomIn(Tool):
   """The zoom tool.
 
   Args:
-    factor: sides of the crop are multiples of this many pixels (patch size times merge size).
     limits: pixels of the magnified crop.
+    factor: sides of the crop are multiples of this many pixels (patch size times merge size).
     min_side: a shorter side of the region grows to this, in pixels of the original image.
   """
 
@@ -63,7 +63,7 @@ class ImageZoomIn(Tool):
   aliases = ("image_zoom_in_tool",)
   argument_aliases: ClassVar = {"bbox": "bbox_2d", "image_index": "img_idx"}
 
-  def __init__(self, factor: int = 32, limits: ImageLimits = QWEN_LIMITS, min_side: int = 32):
+  def __init__(self, limits: ImageLimits = QWEN_LIMITS, *, factor: int = 32, min_side: int = 32):
     self.factor = factor
     self.limits = limits
     self.min_side = min_side
