@@ -15,6 +15,7 @@ Legend: B batch, T queries, S keys, H heads, K kv heads, G = H / K, D head size.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -65,8 +66,8 @@ def attend(
   """
   if sees.masks is not None:
     return _attend(q_BxTxHxD, blocks, sees.masks)
-  chunk, length = sees.chunk, q_BxTxHxD.shape[1]
-  split = lambda x: _chunks(x, chunk)
+  length = q_BxTxHxD.shape[1]
+  split = functools.partial(_chunks, chunk=sees.chunk)
 
   # Without the checkpoint, the map would keep every chunk's probabilities for the backward pass.
   @jax.checkpoint
@@ -74,7 +75,7 @@ def attend(
     q, tags = args
     return _attend(q, blocks, [_mask(tags, k) for k in sees.keys])
 
-  out = jax.lax.map(one, (split(q_BxTxHxD), jax.tree.map(split, sees.queries)))
+  out = jax.lax.map(one, jax.tree.map(split, (q_BxTxHxD, sees.queries)))
   return out.swapaxes(0, 1).reshape(q_BxTxHxD.shape[0], -1, *q_BxTxHxD.shape[2:])[:, :length]
 
 

@@ -1,0 +1,378 @@
+"""Hugging Face checkpoints of Qwen3-VL, in and out.
+
+One table (`name_table`) says for every parameter of ours which tensors of a checkpoint it is made
+of; loading and saving both read it. A weight matrix is [out, in] there and [in, out...] here,
+layers are separate tensors there and one stacked array here: reshapes and transposes only, so
+values survive a round trip bit for bit (bfloat16 through float32 and back included).
+
+Loading reads one tensor at a time and keeps only the parts that this process's devices hold;
+saving fetches one shard file at a time. Peak host memory is one stacked parameter's local part, or
+one shard.
+
+Legend: L layers, V vocabulary, D model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from axpo_jax.model import sharding
+from axpo_jax.model.config import ModelConfig
+from axpo_jax.model.qwen3_vl import Qwen3VL
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+# What a tokenizer or image processor leaves beside the weights; copied as they are.
+_COMPANIONS = (
+  "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+  "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
+  "preprocessor_config.json", "video_preprocessor_config.json", "generation_config.json",
+)  # fmt: skip
+
+Path_ = tuple[str, ...]
+
+
+class CheckpointMismatch(ValueError):
+  """A checkpoint's tensors are not those of the config; the message lists every one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One tensor of a checkpoint.
+
+  name, shape: the tensor's, there.
+  path: our parameter. layer: its place in the stacked parameter, None if not stacked.
+  matrix: [out, in...] there and transposed here; else the same order of values.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  path: Path_
+  layer: int | None = None
+  matrix: bool = False
+
+  def to_ours(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The tensor as one layer of our parameter, whose shape without the stack is `shape`."""
+    if self.matrix:
+      tensor = tensor.reshape(tensor.shape[0], -1).T
+    return tensor.reshape(shape)
+
+  def to_hf(self, ours: np.ndarray) -> np.ndarray:
+    """One layer of our parameter as the checkpoint's tensor, contiguous."""
+    if self.matrix:
+      ours = ours.reshape(-1, self.shape[0]).T
+    return np.ascontiguousarray(ours.reshape(self.shape))
+
+
+def name_table(config: ModelConfig) -> list[Entry]:
+  """Every tensor of a checkpoint of this config, in the order of the forward pass."""
+  return [*_vision_entries(config), *_text_entries(config)]
+
+
+def load_config(path: str | os.PathLike, **options) -> ModelConfig:
+  """The config of a checkpoint folder; `options` as in `ModelConfig.from_hf`."""
+  return ModelConfig.from_hf(path, **options)
+
+
+def abstract_params(config: ModelConfig) -> nnx.State:
+  """Shapes, dtypes and logical axes of the parameters, without making any."""
+  return nnx.eval_shape(lambda: nnx.state(Qwen3VL(config, rngs=nnx.Rngs(0)), nnx.Param))
+
+
+def load_params(
+  path: str | os.PathLike,
+  config: ModelConfig,
+  *,
+  mesh: jax.sharding.Mesh | None = None,
+  rules: sharding.Rules | None = None,
+) -> nnx.State:
+  """Reads a checkpoint folder (one safetensors file, or shards with an index).
+
+  Parameters get config.param_dtype and, with a mesh, the sharding that their logical axes ask for
+  (else the default device). Merge them with the graph of any `Qwen3VL(config)`.
+
+  Raises: CheckpointMismatch listing all unknown, missing and misshapen tensors, before anything
+    is read; FileNotFoundError if the folder holds no safetensors.
+  """
+  abstract = abstract_params(config)
+  shardings = (
+    jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract)
+    if mesh is None
+    else sharding.param_shardings(abstract, mesh, rules)
+  )
+  with _Reader(Path(path)) as reader:
+    table = name_table(config)
+    _check(reader.shapes(), table, tied=config.text.tie_word_embeddings)
+    entries: dict[Path_, list[Entry]] = {}
+    for entry in table:
+      entries.setdefault(entry.path, []).append(entry)
+
+    def load(path, leaf, target):
+      return _load_leaf(reader.read, entries[_names(path)], leaf, target)
+
+    return jax.tree_util.tree_map_with_path(load, abstract, shardings)
+
+
+def save_checkpoint_hf(
+  path: str | os.PathLike,
+  params: Qwen3VL | nnx.State,
+  config: ModelConfig,
+  *,
+  max_shard_bytes: int = 5_000_000_000,
+  dtype: str | None = None,
+  tokenizer_from: str | os.PathLike | None = None,
+) -> None:
+  """Writes a checkpoint folder that `transformers` and SGLang load.
+
+  The folder appears complete or not at all. In a run of several processes all of them must call
+  this; the first one writes.
+
+  Args:
+    params: a model or its parameters; pure dicts and optimizer wrappers are not accepted.
+    max_shard_bytes: a larger model is split over several files with an index.
+    dtype: of the written tensors, "bfloat16" or "float32"; None keeps config.param_dtype.
+    tokenizer_from: a folder whose tokenizer, chat template and processor files are copied.
+  Raises: FileExistsError if the folder exists and is not empty.
+  """
+  path, dtype = Path(path), dtype or config.param_dtype
+  leader = jax.process_index() == 0
+  if leader and path.exists() and any(path.iterdir()):
+    raise FileExistsError(f"{path} is not empty; save to a new folder or remove it first")
+  state = nnx.state(params, nnx.Param) if isinstance(params, nnx.Module) else params
+  leaves = {_names(p): v for p, v in jax.tree_util.tree_flatten_with_path(state)[0]}
+  table = name_table(config)
+  shards = _plan_shards(table, jnp.dtype(dtype), max_shard_bytes)
+  staging = path.with_name(path.name + ".partial")
+  if leader:
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+  for file, members in shards.items():
+    tensors = {e.name: e.to_hf(_fetch(leaves[e.path], e.layer, dtype)) for e in members}
+    if leader:
+      save_file(tensors, staging / file, metadata={"format": "pt"})
+  if leader:
+    _write_rest(staging, config, dtype, shards, tokenizer_from)
+    if path.exists():
+      path.rmdir()
+    staging.rename(path)
+
+
+# The table ------------------------------------------------------------------------------------
+
+
+def _vision_entries(config: ModelConfig) -> list[Entry]:
+  v, root = config.vision, "model.visual"
+  D, F, merged = v.hidden_size, v.intermediate_size, v.hidden_size * v.merge_unit
+  conv = (D, v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
+  out = _linear(f"{root}.patch_embed.proj", ("vision", "patch"), conv)
+  positions = (v.num_position_embeddings, D)
+  out.append(Entry(f"{root}.pos_embed.weight", positions, ("vision", "positions")))
+  for i in range(v.depth):
+    hf, ours = f"{root}.blocks.{i}", ("vision", "blocks")
+    out += _norm(f"{hf}.norm1", (*ours, "norm1"), D, i)
+    out += _linear(f"{hf}.attn.qkv", (*ours, "qkv"), (3 * D, D), i)
+    out += _linear(f"{hf}.attn.proj", (*ours, "proj"), (D, D), i)
+    out += _norm(f"{hf}.norm2", (*ours, "norm2"), D, i)
+    out += _linear(f"{hf}.mlp.linear_fc1", (*ours, "fc1"), (F, D), i)
+    out += _linear(f"{hf}.mlp.linear_fc2", (*ours, "fc2"), (D, F), i)
+  mergers = [(f"{root}.merger", ("vision", "merger"), D, None)]
+  for i in range(len(v.deepstack_layers)):
+    mergers.append((f"{root}.deepstack_merger_list.{i}", ("vision", "deepstack"), merged, i))
+  for hf, ours, norm_size, i in mergers:
+    out += _norm(f"{hf}.norm", (*ours, "norm"), norm_size, i)
+    out += _linear(f"{hf}.linear_fc1", (*ours, "fc1"), (merged, merged), i)
+    out += _linear(f"{hf}.linear_fc2", (*ours, "fc2"), (v.out_hidden_size, merged), i)
+  return out
+
+
+def _text_entries(config: ModelConfig) -> list[Entry]:
+  t, root = config.text, "model.language_model"
+  D, F, h = t.hidden_size, t.intermediate_size, t.head_dim
+  matrices = {
+    "q": ("self_attn.q_proj", (t.num_heads * h, D)),
+    "k": ("self_attn.k_proj", (t.num_kv_heads * h, D)),
+    "v": ("self_attn.v_proj", (t.num_kv_heads * h, D)),
+    "o": ("self_attn.o_proj", (D, t.num_heads * h)),
+    "gate": ("mlp.gate_proj", (F, D)),
+    "up": ("mlp.up_proj", (F, D)),
+    "down": ("mlp.down_proj", (D, F)),
+  }
+  norms = {
+    "attn_norm": ("input_layernorm", D),
+    "mlp_norm": ("post_attention_layernorm", D),
+    "q_norm": ("self_attn.q_norm", h),
+    "k_norm": ("self_attn.k_norm", h),
+  }
+  table = (t.vocab_size, D)
+  out = [Entry(f"{root}.embed_tokens.weight", table, ("text", "embedding"))]
+  for i in range(t.num_layers):
+    hf, ours = f"{root}.layers.{i}", ("text", "layers")
+    for name, (theirs, size) in norms.items():
+      out.append(Entry(f"{hf}.{theirs}.weight", (size,), (*ours, name, "scale"), i))
+    for name, (theirs, shape) in matrices.items():
+      out += _linear(f"{hf}.{theirs}", (*ours, name), shape, i, bias=False)
+  out.append(Entry(f"{root}.norm.weight", (D,), ("text", "norm", "scale")))
+  if not t.tie_word_embeddings:
+    out.append(Entry("lm_head.weight", table, ("text", "head")))
+  return out
+
+
+def _linear(hf: str, path: Path_, shape, layer: int | None = None, bias=True) -> list[Entry]:
+  weight = Entry(f"{hf}.weight", shape, (*path, "kernel"), layer, matrix=True)
+  return [weight, *([Entry(f"{hf}.bias", shape[:1], (*path, "bias"), layer)] if bias else [])]
+
+
+def _norm(hf: str, path: Path_, size: int, layer: int | None = None) -> list[Entry]:
+  return [
+    Entry(f"{hf}.weight", (size,), (*path, "scale"), layer),
+    Entry(f"{hf}.bias", (size,), (*path, "bias"), layer),
+  ]
+
+
+# Loading --------------------------------------------------------------------------------------
+
+
+class _Reader(contextlib.ExitStack):
+  """The tensors of all safetensors files of a folder, by name; files are memory-mapped."""
+
+  def __init__(self, folder: Path):
+    super().__init__()
+    self._files = {}
+    for file in _safetensors_files(folder):
+      handle = self.enter_context(safe_open(file, framework="numpy"))
+      self._files.update(dict.fromkeys(handle.keys(), handle))
+
+  def shapes(self) -> dict[str, tuple[int, ...]]:
+    return {n: tuple(f.get_slice(n).get_shape()) for n, f in self._files.items()}
+
+  def read(self, name: str) -> np.ndarray:
+    return self._files[name].get_tensor(name)
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+  if (folder / INDEX_FILE).exists():
+    index = json.loads((folder / INDEX_FILE).read_text())
+    files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+  else:
+    files = [folder / SINGLE_FILE]
+  if lost := [str(f) for f in files if not f.exists()]:
+    raise FileNotFoundError(
+      f"no {', '.join(lost)}; a checkpoint folder holds {SINGLE_FILE}, or {INDEX_FILE} and the "
+      "shards that it names"
+    )
+  return files
+
+
+def _check(found: Mapping[str, tuple[int, ...]], table: list[Entry], *, tied: bool) -> None:
+  wanted = {entry.name: entry.shape for entry in table}
+  # Some writers store the tied head a second time; it is the embedding.
+  ignored = {"lm_head.weight"} if tied else set()
+  problems = {
+    "missing": [f"{n} {list(s)}" for n, s in wanted.items() if n not in found],
+    "unknown": [f"{n} {list(s)}" for n, s in found.items() if n not in wanted.keys() | ignored],
+    "misshapen": [
+      f"{n} is {list(found[n])}, the config needs {list(s)}"
+      for n, s in wanted.items()
+      if n in found and found[n] != s
+    ],
+  }
+  lines = [f"  {kind}: {item}" for kind, items in problems.items() for item in sorted(items)]
+  if lines:
+    raise CheckpointMismatch(
+      f"{len(lines)} tensors do not fit the config (is it this checkpoint's config.json?):\n"
+      + "\n".join(lines)
+    )
+
+
+def _load_leaf(
+  read: Callable[[str], np.ndarray], entries: list[Entry], leaf: Any, target: jax.sharding.Sharding
+) -> jax.Array:
+  """One parameter, each tensor read once, only this process's parts kept."""
+  shape, dtype = leaf.shape, leaf.dtype
+  places = target.addressable_devices_indices_map(shape)
+  bounds = {d: tuple(s.indices(n)[:2] for s, n in zip(i, shape)) for d, i in places.items()}
+  parts = {b: np.empty([stop - start for start, stop in b], dtype) for b in bounds.values()}
+  for entry in entries:
+    # As if unstacked: a parameter that is not stacked is a stack of one.
+    stacked = entry.layer is not None
+    held = {b: p for b, p in parts.items() if not stacked or b[0][0] <= entry.layer < b[0][1]}
+    if not held:
+      continue
+    tensor = entry.to_ours(read(entry.name), shape[1:] if stacked else shape)
+    for b, part in held.items():
+      window = tuple(slice(*r) for r in (b[1:] if stacked else b))
+      part[entry.layer - b[0][0] if stacked else ...] = tensor[window]
+  arrays = [jax.device_put(parts[b], d) for d, b in bounds.items()]
+  return jax.make_array_from_single_device_arrays(shape, target, arrays)
+
+
+def _names(path) -> Path_:
+  """A jax key path as names, without nnx.Variable's own level."""
+  names = (getattr(k, "key", getattr(k, "name", None)) for k in path)
+  return tuple(n for n in names if isinstance(n, str) and n not in ("value", "raw_value"))
+
+
+# Saving ---------------------------------------------------------------------------------------
+
+
+def _fetch(leaf: jax.Array, layer: int | None, dtype: str) -> np.ndarray:
+  value = leaf if layer is None else leaf[layer]
+  value = value.astype(dtype)
+  if not value.is_fully_addressable:
+    return multihost_utils.process_allgather(value, tiled=True)
+  return np.asarray(value)
+
+
+def _plan_shards(table: list[Entry], dtype: np.dtype, limit: int) -> dict[str, list[Entry]]:
+  """File name -> its tensors, filled in order; a tensor larger than the limit has its own file."""
+  groups: list[list[Entry]] = [[]]
+  room = limit
+  for entry in table:
+    size = math.prod(entry.shape) * dtype.itemsize
+    if size > room and groups[-1]:
+      groups.append([])
+      room = limit
+    groups[-1].append(entry)
+    room -= size
+  if len(groups) == 1:
+    return {SINGLE_FILE: groups[0]}
+  return {f"model-{i:05}-of-{len(groups):05}.safetensors": g for i, g in enumerate(groups, 1)}
+
+
+def _write_rest(folder: Path, config, dtype, shards, tokenizer_from) -> None:
+  if len(shards) > 1:
+    total = sum(math.prod(e.shape) for g in shards.values() for e in g) * jnp.dtype(dtype).itemsize
+    weight_map = {e.name: file for file, group in shards.items() for e in group}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2))
+  # Both spellings: transformers 5 and SGLang read `dtype`, transformers 4 `torch_dtype`.
+  raw = {**config.to_hf(), "dtype": dtype, "torch_dtype": dtype}
+  (folder / "config.json").write_text(json.dumps(raw, indent=2))
+  for name in _COMPANIONS if tokenizer_from is not None else ():
+    source = Path(tokenizer_from) / name
+    if source.exists():
+      shutil.copy(source, folder / name)
+
+
+def iter_hf(params: nnx.State, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
+  """(checkpoint name, tensor) of every parameter, in its own dtype; also fits gradients."""
+  leaves = {_names(p): v for p, v in jax.tree_util.tree_flatten_with_path(params)[0]}
+  for entry in name_table(config):
+    leaf = leaves[entry.path]
+    yield entry.name, entry.to_hf(_fetch(leaf, entry.layer, str(leaf.dtype)))
