@@ -10,12 +10,12 @@ import dataclasses
 import io
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Union
+from typing import Any
 
 import PIL.Image
 
 # An image is opened only when it is needed: a path, the encoded bytes of a file, or pixels.
-ImageSource = Union[pathlib.Path, bytes, PIL.Image.Image]
+ImageSource = pathlib.Path | bytes | PIL.Image.Image
 
 IMAGE_MARK = "<image>"
 KINDS = ("auto", "choice", "math", "number", "text")
