@@ -32,29 +32,33 @@ class LossConfig:
     clip_high: epsilon_high (paper: 0.4).
     kl_coef: beta of the KL to the reference (paper: 1e-3); 0 leaves it out.
     kl_clamp: ours; |logp_ref - logp| is clamped to this many nats inside k3.
-    dual_clip: ours; lower bound `dual_clip * A` for A < 0 (arXiv 1912.09729; 3 is usual), 0 is off.
+    dual_clip: ours; lower bound `dual_clip * A` for A < 0 (arXiv 1912.09729; 3.0 is usual), None off.
     entropy_coef: ours; bonus per nat of policy entropy, 0 off.
     variant: "grpo", or "cispo" (arXiv 2506.13585: the clipped ratio is a constant weight).
     cispo_min_ratio: lower bound of CISPO's weight; 0 is none, as there.
     cispo_max_ratio: upper bound of CISPO's weight (5, as in arXiv 2510.13786).
     tis_cap: ours; cap of the token importance weight exp(old_logp - behaviour_logp) between trainer
-      and sampler; 0 trusts the sampler and leaves the weight out.
+      and sampler; None trusts the sampler and leaves the weight out.
+    aggregation: ours; "token_mean" over every unmasked token of the step, or "sequence_mean".
   """
 
   clip_low: float = 0.2
   clip_high: float = 0.4
   kl_coef: float = 1e-3
   kl_clamp: float = 10.0
-  dual_clip: float = 0.0
+  dual_clip: float | None = None
   entropy_coef: float = 0.0
   variant: str = "grpo"
   cispo_min_ratio: float = 0.0
   cispo_max_ratio: float = 5.0
-  tis_cap: float = 2.0
+  tis_cap: float | None = 2.0
+  aggregation: str = "token_mean"
 
   def __post_init__(self):
     if self.variant not in VARIANTS:
       raise ValueError(f"loss.variant={self.variant!r}; choose one of {VARIANTS}.")
+    if self.aggregation not in AGGREGATIONS:
+      raise ValueError(f"loss.aggregation={self.aggregation!r}; choose one of {AGGREGATIONS}.")
     if not (0 <= self.clip_low <= 1 and self.clip_high >= 0):
       raise ValueError(
         f"loss.clip_low={self.clip_low}, loss.clip_high={self.clip_high}; need 0 <= low <= 1, "
@@ -65,10 +69,10 @@ class LossConfig:
         f"loss.kl_coef={self.kl_coef} must be >= 0 and loss.kl_clamp={self.kl_clamp} in "
         f"(0, {_MAX_LOG_RATIO}]."
       )
-    if self.dual_clip and self.dual_clip <= 1:
-      raise ValueError(f"loss.dual_clip={self.dual_clip}; it must be > 1, or 0 for off.")
-    if self.tis_cap < 0:
-      raise ValueError(f"loss.tis_cap={self.tis_cap}; it must be > 0, or 0 for off.")
+    if self.dual_clip is not None and self.dual_clip <= 1:
+      raise ValueError(f"loss.dual_clip={self.dual_clip}; it must be > 1, or None for off.")
+    if self.tis_cap is not None and self.tis_cap <= 0:
+      raise ValueError(f"loss.tis_cap={self.tis_cap}; it must be > 0, or None for off.")
     if not 0 <= self.cispo_min_ratio <= self.cispo_max_ratio:
       raise ValueError(
         f"loss.cispo_min_ratio={self.cispo_min_ratio}, loss.cispo_max_ratio="
@@ -160,7 +164,7 @@ def _clipped_surrogate(ratio, logp, advantages, config):
     "clip_low": (ratio < 1 - config.clip_low) & (advantages < 0),
     "clip_high": (ratio > 1 + config.clip_high) & (advantages > 0),
   }
-  if config.dual_clip:
+  if config.dual_clip is not None:
     floor = config.dual_clip * advantages
     metrics["clip_dual"] = (advantages < 0) & (surrogate < floor)
     surrogate = jnp.where(advantages < 0, jnp.maximum(surrogate, floor), surrogate)
@@ -188,8 +192,8 @@ def _sampler_correction(old_logp, behaviour_logp, mask, config):
   """
   gap = old_logp - behaviour_logp
   raw = jnp.exp(jnp.clip(gap, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
-  cap = config.tis_cap or jnp.inf
-  tis = jnp.minimum(raw, cap) if config.tis_cap else jnp.ones_like(raw)
+  cap = jnp.inf if config.tis_cap is None else config.tis_cap
+  tis = jnp.ones_like(raw) if config.tis_cap is None else jnp.minimum(raw, cap)
   p, q = jnp.exp(old_logp), jnp.exp(behaviour_logp)
   totals = {
     "tis_weight": tis,
@@ -259,7 +263,7 @@ def aggregation_weights(
   if aggregation == "sequence_mean":
     weights_S = np.where(tokens_S > 0, 1.0 / np.maximum(tokens_S, 1), 0.0)
     return weights_S.astype(np.float32), float(max((tokens_S > 0).sum(), 1))
-  raise ValueError(f"aggregation={aggregation!r}; choose one of {AGGREGATIONS}.")
+  raise ValueError(f"loss.aggregation={aggregation!r}; choose one of {AGGREGATIONS}.")
 
 
 # metric name -> (sum, unit divided by the token count)

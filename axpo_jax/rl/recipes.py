@@ -27,9 +27,9 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
   "no_prefix_credit": {"credit.prefix_credit": "none"},
   "merged_group": {"credit.merge_resamples": True},
   # The paper's other recipes, all without resampling.
-  "grpo_x2": {"resample.ratio": 0.0, "rollouts": 16},
-  "tool_bonus": {"resample.ratio": 0.0, "tool_bonus": 0.2},
-  "tool_penalty": {"resample.ratio": 0.0, "tool_penalty": 1.0},
+  "grpo_x2": {"resample.ratio": 0.0, "num_rollouts": 16},
+  "tool_bonus": {"resample.ratio": 0.0, "shaping.tool_bonus": 0.2},
+  "tool_penalty": {"resample.ratio": 0.0, "shaping.tool_penalty": "otc"},
   "cispo": {"resample.ratio": 0.0, "loss.variant": "cispo"},
   # Beyond the paper.
   "mean_credit": {"credit.prefix_credit": "mean"},
@@ -45,21 +45,21 @@ class ShapingConfig:
   Attributes:
     tool_bonus: added to the reward of a tool-using rollout, in units of reward.
     tool_bonus_needs_right: True pays the bonus to right rollouts only (as DeepEyes does).
-    tool_penalty: strength of OTC (arXiv 2504.14870, the GRPO form) in 0..1: a right answer is worth
-      less the more calls it took beyond the fewest that were enough in its group; 1 is OTC itself.
+    tool_penalty: "none", or "otc" (arXiv 2504.14870, the GRPO form): a right answer is worth less
+      the more calls it took beyond the fewest that were enough in its group.
     otc_smoothing: c of that rule; larger is milder where no call is needed.
   """
 
   tool_bonus: float = 0.0
   tool_bonus_needs_right: bool = True
-  tool_penalty: float = 0.0
+  tool_penalty: str = "none"
   otc_smoothing: float = 3.0
 
   def __post_init__(self):
-    if not 0 <= self.tool_penalty <= 1:
-      raise ValueError(f"tool_penalty={self.tool_penalty}; it must lie in 0..1 (1 is OTC).")
+    if self.tool_penalty not in ("none", "otc"):
+      raise ValueError(f"shaping.tool_penalty={self.tool_penalty!r}; choose 'none' or 'otc'.")
     if not self.otc_smoothing > 0:
-      raise ValueError(f"otc_smoothing={self.otc_smoothing}; it must be > 0.")
+      raise ValueError(f"shaping.otc_smoothing={self.otc_smoothing}; it must be > 0.")
 
 
 def check(resample: ResampleConfig, credit: CreditConfig) -> None:
@@ -89,9 +89,8 @@ def shape_rewards(
   if rewards_N.shape != num_calls_N.shape:
     raise ValueError(f"{rewards_N.size} rewards but {num_calls_N.size} call counts.")
   right_N = is_right(rewards_N)
-  if config.tool_penalty:
-    factors_N = otc_factors(right_N, num_calls_N, config.otc_smoothing)
-    rewards_N = rewards_N * (1 - config.tool_penalty * (1 - factors_N))
+  if config.tool_penalty == "otc":
+    rewards_N = rewards_N * otc_factors(right_N, num_calls_N, config.otc_smoothing)
   if config.tool_bonus:
     paid_N = (num_calls_N > 0) & (right_N | (not config.tool_bonus_needs_right))
     rewards_N = rewards_N + config.tool_bonus * paid_N
