@@ -74,7 +74,7 @@ def test_resampling_masks_the_sources_own_continuation_and_the_copied_prefixes()
   sources = sum(len(g.branches) for g in groups)
   assert sources == 3  # floor(0.25 * 48 / 4)
   _, grad = loss_and_grad(credits)
-  grad = np.asarray(grad)
+  grad = np.array(grad)
   for credit, row in zip(credits, grad):
     live = {"all": slice(2, None), "prefix": slice(2, PREFIX_END), "continuation": slice(PREFIX_END, None)}
     assert (row[live[credit.region]] != 0).any(), credit
