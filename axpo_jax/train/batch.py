@@ -1,0 +1,113 @@
+"""A micro-batch: its arrays, its place on the devices, its numbers, and its file.
+
+`packing.pack` makes Batches on the host; `step.Learner` eats them.
+
+Legend: B rows, T tokens of a row, R, P rows and patches of the vision tower.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from axpo_jax.model import sharding
+from axpo_jax.model.vision_inputs import VisionInputs
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batch:
+  """One micro-batch. Position t holds what concerns its prediction of token t + 1.
+
+  Attributes:
+    tokens_BxT: int32 ids, 0 on padding.
+    targets_BxT: int32, the next token of the same trajectory, 0 where there is none.
+    positions_BxTx3: int32 M-RoPE positions.
+    segments_BxT: int32, 0 for padding, else 1, 2, ... for the trajectories of the row.
+    image_index_BxT: int32, -1 or the token's place among the merged image tokens of `vision`.
+    weights_BxT: float32, weight of the target in the loss; 0 masks it.
+    advantages_BxT: float32.
+    behaviour_logp_BxT: float32, the sampler's log-probability of the target.
+    vision: packed patches; None (and image_index_BxT None) if no example of the `pack` call has an
+      image.
+    old_logp_BxT: float32, the target's log-probability under the weights at the start of the step;
+      None: the pass itself, so that the ratio is exactly one.
+    ref_logp_BxT: float32, the same under the fixed reference; None: no KL.
+  """
+
+  tokens_BxT: np.ndarray | jax.Array
+  targets_BxT: np.ndarray | jax.Array
+  positions_BxTx3: np.ndarray | jax.Array
+  segments_BxT: np.ndarray | jax.Array
+  image_index_BxT: np.ndarray | jax.Array | None
+  weights_BxT: np.ndarray | jax.Array
+  advantages_BxT: np.ndarray | jax.Array
+  behaviour_logp_BxT: np.ndarray | jax.Array
+  vision: VisionInputs | None = None
+  old_logp_BxT: np.ndarray | jax.Array | None = None
+  ref_logp_BxT: np.ndarray | jax.Array | None = None
+
+
+def place(batch: Batch, mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None) -> Batch:
+  """The batch on the devices: token rows over the batch axes, patch rows over the vision rows'."""
+
+  def put(path, x):
+    names = ("vision_rows", "patches") if path[0].name == "vision" else ("batch", "length")
+    names += (None,) * (x.ndim - 2)
+    label = sharding.path_name(path)
+    return jax.device_put(x, sharding.sharding_for(names, x.shape, mesh, rules, label=label))
+
+  return jax.tree_util.tree_map_with_path(put, batch)
+
+
+def batch_shards(mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None) -> int:
+  """Into how many parts the batch axis is split: a micro-batch's rows should be a multiple."""
+  axes = sharding.spec(("batch",), rules)[0] or ()
+  return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+
+
+def denominator(batches: Sequence[Batch]) -> float:
+  """What the summed loss of host batches is divided by: the sum of their weights, which is the
+  number of targets (token_mean) or of sequences that have any (sequence_mean); 1 if none."""
+  total = sum(float(np.sum(batch.weights_BxT, dtype=np.float64)) for batch in batches)
+  return total or 1.0
+
+
+def packing_metrics(batches: Sequence[Batch]) -> dict[str, float]:
+  """How full host batches are: counts, and the share of places that hold a token or a patch."""
+  tokens = sum(int((batch.segments_BxT > 0).sum()) for batch in batches)
+  places = sum(batch.segments_BxT.size for batch in batches)
+  out = {
+    "pack/micro_batches": len(batches),
+    "pack/sequences": sum(int(batch.segments_BxT.max(axis=1).sum()) for batch in batches),
+    "pack/tokens": tokens,
+    "pack/fill": tokens / max(places, 1),
+  }
+  if patches := [batch.vision.segments_RxP for batch in batches if batch.vision is not None]:
+    out["pack/images"] = sum(int(segments.max(axis=1).sum()) for segments in patches)
+    out["pack/vision_fill"] = sum((s > 0).sum() for s in patches) / sum(s.size for s in patches)
+  return {name: float(value) for name, value in out.items()}
+
+
+def save_batch(path: str | os.PathLike, batch: Batch) -> None:
+  """Writes every array of a batch to one .npz, for a look at a batch that broke the step."""
+  leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
+  arrays = {sharding.path_name(key): np.asarray(value) for key, value in leaves}
+  os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+  with open(path, "wb") as file:
+    np.savez_compressed(file, **arrays)
+
+
+def load_batch(path: str | os.PathLike) -> Batch:
+  """What `save_batch` wrote."""
+  with np.load(path) as file:
+    arrays = dict(file)
+  vision = {key.removeprefix("vision/"): arrays.pop(key)
+            for key in list(arrays) if key.startswith("vision/")}
+  arrays.setdefault("image_index_BxT", None)
+  return Batch(**arrays, vision=VisionInputs(**vision) if vision else None)

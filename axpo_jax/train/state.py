@@ -1,0 +1,206 @@
+"""The train state and the optimizer: parameters, AdamW moments, step and RNG, all sharded.
+
+In: a model config (or loaded parameters) and an OptimizerConfig. Out: a TrainState whose arrays lie
+where the mesh and the rules want them. The state is a plain pytree: SFT and RL share it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from axpo_jax.model import sharding
+from axpo_jax.model.config import ModelConfig
+from axpo_jax.model.qwen3_vl import Qwen3VL
+
+SCHEDULES = ("constant", "cosine")
+# The module of Qwen3VL that holds the vision tower and its mergers.
+VISION = "vision"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW, its schedule and what it trains.
+
+  Attributes:
+    learning_rate: the peak.
+    schedule: "constant", or "cosine" to zero at `total_steps`.
+    warmup: share of `total_steps` with a linearly rising rate. The first step already moves: step
+      s of w warm-up steps has (s + 1) / w of the peak.
+    total_steps: optimizer steps of the whole run.
+    weight_decay: decoupled; on the kernels of linear layers only, not on norms, biases, position
+      and token embeddings or the output head (tied to the embedding in the small sizes).
+    b1, b2, eps: Adam's.
+    clip_norm: largest global gradient norm; 0 = off.
+    mu_dtype: of the first moment. The second is always float32.
+    freeze_vision: the vision tower and its mergers get no gradient and no optimizer state.
+  """
+
+  learning_rate: float
+  total_steps: int
+  schedule: str = "constant"
+  warmup: float = 0.0
+  weight_decay: float = 0.01
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  clip_norm: float = 1.0
+  mu_dtype: str = "float32"
+  freeze_vision: bool = False
+
+  def __post_init__(self):
+    if self.schedule not in SCHEDULES:
+      raise ValueError(f"optimizer.schedule={self.schedule!r}; choose one of {SCHEDULES}")
+    if not 0 <= self.warmup <= 1:
+      raise ValueError(f"optimizer.warmup={self.warmup} is a share of all steps: 0 to 1")
+    if self.total_steps < 1:
+      raise ValueError(f"total_steps={self.total_steps} must be at least 1")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """All that a step changes.
+
+  Attributes:
+    params: all parameters, frozen ones included.
+    opt_state: optax state of the trained parameters.
+    step: int32, optimizer steps done.
+    rng: uint32 [2], the run's base key (raw, so that it can be stored as it is). It never changes:
+      randomness of step s comes from `jax.random.fold_in(state.rng, s)`.
+  """
+
+  params: nnx.State
+  opt_state: Any
+  step: jax.Array
+  rng: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """An optax transformation over the trained part of the parameters.
+
+  The transformation sees float32 gradients and float32 views of the parameters whatever their own
+  dtype, so moments and decay are computed in float32.
+  """
+
+  config: OptimizerConfig
+  schedule: optax.Schedule
+  transform: optax.GradientTransformation
+
+  def split(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """(trained, frozen) parameters."""
+    return nnx.split_state(params, self._trains, ...)
+
+  def init(self, params: nnx.State) -> Any:
+    return self.transform.init(_as_float32(self.split(params)[0]))
+
+  def step(self, trained: nnx.State, grads: nnx.State, opt_state: Any) -> tuple[nnx.State, Any]:
+    """(trained parameters, opt_state) after one update by float32 `grads`."""
+    master = _as_float32(trained)
+    updates, opt_state = self.transform.update(grads, opt_state, master)
+    master = optax.apply_updates(master, updates)
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), master, trained), opt_state
+
+  def _trains(self, path: tuple, _value: Any) -> bool:
+    return not (self.config.freeze_vision and path[0] == VISION)
+
+
+def make_schedule(config: OptimizerConfig) -> optax.Schedule:
+  """Learning rate of the optimizer step that is numbered from 0."""
+  warmup = round(config.warmup * config.total_steps)
+  rest = max(config.total_steps - warmup, 1)
+
+  def schedule(step):
+    rate = jnp.minimum(1.0, (step + 1) / max(warmup, 1)) if warmup else jnp.ones(())
+    if config.schedule == "cosine":
+      done = jnp.clip((step - warmup) / rest, 0.0, 1.0)
+      rate = rate * 0.5 * (1 + jnp.cos(jnp.pi * done))
+    return config.learning_rate * rate
+
+  return schedule
+
+
+def make_optimizer(config: OptimizerConfig) -> Optimizer:
+  """Clip by global norm, AdamW, learning rate."""
+  schedule = make_schedule(config)
+  clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+  return Optimizer(config, schedule, optax.chain(
+    clip,
+    optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.mu_dtype)),
+    optax.add_decayed_weights(config.weight_decay, mask=_decayed),
+    optax.scale_by_learning_rate(schedule)))
+
+
+def init_params(config: ModelConfig, seed: int, mesh: jax.sharding.Mesh,
+                rules: sharding.Rules | None = None) -> nnx.State:
+  """Random parameters, created in place on the mesh. Equal seeds give equal values on any mesh."""
+
+  def create():
+    return nnx.state(Qwen3VL(config, rngs=nnx.Rngs(seed)), nnx.Param)
+
+  shardings = sharding.param_shardings(nnx.eval_shape(create), mesh, rules)
+  return jax.jit(create, out_shardings=shardings)()
+
+
+def init_state(params: nnx.State, optimizer: Optimizer, seed: int, mesh: jax.sharding.Mesh,
+               rules: sharding.Rules | None = None) -> TrainState:
+  """A state at step 0 that *owns* `params`: the first step donates their buffers.
+
+  Keep a reference policy or a sampler's weights as a copy of their own (`copy_params`).
+  """
+  shardings = state_shardings(params, optimizer, mesh, rules)
+  opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+  params = jax.device_put(params, shardings.params)
+  step, rng = jax.device_put(
+    (jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.key(seed))),
+    (shardings.step, shardings.rng))
+  return TrainState(params, opt_state, step, rng)
+
+
+def abstract_state(params: nnx.State, optimizer: Optimizer, mesh: jax.sharding.Mesh,
+                   rules: sharding.Rules | None = None) -> TrainState:
+  """A TrainState of ShapeDtypeStructs with shardings; what a checkpoint is restored to.
+
+  Args:
+    params: arrays or ShapeDtypeStructs.
+  """
+  shapes = _state_shapes(params, optimizer)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes,
+    state_shardings(params, optimizer, mesh, rules))
+
+
+def state_shardings(params: nnx.State, optimizer: Optimizer, mesh: jax.sharding.Mesh,
+                    rules: sharding.Rules | None = None) -> TrainState:
+  """A TrainState of NamedShardings. Moments lie where their parameters lie."""
+  return sharding.param_shardings(_state_shapes(params, optimizer), mesh, rules)
+
+
+def copy_params(params: nnx.State, dtype: str | None = None) -> nnx.State:
+  """Parameters in buffers of their own with the same shardings, optionally in another dtype."""
+  return jax.tree.map(
+    lambda x: jnp.array(x, dtype=dtype and jnp.dtype(dtype), copy=True, device=x.sharding), params)
+
+
+def _state_shapes(params, optimizer) -> TrainState:
+  def create(params):
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32),
+                      jnp.zeros((2,), jnp.uint32))
+
+  return jax.eval_shape(create, params)
+
+
+def _as_float32(params):
+  return jax.tree.map(lambda x: x.astype(jnp.float32), params)
+
+
+def _decayed(params: nnx.State) -> nnx.State:
+  """True at the kernels of linear layers."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: "kernel" in sharding.path_name(path).split("/"), params)

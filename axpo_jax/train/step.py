@@ -1,0 +1,286 @@
+"""The learner's step: gradients added up over micro-batches, then one optimizer update.
+
+In: host Batches of one static shape and a TrainState. Out: the next TrainState and metrics. SFT and
+RL differ in their Objective alone. Losses and gradients are *sums* over targets; the update
+divides once, by a number that the host knows (`batch.denominator`), so the split into
+micro-batches and rows changes nothing.
+
+  learner = Learner(model_config, make_optimizer(...), policy_objective(LossConfig()), mesh,
+                    banned_ids=chat.banned_ids)
+  state = learner.init(params, seed)
+  state, result = learner.update(state, batches)      # dispatched; the host does not wait
+  metrics = learner.metrics(result, batches, folder)  # waits; raises NonFiniteError
+
+Legend: B rows, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from axpo_jax.model import sharding
+from axpo_jax.model.config import ModelConfig
+from axpo_jax.model.qwen3_vl import Qwen3VL
+from axpo_jax.rl import losses
+from axpo_jax.train.batch import Batch, denominator, place, save_batch
+from axpo_jax.train.logprobs import token_logprobs
+from axpo_jax.train.state import Optimizer, TrainState, abstract_state, init_state, state_shardings
+
+# Micro-batches on their way to the devices at once: one computes, one is being copied.
+_IN_FLIGHT = 2
+
+
+class NonFiniteError(FloatingPointError):
+  """A loss or gradient that is not finite.
+
+  Attributes:
+    micro_batches: which of the step's micro-batches it was; all of them if only their sum overflowed.
+    paths: where they were saved.
+  """
+
+  def __init__(self, message: str, micro_batches: Sequence[int], paths: Sequence[Path]):
+    super().__init__(message)
+    self.micro_batches, self.paths = tuple(micro_batches), tuple(paths)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """What is minimised.
+
+  Attributes:
+    loss: (logp_BxT, entropy_BxT, batch) -> summed loss, metric sums (names ending in _max are
+      maxima). Traced.
+    summarise: (metric sums of the whole step, denominator) -> logged metrics. On the host.
+  """
+
+  loss: Callable[[jax.Array, jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+  summarise: Callable[[Mapping[str, float], float], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+  """What an update reports, still on the devices.
+
+  Attributes:
+    sums: metric sums of every micro-batch.
+    applied: grad_norm, learning_rate, finite, step.
+    denominator: what the sums were divided by.
+  """
+
+  sums: list[dict[str, jax.Array]]
+  applied: dict[str, jax.Array]
+  denominator: float
+
+
+def supervised_objective() -> Objective:
+  """Cross-entropy of the targets."""
+
+  def loss(logp_BxT, entropy_BxT, batch):
+    mask_BxT = batch.weights_BxT != 0
+
+    def total(x_BxT):
+      return jnp.sum(jnp.where(mask_BxT, x_BxT, 0.0), dtype=jnp.float32)
+
+    nll = -total(logp_BxT * batch.weights_BxT)
+    sums = {"tokens": total(1.0), "nll": -total(logp_BxT), "entropy": total(entropy_BxT)}
+    return nll, jax.lax.stop_gradient(sums)
+
+  def summarise(sums, _denominator):
+    tokens = max(sums["tokens"], 1.0)
+    return {"train/loss_tokens": sums["tokens"], "train/nll": sums["nll"] / tokens,
+            "train/entropy": sums["entropy"] / tokens}
+
+  return Objective(loss, summarise)
+
+
+def policy_objective(config: losses.LossConfig) -> Objective:
+  """The clipped policy loss (`rl.losses.policy_loss`); the batch carries old and reference logp."""
+
+  def loss(logp_BxT, entropy_BxT, batch):
+    if not config.entropy_coef:
+      entropy_BxT = jax.lax.stop_gradient(entropy_BxT)  # only logged: no backward through it
+    return losses.policy_loss(
+      logp_BxT, batch.old_logp_BxT, batch.ref_logp_BxT, batch.behaviour_logp_BxT,
+      batch.advantages_BxT, batch.weights_BxT, config, entropy_BxT)
+
+  return Objective(loss, losses.summarise)
+
+
+class Learner:
+  """The jitted functions of training, bound to a model, an optimizer, an objective and a mesh.
+
+  Args:
+    config: of the model.
+    banned_ids: ids that the sampler cannot draw; left out of the softmax.
+    temperature: the sampler's.
+    chunk: tokens whose logits exist at once.
+  """
+
+  def __init__(self, config: ModelConfig, optimizer: Optimizer, objective: Objective,
+               mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None, *,
+               banned_ids: Sequence[int] = (), temperature: float = 1.0, chunk: int = 2048):
+    self.optimizer, self.objective, self.mesh, self.rules = optimizer, objective, mesh, rules
+    self._logprobs = functools.partial(
+      token_logprobs, banned_ids=tuple(banned_ids), temperature=temperature, chunk=chunk)
+    model = nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0)))
+    self._graphdef, self._abstract_params = nnx.split(model)
+    self._compile()
+
+  def _compile(self) -> None:
+    """Batches come placed (`place`), so their shardings are taken from the arguments."""
+    state = state_shardings(self._abstract_params, self.optimizer, self.mesh, self.rules)
+    grads = self.optimizer.split(state.params)[0]
+    self._zeros = jax.jit(self._zeros_fn, out_shardings=grads)
+    self._accumulate = jax.jit(
+      self._accumulate_fn, in_shardings=(state.params, grads, None), out_shardings=(grads, None),
+      donate_argnums=1)
+    self._apply = jax.jit(
+      self._apply_fn, in_shardings=(state, grads, None), out_shardings=(state, None),
+      donate_argnums=0)
+    self._score = jax.jit(self._forward, in_shardings=(state.params, None))
+
+  def init(self, params: nnx.State, seed: int) -> TrainState:
+    """A state at step 0. It owns `params`: the first update donates their buffers."""
+    return init_state(params, self.optimizer, seed, self.mesh, self.rules)
+
+  def abstract_state(self) -> TrainState:
+    """Shapes and shardings of the state: what a checkpoint is restored to."""
+    return abstract_state(self._abstract_params, self.optimizer, self.mesh, self.rules)
+
+  def update(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, StepResult]:
+    """One optimizer step over host micro-batches. Donates `state`.
+
+    The host runs at most two micro-batches ahead, so that patches do not pile up on the devices,
+    and does not wait for the end. A step whose gradient is not finite leaves the state as it was.
+    """
+    grads, sums = self.zeros(), []
+    for batch in batches:
+      grads, sums_of_batch = self.accumulate(state.params, grads, batch)
+      sums.append(sums_of_batch)
+      if len(sums) > _IN_FLIGHT:
+        jax.block_until_ready(sums[-_IN_FLIGHT - 1])
+    divisor = denominator(batches)
+    state, applied = self.apply(state, grads, divisor)
+    return state, StepResult(sums, applied, divisor)
+
+  def zeros(self) -> nnx.State:
+    """Gradient sums to start from: float32, one for every trained parameter."""
+    return self._zeros()
+
+  def accumulate(self, params: nnx.State, grads: nnx.State, batch: Batch
+                 ) -> tuple[nnx.State, dict[str, jax.Array]]:
+    """Adds one micro-batch's gradient sums to `grads` (donated); also its metric sums."""
+    return self._accumulate(params, grads, self._place(batch))
+
+  def apply(self, state: TrainState, grads: nnx.State, divisor: float
+            ) -> tuple[TrainState, dict[str, jax.Array]]:
+    """The optimizer update by grads / divisor. Donates `state`."""
+    return self._apply(state, grads, np.float32(divisor))
+
+  def score(self, params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(logp_BxT, entropy_BxT) float32 of the targets under any parameters."""
+    # Fields that scoring does not read would only make for more compiled versions.
+    batch = dataclasses.replace(batch, old_logp_BxT=None, ref_logp_BxT=None)
+    return self._score(params, self._place(batch))
+
+  def annotate(self, batches: Iterable[Batch], *, old: nnx.State | None = None,
+               reference: nnx.State | None = None) -> list[Batch]:
+    """The batches with log-probabilities under the weights at the start of the step (`old`) and
+    under the reference policy; None leaves the field as it is."""
+    out = []
+    for batch in batches:
+      added = {}
+      if old is not None:
+        added["old_logp_BxT"] = self.score(old, batch)[0]
+      if reference is not None:
+        added["ref_logp_BxT"] = self.score(reference, batch)[0]
+      if len(out) >= _IN_FLIGHT:
+        jax.block_until_ready((out[-_IN_FLIGHT].old_logp_BxT, out[-_IN_FLIGHT].ref_logp_BxT))
+      out.append(dataclasses.replace(batch, **added))
+    return out
+
+  def metrics(self, result: StepResult, batches: Sequence[Batch],
+              folder: str | os.PathLike) -> dict[str, float]:
+    """Logged metrics of an update; waits for the devices.
+
+    Raises:
+      NonFiniteError: a loss or gradient is not finite. The micro-batches to blame are saved in
+        `folder` as step_<n>_micro_<i>.npz (`batch.load_batch` reads them).
+    """
+    sums, applied = jax.device_get((result.sums, result.applied))
+    step = int(applied["step"])
+    bad = [i for i, s in enumerate(sums) if not s["finite"]]
+    if bad or not applied["finite"]:
+      raise _non_finite(step, bad or range(len(batches)), sums, applied, batches, Path(folder))
+    joined = functools.reduce(losses.add_metrics, [
+      {k: float(v) for k, v in s.items() if k != "finite"} for s in sums])
+    out = {"train/loss": joined.pop("loss") / result.denominator,
+           "train/grad_norm": float(applied["grad_norm"]),
+           "train/learning_rate": float(applied["learning_rate"]),
+           "train/denominator": result.denominator}
+    return out | self.objective.summarise(joined, result.denominator)
+
+  def _place(self, batch: Batch) -> Batch:
+    return place(batch, self.mesh, self.rules)
+
+  def _zeros_fn(self):
+    trained, _ = self.optimizer.split(self._abstract_params)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
+
+  def _forward(self, params, batch: Batch):
+    with sharding.use(self.mesh, self.rules):
+      model = nnx.merge(self._graphdef, params)
+      hidden_BxTxD, _ = model(
+        batch.tokens_BxT, batch.positions_BxTx3, batch.segments_BxT, vision=batch.vision,
+        image_index_BxT=batch.image_index_BxT)
+      return self._logprobs(hidden_BxTxD, model.unembedding(), batch.targets_BxT)
+
+  def _accumulate_fn(self, params, grads, batch: Batch):
+    trained, frozen = self.optimizer.split(params)
+
+    def loss(trained):
+      # Frozen parameters are constants here: no gradient of theirs is ever computed.
+      logp_BxT, entropy_BxT = self._forward(nnx.merge_state(trained, frozen), batch)
+      return self.objective.loss(logp_BxT, entropy_BxT, batch)
+
+    (value, sums), new = jax.value_and_grad(loss, has_aux=True)(trained)
+    new = jax.tree.map(lambda g: g.astype(jnp.float32), new)
+    finite = jnp.isfinite(value) & jnp.isfinite(optax.global_norm(new))
+    # An infinite loss may have finite gradients: poison the sum, so that `apply` leaves the state.
+    poison = jnp.where(finite, 0.0, jnp.nan)
+    grads = jax.tree.map(lambda total, g: total + g + poison, grads, new)
+    return grads, sums | {"loss": value, "finite": finite}
+
+  def _apply_fn(self, state: TrainState, grads, divisor):
+    grads = jax.tree.map(lambda g: g / divisor, grads)
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(norm)
+    trained, frozen = self.optimizer.split(state.params)
+    updated, opt_state = self.optimizer.step(trained, grads, state.opt_state)
+    new = (updated, opt_state, state.step + 1)
+    # The guard keeps the parameters worth saving when the run stops.
+    trained, opt_state, step = jax.tree.map(
+      lambda new, old: jnp.where(finite, new, old), new, (trained, state.opt_state, state.step))
+    metrics = {"grad_norm": norm, "learning_rate": self.optimizer.schedule(state.step),
+               "finite": finite, "step": state.step}
+    return TrainState(nnx.merge_state(trained, frozen), opt_state, step, state.rng), metrics
+
+
+def _non_finite(step, bad, sums, applied, batches, folder: Path) -> NonFiniteError:
+  paths = [folder / f"step_{step}_micro_{i}.npz" for i in bad]
+  for i, path in zip(bad, paths, strict=True):
+    save_batch(path, batches[i])
+  found = [float(sums[i]["loss"]) for i in bad]
+  return NonFiniteError(
+    f"update {step}: loss sums {found} of micro-batches {list(bad)}, gradient norm "
+    f"{float(applied['grad_norm'])}; the micro-batches are saved in {folder}", list(bad), paths)
