@@ -1,0 +1,60 @@
+"""Small examples with and without images, and a model small enough to compile in seconds."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from axpo_jax.model.config import PRESETS
+from axpo_jax.model.images import ProcessedImage
+from axpo_jax.model.vision_inputs import mrope_positions
+from axpo_jax.train.packing import Example
+
+VOCAB = 64
+
+
+@pytest.fixture(scope="session")
+def config():
+  """Two layers, 64 words; every dimension that a rule splits is even."""
+  tiny = PRESETS["tiny"]
+  text = dataclasses.replace(
+    tiny.text, vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
+    num_kv_heads=2, head_dim=8, mrope_section=(2, 1, 1))
+  vision = dataclasses.replace(
+    tiny.vision, depth=2, hidden_size=16, intermediate_size=24, out_hidden_size=32, num_heads=2,
+    deepstack_layers=(0,))
+  return dataclasses.replace(tiny, text=text, vision=vision)
+
+
+@pytest.fixture(scope="session")
+def make_image(config):
+  def make(seed: int, grid_hw=(4, 4)) -> ProcessedImage:
+    rng = np.random.default_rng(seed)
+    patches = rng.normal(size=(grid_hw[0] * grid_hw[1], config.vision.patch_dim))
+    return ProcessedImage(patches.astype(np.float32), grid_hw, Image.new("RGB", (8, 8)), str(seed))
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def make_example(config):
+  """An example of random words: its images first, then `length` words; the last half are targets."""
+
+  def make(seed: int, length: int, images=()) -> Example:
+    rng = np.random.default_rng(seed)
+    pads = [image.num_tokens for image in images]
+    ids = np.concatenate([np.full(sum(pads), config.image_token_id, np.int64),
+                          rng.integers(5, VOCAB, size=length)])
+    total = len(ids)
+    grids = [(h // 2, w // 2) for h, w in (image.grid_hw for image in images)]
+    mask = np.arange(total) >= total - length // 2
+    return Example(
+      ids_T=ids, positions_Tx3=mrope_positions(ids, grids, config.image_token_id),
+      image_T=np.concatenate([np.repeat(np.arange(len(pads)), pads), np.full(length, -1)]),
+      image_offset_T=np.concatenate([*map(np.arange, pads), np.zeros(length, int)]),
+      images=tuple(images), loss_mask_T=mask,
+      advantages_T=np.where(mask, rng.normal(), 0).astype(np.float32),
+      behaviour_logp_T=np.where(mask, -rng.uniform(2, 5, total), 0).astype(np.float32))
+
+  return make
