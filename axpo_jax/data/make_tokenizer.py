@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-VOCAB_SIZE = 1280  # specials included; a multiple of 128 keeps the embedding easy to shard
+VOCAB_SIZE = 1408  # specials included; a multiple of 128 keeps the embedding easy to shard
 SEED = 0
 
 # Qwen3-VL's added tokens in the order of their ids; the flag is Qwen's `special`.
@@ -96,12 +96,14 @@ TOOLS = (
       "required": ["code"]}}},
   {"type": "function", "function": {
     "name": "image_zoom_in",
-    "description": "Crops a region of an image at its original resolution and magnifies it.",
+    "description": "Crops a region from the full-resolution image, magnifies it and returns it as a "
+                   "new image.",
     "parameters": {"type": "object", "properties": {
       "bbox_2d": {"type": "array", "items": {"type": "number"}, "minItems": 4, "maxItems": 4,
-                  "description": "[x1, y1, x2, y2] in relative coordinates from 0 to 1000."},
-      "label": {"type": "string", "description": "Name of the object in the region."},
-      "img_idx": {"type": "number", "description": "Index of the image.", "default": 0}},
+                  "description": "The region [x1, y1, x2, y2], relative: 0 to 1000 from the left or top "
+                                 "edge to the right or bottom one."},
+      "label": {"type": "string", "description": "What the region shows."},
+      "img_idx": {"type": "number", "description": "Which image, from 0, earlier crops included.", "default": 0}},
       "required": ["bbox_2d", "label"]}}},
   {"type": "function", "function": {
     "name": "tavily-search",
@@ -126,6 +128,25 @@ SYSTEM_TEXTS = (
   '{"name": <function-name>, "arguments": <args-json-object>}',
   "system\n", "user\n", "assistant\n",
 )
+
+COMMON_WORDS = """
+the be to of and a in that have it for not on with he as you do at this but his by from they we say
+her she or an will my one all would there their what so up out if about who get which go me when make
+can like time no just him know take people into year your good some could them see other than then now
+look only come its over think also back after use two how our work first well way even new want because
+any these give day most us is are was were has had been did does said made found shown between before
+after under above below where while during each both few more much many such very same own too still
+three four five six seven eight nine ten zero hundred thousand large small high low long short old young
+left right top bottom near far inside outside next last again number name letter word line page city
+country river town house street water land sea world state place part side point end start value values
+table chart bar bars row column label title axis total sum mean median average product difference ratio
+maximum minimum larger smaller largest smallest highest lowest equal count how many percent price sales
+born built wrote founded discovered invented located lived died called known capital population length
+height area author book novel poem song film painter painting museum bridge tower castle island lake
+mountain king queen president mayor teacher student company school university language century war
+search query result results source sources page answer question read see check compute code run error
+image crop region box mark marks list picture centre middle corner should must am sure enough
+"""
 
 # General English and code, so that rare words are not spelled byte by byte.
 GENERAL_TEXTS = (
@@ -186,6 +207,8 @@ def corpus() -> Iterator[str]:
     yield from (f"\\boxed{{{glyph}}} {glyph}",) * 60
   yield from SYSTEM_TEXTS * 20
   yield from GENERAL_TEXTS * 3
+  for word in COMMON_WORDS.split():  # enough to be learned, after what the miniature world says often
+    yield f" {word}" * 16
   for tool in TOOLS:
     yield from (json.dumps(tool),) * 20
   for colour in COLOURS:
@@ -202,18 +225,21 @@ def _perception_texts(rng: random.Random, colour: str, shape: str) -> Iterator[s
   glyph, place = rng.choice(GLYPHS), rng.choice(PLACES)
   x1, y1, x2, y2 = (rng.choice(GRID) for _ in range(4))
   box = f"[{x1}, {y1}, {x2}, {y2}]"
-  yield f"What is written in the {mark}?\nWhere is the {mark}?\nWhat is at {box}?"
+  yield f"What is written in the {mark}?\nWhere is the {mark}? Where is the {colour} mark?\nWhat is at {box}?\nWhat is written here?"
   yield f"Which letter is in the {mark}? List the marks. What colour is the {shape}? Read this crop."
   yield f"The mark is too small to read. I will zoom in on the {mark}.\n\n"
+  # Each sentence both at the start of a line and inside one.
   yield f"I can read it directly. It is {glyph}.\nThe crop shows {glyph}.\nNothing is readable here."
+  yield f"Nothing is readable here. The crop shows {glyph}. I can read it directly.\nIt is {glyph}."
   yield f"The {mark} is at the {place}, at {box}. There are {rng.randrange(7)} marks in the image."
   yield f"I see a {mark}. The zoom missed it, so I look again with a larger box."
   yield "\n" + call("image_zoom_in", bbox_2d=[x1, y1, x2, y2], label=mark,
                     img_idx=rng.randrange(3)) + "\n"
   yield f"\n<answer>\n\\boxed{{{glyph}}}\n</answer>\n<answer>\n\\boxed{{{mark}}}\n</answer>"
-  yield f"Zoomed in on image {rng.randrange(3)}. The crop is image {rng.randrange(1, 6)}:"
-  yield ('Error: "bbox_2d" must be a list of 4 numbers [x1, y1, x2, y2] from 0 to 1000. '
-         "The call is not valid JSON. Unknown tool. There is no image with index 3.")
+  yield f"\n<answer>\n\\boxed{{{mark} {box}; {mark} {box}}}\n</answer>\n\\boxed{{{box}}}"
+  yield f"Image {rng.randrange(1, 6)}: zoomed from image {rng.randrange(3)}."
+  yield (f"Error: image_zoom_in: bbox_2d {box} is empty: it needs x1 < x2 and y1 < y2. "
+         "Error: not valid JSON: at character 3. Error: missing argument, there is no tool.")
 
 
 def _search_texts(rng: random.Random, name: str) -> Iterator[str]:
