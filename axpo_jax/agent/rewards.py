@@ -209,16 +209,17 @@ def _has_power_tower(text: str) -> bool:
   return False
 
 
+_EXPONENT_HEAD = re.compile(r"[-+]*(?:\\[A-Za-z]+|[\d.]+|[A-Za-z])?")
+
+
 def _exponent_text(text: str, start: int) -> str:
-  """The exponent that begins at `start`, and one character more (a following ^ binds to it)."""
+  """The exponent that begins at `start`, and one character more: a ^ there binds to it."""
+  i = _EXPONENT_HEAD.match(text, start).end()
   depth = 0
-  for i in range(start, len(text)):
+  while i < len(text) and (depth or text[i] in "{(["):
     depth += (text[i] in "{([") - (text[i] in "})]")
-    if depth < 0:
-      return text[start:i]
-    if depth == 0 and not text[i].isalnum() and text[i] not in "\\.-+":
-      return text[start:i + 2]
-  return text[start:]
+    i += 1
+  return text[start:i + 1]
 
 
 @functools.lru_cache(maxsize=4096)

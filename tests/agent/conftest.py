@@ -4,10 +4,11 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 
-import axpo_jax
 import numpy as np
 import PIL.Image
 import pytest
+
+import axpo_jax
 from axpo_jax.agent.episode import EpisodeLimits, continue_episode, start_transcript
 from axpo_jax.agent.parse import SpecialIds
 from axpo_jax.agent.tools.base import ToolBox

@@ -1,6 +1,7 @@
 """Hermes calls: read by token id after the last </think>, and every mistake has a name."""
 
 import pytest
+
 from axpo_jax.agent.parse import CallError, SpecialIds, ToolCall, parse_call, parse_turn
 
 GOOD = '<tool_call>\n{"name": "zoom", "arguments": {"x": [1, 2]}}\n</tool_call>'

@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from axpo_jax.agent.transcript import Kind, Transcript, TranscriptError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from axpo_jax.agent.transcript import Kind, Transcript, TranscriptError
 
 PAD, VIDEO, START, END, EOT, THINK, CALL, CALLED = 1, 2, 3, 4, 5, 6, 7, 8
 OBSERVATION = [20, START, 30, 31, END, 20, START, 32]
@@ -193,7 +194,7 @@ def test_cut_carries_exactly_its_images_and_can_grow_back(special, fake_image, s
   cut = t.cut(n)
   assert cut.ids == t.ids[:n] and cut.kinds == t.kinds[:n]
   assert cut.images == t.images[:t.ids[:n].count(PAD)]
-  assert all(a == b or math.isnan(a) and math.isnan(b)
+  assert all(a == b or (math.isnan(a) and math.isnan(b))
              for a, b in zip(cut.logprobs, t.logprobs))
   if cut.turn_is_open:
     stop = next(turn.stop for turn in t.turns if turn.stop > n)

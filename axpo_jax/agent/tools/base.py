@@ -215,7 +215,7 @@ def check_arguments(parameters: Mapping[str, Any], arguments: Mapping[str, Any],
     if name in result:
       raise ArgumentError(f"argument {name!r} is given twice (as {given!r} too)")
     _check_value(name, value, properties[name])
-    result[name] = value
+    result[name] = int(value) if properties[name].get("type") == "integer" else value
   missing = [name for name in parameters.get("required", ()) if name not in result]
   if missing:
     raise ArgumentError(f"missing argument {missing[0]!r}")
