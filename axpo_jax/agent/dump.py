@@ -4,8 +4,8 @@ Layout of `dump_rollouts("run/rollouts/step_10.jsonl", ...)`:
   run/rollouts/step_10.jsonl    one rollout a line; reading it back gives the same bits
   run/rollouts/step_10.txt      the same for people, where a chat is given
   run/rollouts/images/<key>.png every distinct image once, shared by all dumps of the folder
-Files are written whole or not at all. Patches are not stored: the processor makes the same ones from
-the picture that the policy saw.
+Files are written whole or not at all. Patches are not stored: the processor makes the same ones
+from the picture that the policy saw.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class CallError:
 
 
 class CallSpan(NamedTuple):
-  """Tokens [start, stop) of one call, tags included; `closed` tells whether </tool_call> is there."""
+  """Tokens [start, stop) of one call, tags included; `closed`: it ends with </tool_call>."""
 
   start: int
   stop: int

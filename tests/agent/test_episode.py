@@ -170,7 +170,8 @@ def test_a_turn_cut_by_length_has_no_next_turn(world, scripted):
   assert rollout.stop == "length" and len(engine.requests) == 1
   assert rollout.transcript.turn_is_open
   n = len(world.ids(RIGHT))
-  assert play(world, scripted, RIGHT, limits=limits(world, max_new_tokens_per_turn=n))[0].reward == 1
+  whole = play(world, scripted, RIGHT, limits=limits(world, max_new_tokens_per_turn=n))[0]
+  assert whole.reward == 1.0
   cut = play(world, scripted, RIGHT, limits=limits(world, max_new_tokens_per_turn=n - 1))[0]
   assert (cut.stop, cut.answer, cut.reward) == ("length", None, 0.0)
 
