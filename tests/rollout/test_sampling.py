@@ -161,13 +161,13 @@ def test_list_width_and_padding():
 @pytest.mark.parametrize(
   "bad",
   [
-    dict(max_new_tokens=0),
-    dict(temperature=-0.1),
-    dict(temperature=float("nan")),
-    dict(top_p=0.0),
-    dict(top_p=1.1),
-    dict(top_k=-1),
-    dict(presence_penalty=float("inf")),
+    {"max_new_tokens": 0},
+    {"temperature": -0.1},
+    {"temperature": float("nan")},
+    {"top_p": 0.0},
+    {"top_p": 1.1},
+    {"top_k": -1},
+    {"presence_penalty": float("inf")},
   ],
 )
 def test_bad_parameters_are_refused_by_name(bad):

@@ -1,0 +1,182 @@
+"""From a wave of sequences to the padded arrays that the device's functions take (NumPy).
+
+Legend: B rows of a call, T tokens; a job is one sequence's prompt with the row move it was given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from axpo_jax.model.config import ModelConfig
+from axpo_jax.model.images import ProcessedImage
+from axpo_jax.model.vision_inputs import VisionInputs, mrope_positions, pack_images
+from axpo_jax.rollout.device import PrefillInputs
+from axpo_jax.rollout.engine import SampleRequest
+from axpo_jax.rollout.prefix_pool import Move, content_keys
+
+
+class Buckets:
+  """Static sizes: `least`, doubled until `most`, which is always the last."""
+
+  def __init__(self, least: int, most: int):
+    sizes = []
+    while least < most:
+      sizes.append(least)
+      least *= 2
+    self.sizes = (*sizes, most)
+
+  def __call__(self, value: int) -> int:
+    """The smallest size that holds `value`."""
+    for size in self.sizes:
+      if size >= value:
+        return size
+    raise ValueError(f"{value} exceeds the largest bucket {self.sizes[-1]}")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompt:
+  """A request's prompt, expanded: every image pad repeated for the image's merged tokens.
+
+  tokens_T int32; keys_T int64, what prefixes are compared by; positions_Tx3 int32; image_T int32,
+  which image a token belongs to (-1: text); offset_T int32, which of its tokens.
+  """
+
+  request: SampleRequest
+  tokens_T: np.ndarray
+  keys_T: np.ndarray
+  positions_Tx3: np.ndarray
+  image_T: np.ndarray
+  offset_T: np.ndarray
+
+  @classmethod
+  def of(cls, request: SampleRequest, config: ModelConfig) -> Prompt:
+    """Expands the pads of `request`, which has passed `check_request`."""
+    merge = config.vision.spatial_merge_size
+    ids = np.asarray(request.ids, np.int32)
+    pads = np.flatnonzero(ids == config.image_token_id)
+    sizes = [image.num_tokens for image in request.images]
+    repeats, number = np.ones(len(ids), np.int64), np.full(len(ids), -1, np.int32)
+    repeats[pads], number[pads] = sizes, np.arange(len(pads))
+    tokens_T, image_T = np.repeat(ids, repeats), np.repeat(number, repeats)
+    starts = np.repeat(np.cumsum(repeats) - repeats, repeats)
+    grids = [(h // merge, w // merge) for h, w in (image.grid_hw for image in request.images)]
+    return cls(
+      request=request,
+      tokens_T=tokens_T,
+      keys_T=content_keys(tokens_T, image_T, [image.key for image in request.images]),
+      positions_Tx3=mrope_positions(tokens_T, grids, config.image_token_id, config.video_token_id),
+      image_T=image_T,
+      offset_T=(np.arange(len(tokens_T)) - starts).astype(np.int32),
+    )
+
+  @property
+  def length(self) -> int:
+    return len(self.tokens_T)
+
+  @property
+  def last_position(self) -> int:
+    """Rotary position of the last token: text, hence one number, and the largest of all."""
+    return int(self.positions_Tx3[-1, 0])
+
+  def images_from(self, start: int) -> list[ProcessedImage]:
+    """Images with a token at `start` or later."""
+    return [self.request.images[i] for i in np.unique(self.image_T[start:]) if i >= 0]
+
+
+Job = tuple[Prompt, Move]
+
+
+def wave_images(
+  jobs: Sequence[Job], config: ModelConfig
+) -> tuple[VisionInputs | None, Mapping[str, int]]:
+  """The distinct images that the wave computes: packed, and each key's first merged token."""
+  images = {
+    image.key: image for prompt, move in jobs for image in prompt.images_from(move.cached)
+  }
+  if not images:
+    return None, {}
+  vision, offsets = pack_images(list(images.values()), config.vision)
+  return vision, dict(zip(images, offsets.tolist(), strict=True))
+
+
+def copy_batches(
+  jobs: Sequence[Job], batch: Buckets, slots: Buckets, rows: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+  """(source rows, target rows, slots) for the sequences that lack nothing but their own row."""
+  moves = [m for prompt, m in jobs if _lacking(prompt, m) == 0 and m.source != m.row]
+  for start in range(0, len(moves), batch.sizes[-1]):
+    part = moves[start : start + batch.sizes[-1]]
+    source_B, row_B = np.full((2, batch(len(part))), rows, np.int32)
+    source_B[: len(part)] = [move.source for move in part]
+    row_B[: len(part)] = [move.row for move in part]
+    yield source_B, row_B, slots(max(move.cached for move in part))
+
+
+def prefill_batches(
+  jobs: Sequence[Job],
+  place: Mapping[str, int],
+  batch: Buckets,
+  tokens: Buckets,
+  slots: Buckets,
+  *,
+  rows: int,
+  most_tokens: int,
+) -> Iterator[tuple[PrefillInputs, int]]:
+  """Groups the sequences that lack tokens by padded length; yields inputs and their slots.
+
+  Args:
+    place: from `wave_images`.
+    rows: of the pool; also the number that marks padding.
+    most_tokens: padded tokens in one call, unless a single sequence has more.
+  """
+  lacking = [job for job in jobs if _lacking(*job)]
+  for size in tokens.sizes:
+    group = [job for job in lacking if tokens(_lacking(*job)) == size]
+    most = max(1, min(batch.sizes[-1], most_tokens // size))
+    for start in range(0, len(group), most):
+      part = group[start : start + most]
+      # A bucket that pads beyond the budget would defeat it: a full call is its own bucket.
+      padded = min(batch(len(part)), max(most, len(part)))
+      yield _prefill_inputs(part, place, padded, size, rows), slots(
+        max(prompt.length - 1 for prompt, _ in part)
+      )
+
+
+def _prefill_inputs(
+  jobs: Sequence[Job], place: Mapping[str, int], batch: int, length: int, rows: int
+) -> PrefillInputs:
+  out = PrefillInputs(
+    source_B=np.full(batch, rows, np.int32),
+    row_B=np.full(batch, rows, np.int32),
+    start_B=np.zeros(batch, np.int32),
+    tokens_BxT=np.zeros((batch, length), np.int32),
+    positions_BxTx3=np.zeros((batch, length, 3), np.int32),
+    real_BxT=np.zeros((batch, length), np.int32),
+    image_index_BxT=np.full((batch, length), -1, np.int32),
+  )
+  for b, (prompt, move) in enumerate(jobs):
+    new, count = slice(move.cached, prompt.length - 1), _lacking(prompt, move)
+    out.source_B[b], out.row_B[b], out.start_B[b] = move.source, move.row, move.cached
+    out.tokens_BxT[b, :count] = prompt.tokens_T[new]
+    out.positions_BxTx3[b, :count] = prompt.positions_Tx3[new]
+    out.real_BxT[b, :count] = 1
+    out.image_index_BxT[b, :count] = _image_index(prompt, new, place)
+  if (out.image_index_BxT < 0).all():
+    return dataclasses.replace(out, image_index_BxT=None)
+  return out
+
+
+def _image_index(prompt: Prompt, new: slice, place: Mapping[str, int]) -> np.ndarray:
+  """Each token's place among the wave's merged image tokens, -1 for text."""
+  # The last entry is what image number -1 picks; its value is masked below.
+  starts = np.array([place.get(image.key, 0) for image in prompt.request.images] + [0], np.int32)
+  image_T = prompt.image_T[new]
+  return np.where(image_T < 0, -1, starts[image_T] + prompt.offset_T[new])
+
+
+def _lacking(prompt: Prompt, move: Move) -> int:
+  """Tokens to compute: all that are not cached, but for the last, which decode feeds."""
+  return prompt.length - 1 - move.cached

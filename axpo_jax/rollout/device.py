@@ -1,0 +1,296 @@
+"""The engine's device side: KV rows in one donated pool, and the four jitted functions that use it.
+
+  encode   images -> features, once a wave
+  copy     rows -> rows, for sequences whose whole prompt is cached
+  prefill  rows + the tokens that are not cached -> rows
+  decode   up to `block` tokens for a set of rows, sampled on the device
+
+Every array shape comes from a bucket, so the number of compiled programs is small and does not
+depend on the data. Row numbers equal to the number of rows are padding: reads of them are clamped,
+writes are dropped.
+
+Legend: L layers, R rows of the pool, S slots, K kv heads, H head size; B rows of one call, T tokens,
+V vocabulary, G ids generated before, M merged image tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from axpo_jax.model import sharding
+from axpo_jax.model.cache import KVCache
+from axpo_jax.model.config import ModelConfig
+from axpo_jax.model.qwen3_vl import VisionFeatures
+from axpo_jax.model.vision_inputs import VisionInputs
+from axpo_jax.rollout import sampling
+
+_POOL_AXES = ("layers", None, "length", "act_kv_heads", None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pool:
+  """Keys and values of all rows."""
+
+  k_LxRxSxKxH: jax.Array
+  v_LxRxSxKxH: jax.Array
+
+  def read(self, rows_B: jax.Array, lengths_B: jax.Array, slots: int) -> KVCache:
+    """The first `slots` slots of the given rows, as a cache that the model takes."""
+
+    def take(x):
+      return x[:, :, :slots].at[:, rows_B].get(mode="clip")
+
+    return KVCache(take(self.k_LxRxSxKxH), take(self.v_LxRxSxKxH), lengths_B)
+
+  def write(self, rows_B: jax.Array, cache: KVCache) -> Pool:
+    """Writes whole rows back, as many slots as the cache has."""
+    slots = cache.k_LxBxSxKxH.shape[2]
+
+    def put(x, new):
+      return sharding.constrain(x.at[:, rows_B, :slots].set(new, mode="drop"), _POOL_AXES)
+
+    return Pool(put(self.k_LxRxSxKxH, cache.k_LxBxSxKxH), put(self.v_LxRxSxKxH, cache.v_LxBxSxKxH))
+
+  def write_new(self, rows_B: jax.Array, start_B: jax.Array, cache: KVCache, count: int) -> Pool:
+    """Writes back only the `count` slots from `start_B` on that the cache has gained."""
+    at_BxT = start_B[:, None] + jnp.arange(count)
+    new_BxT = at_BxT < cache.lengths_B[:, None]
+    to_BxT = jnp.where(new_BxT, at_BxT, self.k_LxRxSxKxH.shape[2])
+    batch_Bx1 = jnp.arange(len(rows_B))[:, None]
+
+    def put(x, new):
+      gained = new.at[:, batch_Bx1, at_BxT].get(mode="clip")
+      x = x.at[:, rows_B[:, None], to_BxT].set(gained, mode="drop")
+      return sharding.constrain(x, _POOL_AXES)
+
+    return Pool(put(self.k_LxRxSxKxH, cache.k_LxBxSxKxH), put(self.v_LxRxSxKxH, cache.v_LxBxSxKxH))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PrefillInputs:
+  """Prompt tokens that are not cached. image_index is None where a batch has no images."""
+
+  source_B: Any  # row whose first start_B tokens are taken
+  row_B: Any  # row that receives them and the new ones
+  start_B: Any
+  tokens_BxT: Any
+  positions_BxTx3: Any
+  real_BxT: Any  # int32, 1 for real tokens: a prefix of each row
+  image_index_BxT: Any | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeInputs:
+  """State of the decoded sequences. generated is None where no row has a presence penalty."""
+
+  row_B: Any
+  length_B: Any  # valid tokens in the row; the pending token comes next
+  pending_B: Any  # the token drawn last (or the prompt's last), not yet fed
+  position_B: Any  # its rotary position
+  drawn_B: Any  # tokens drawn so far: the counter of the random stream
+  limit_B: Any  # most tokens to draw now; 0 for padding rows
+  sampling: sampling.RowParams
+  generated_BxG: Any | None  # ids drawn so far, padded with -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeOutputs:
+  """What one block drew: the first count_B of T tokens of each row are real."""
+
+  tokens_TxB: jax.Array
+  logprobs_TxB: jax.Array
+  count_B: jax.Array
+
+
+class Device:
+  """Owns the pool and the engine's copy of the parameters.
+
+  Args:
+    graphdef: of the Qwen3VL that `params` belong to.
+    dtype: of the pool and of the parameters' copy.
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    graphdef: nnx.GraphDef,
+    *,
+    rows: int,
+    length: int,
+    dtype: str,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: sharding.Rules | None = None,
+  ):
+    self._config, self._graphdef, self._dtype = config, graphdef, jnp.dtype(dtype)
+    self._rows, self._length, self._mesh, self._rules = rows, length, mesh, rules
+    self._params: Any = None
+    self._pool: Pool | None = None
+    self._shapes: set[tuple] = set()
+    self._jit_encode = jax.jit(self._encode)
+    self._jit_copy = jax.jit(self._copy, static_argnames="slots", donate_argnums=0)
+    self._jit_prefill = jax.jit(self._prefill, static_argnames="slots", donate_argnums=1)
+    self._jit_decode = jax.jit(self._decode, static_argnames=("slots", "block"), donate_argnums=1)
+
+  @property
+  def compilations(self) -> int:
+    """Distinct programs met so far."""
+    return len(self._shapes)
+
+  def install(self, params: Any) -> None:
+    """Takes a private copy of `params`: a trainer donates its buffers on its next step.
+
+    Matrices are cast to the engine's dtype, as the model would cast them on use; what belongs to a
+    norm is computed in float32 and keeps its precision.
+
+    Raises:
+      ValueError: shapes or names differ from those of the parameters before.
+    """
+    if self._params is not None:
+      _check_same_shapes(self._params, params)
+      self._params = None  # freed first: two copies may not fit
+    self._params = jax.tree.map(
+      self._own, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
+
+  def _own(self, leaf: Any) -> Any:
+    value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+    names = sharding.names_of(leaf) if isinstance(leaf, nnx.Variable) else None
+    keep = (names or ())[-1:] == ("norm",) or not jnp.issubdtype(value.dtype, jnp.floating)
+    copy = jnp.array(value, dtype=value.dtype if keep else self._dtype, copy=True)
+    return leaf.replace(copy) if isinstance(leaf, nnx.Variable) else copy
+
+  def reset_pool(self) -> None:
+    """Allocates the pool anew (its content is lost): at the start, and after a failed call."""
+    self._pool = None
+    text = self._config.text
+    shape = (text.num_layers, self._rows, self._length, text.num_kv_heads, text.head_dim)
+    place = None
+    if self._mesh is not None:
+      place = sharding.sharding_for(
+        _POOL_AXES, shape, self._mesh, self._rules, label="rollout KV pool"
+      )
+    self._pool = Pool(*(jnp.zeros(shape, self._dtype, device=place) for _ in range(2)))
+
+  def free(self) -> None:
+    """Drops the parameters and the pool."""
+    self._params = self._pool = None
+
+  def encode(self, vision: VisionInputs) -> VisionFeatures:
+    """Features of packed images, to be passed to `prefill`."""
+    self._met("encode", vision)
+    return self._jit_encode(self._params, vision)
+
+  def copy(self, source_B: np.ndarray, row_B: np.ndarray, slots: int) -> None:
+    """Copies the first `slots` slots of rows to rows."""
+    self._met("copy", (source_B, slots))
+    self._pool = self._jit_copy(self._pool, source_B, row_B, slots=slots)
+
+  def prefill(self, inputs: PrefillInputs, features: VisionFeatures | None, slots: int) -> None:
+    """Computes prompt tokens. `slots` holds every row's start and new tokens."""
+    self._met("prefill", (inputs, features, slots))
+    self._pool = self._jit_prefill(self._params, self._pool, inputs, features, slots=slots)
+
+  def decode(self, inputs: DecodeInputs, *, slots: int, block: int) -> DecodeOutputs:
+    """Draws up to `block` tokens a row; waits for them and returns NumPy arrays."""
+    self._met("decode", (inputs, slots, block))
+    self._pool, out = self._jit_decode(
+      self._params, self._pool, inputs, slots=slots, block=block
+    )
+    return jax.device_get(out)
+
+  def _met(self, name: str, args: Any) -> None:
+    shapes = tuple(getattr(leaf, "shape", leaf) for leaf in jax.tree.leaves(args))
+    self._shapes.add((name, shapes, jax.tree.structure(args)))
+
+  def _encode(self, params, vision):
+    with sharding.use(self._mesh, self._rules):
+      return nnx.merge(self._graphdef, params).encode_images(vision)
+
+  def _copy(self, pool, source_B, row_B, *, slots):
+    with sharding.use(self._mesh, self._rules):
+      return pool.write(row_B, pool.read(source_B, jnp.zeros_like(source_B), slots))
+
+  def _prefill(self, params, pool, inputs, features, *, slots):
+    with sharding.use(self._mesh, self._rules):
+      _, cache = nnx.merge(self._graphdef, params)(
+        inputs.tokens_BxT,
+        inputs.positions_BxTx3,
+        inputs.real_BxT,
+        vision=features,
+        image_index_BxT=inputs.image_index_BxT,
+        cache=pool.read(inputs.source_B, inputs.start_B, slots),
+      )
+      return pool.write(inputs.row_B, cache)
+
+  def _decode(self, params, pool, inputs, *, slots, block):
+    with sharding.use(self._mesh, self._rules):
+      model = nnx.merge(self._graphdef, params)
+      cache = pool.read(inputs.row_B, inputs.length_B, slots)
+      cache, out = _decode_block(model, cache, inputs, block)
+      return pool.write_new(inputs.row_B, inputs.length_B, cache, block), out
+
+
+def _decode_block(model, cache, inputs, block):
+  """Steps until `block` tokens are drawn or every row has stopped.
+
+  A row that has stopped goes on as padding: it writes no cache and its draws are not counted.
+  """
+  vocab = model.config.text.vocab_size
+  params, batch = inputs.sampling, len(inputs.row_B)
+  banned_BxV = sampling.id_mask(params.banned_BxN, vocab)
+  generated = inputs.generated_BxG
+  seen_BxV = None if generated is None else sampling.id_mask(generated, vocab)
+
+  def step(state):
+    t, cache, token_B, running_B, seen_BxV, out = state
+    positions_BxTx3 = jnp.broadcast_to((inputs.position_B + t)[:, None, None], (batch, 1, 3))
+    hidden_BxTxD, cache = model(
+      token_B[:, None], positions_BxTx3, running_B[:, None].astype(jnp.int32), cache=cache
+    )
+    logits_BxV = model.logits(hidden_BxTxD[:, 0])
+    token_B, logprob_B = sampling.sample(
+      logits_BxV, params, banned_BxV, inputs.drawn_B + t, seen_BxV
+    )
+    if seen_BxV is not None:
+      seen_BxV = seen_BxV.at[jnp.arange(batch), token_B].set(True)
+    out = DecodeOutputs(
+      out.tokens_TxB.at[t].set(token_B),
+      out.logprobs_TxB.at[t].set(logprob_B),
+      out.count_B + running_B,
+    )
+    stopped_B = jnp.any(token_B[:, None] == params.stop_BxN, axis=1) | (t + 1 >= inputs.limit_B)
+    return t + 1, cache, token_B, running_B & ~stopped_B, seen_BxV, out
+
+  empty = DecodeOutputs(
+    jnp.zeros((block, batch), jnp.int32),
+    jnp.zeros((block, batch), jnp.float32),
+    jnp.zeros(batch, jnp.int32),
+  )
+  start = (0, cache, inputs.pending_B, inputs.limit_B > 0, seen_BxV, empty)
+  state = jax.lax.while_loop(lambda s: (s[0] < block) & jnp.any(s[3]), step, start)
+  return state[1], state[-1]
+
+
+def _check_same_shapes(old: Any, new: Any) -> None:
+  before, after = _shapes(old), _shapes(new)
+  wrong = sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n))
+  if wrong:
+    listed = ", ".join(f"{n}: {before.get(n)} -> {after.get(n)}" for n in wrong[:5])
+    raise ValueError(
+      f"the new parameters are not of the engine's model; {len(wrong)} differ ({listed})"
+    )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {sharding.path_name(path): leaf.shape for path, leaf in leaves}

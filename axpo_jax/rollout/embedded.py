@@ -1,0 +1,363 @@
+"""The engine that samples in this process, on the devices that also train.
+
+Requests become sequences, one a seed, in a queue. One pump task, alive only while there is work,
+repeats: admit waiting sequences (wave by wave, see `prefix_pool.plan_wave`), decode one block for all
+that run, resolve the finished ones, and let the event loop run, so that episodes which just
+finished a turn run their tools and submit the next one before the next admission.
+
+Device calls block the event loop: simple and deterministic. Which sequences share a batch depends
+on the order of submissions only, never on time; what a sequence draws does not depend on its batch
+at all, up to the rounding of the model's matmuls.
+
+A sequence never outgrows its row: a prompt that does not fit is refused when it is submitted, one
+that reaches the row's end finishes with "length".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from axpo_jax.model import sharding
+from axpo_jax.model.config import ModelConfig
+from axpo_jax.rollout import sampling
+from axpo_jax.rollout.batches import Buckets, Prompt, copy_batches, prefill_batches, wave_images
+from axpo_jax.rollout.device import DecodeInputs, Device
+from axpo_jax.rollout.engine import (
+  EngineClosed,
+  EngineStats,
+  Sample,
+  SampleRequest,
+  check_request,
+)  # fmt: skip
+from axpo_jax.rollout.prefix_pool import Move, PrefixPool, Waiting, plan_wave
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddedConfig:
+  """Sizes of the embedded engine. A KV row costs layers * 2 * kv_heads * head_dim * length values.
+
+  Attributes:
+    rows: KV rows, running sequences and cached prefixes together.
+    length: tokens a row holds: the longest prompt plus its answer.
+    max_running: most sequences decoded at once; rows beyond it keep prefixes for later.
+    decode_block: tokens between two looks at who has finished.
+    dtype: of the KV rows and the engine's copy of the parameters; None: the model's compute dtype.
+    prefill_tokens: most (padded) tokens in one prefill call.
+    defer_gain: a sequence waits for another of its wave that computes at least this many tokens of
+      its prefix (or all that it lacks).
+    loop_passes: turns of the event loop granted between two blocks.
+    min_batch: smallest bucket of rows; buckets double from there.
+    min_tokens: smallest bucket of prompt tokens to compute.
+    min_slots: smallest bucket of cache slots.
+  """
+
+  rows: int = 256
+  length: int = 1024
+  max_running: int = 128
+  decode_block: int = 16
+  dtype: str | None = None
+  prefill_tokens: int = 16_384
+  defer_gain: int = 32
+  loop_passes: int = 8
+  min_batch: int = 8
+  min_tokens: int = 32
+  min_slots: int = 128
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if field.name != "dtype" and value < 1:
+        raise ValueError(f"{field.name} must be at least 1, got {value}")
+    if self.max_running > self.rows:
+      raise ValueError(
+        f"max_running={self.max_running} sequences need as many rows, but rows={self.rows}"
+      )
+
+
+@dataclasses.dataclass(eq=False)
+class _Sequence:
+  """One seed of one request, from the queue to its result."""
+
+  prompt: Prompt
+  seed: int
+  future: asyncio.Future
+  row: int = -1
+  cached: int = 0
+  ids: list[int] = dataclasses.field(default_factory=list)
+  logprobs: list[float] = dataclasses.field(default_factory=list)
+
+  @property
+  def params(self):
+    return self.prompt.request.params
+
+
+class EmbeddedEngine:
+  """See the module docstring. Implements `rollout.engine.Engine`.
+
+  Args:
+    model_config: sizes and token ids.
+    graphdef: of the Qwen3VL that `params` belong to.
+    params: its parameters; copied, so the caller may donate them. They are version `version`.
+    mesh, rules: where the model is sharded, as for training; None on one device.
+  """
+
+  def __init__(
+    self,
+    model_config: ModelConfig,
+    graphdef: nnx.GraphDef,
+    params: Any,
+    *,
+    config: EmbeddedConfig | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    rules: sharding.Rules | None = None,
+    version: int = 0,
+  ):
+    self.config = config = config or EmbeddedConfig()
+    self._model, self._version = model_config, version
+    self._device = Device(
+      model_config, graphdef, rows=config.rows, length=config.length,
+      dtype=config.dtype or model_config.dtype, mesh=mesh, rules=rules,
+    )  # fmt: skip
+    self._device.install(params)
+    self._device.reset_pool()
+    self._pool = PrefixPool(config.rows, config.length)
+    self._batch_buckets = Buckets(config.min_batch, config.max_running)
+    self._token_buckets = Buckets(config.min_tokens, config.length)
+    self._slot_buckets = Buckets(config.min_slots, config.length)
+    self._queue: list[_Sequence] = []
+    self._running: list[_Sequence] = []
+    self._updates: collections.deque = collections.deque()
+    self._pump: asyncio.Task | None = None
+    self._stats = EngineStats()
+    self._closed = False
+
+  async def generate(self, request: SampleRequest) -> list[Sample]:
+    """See `Engine.generate`. A cancelled caller frees its rows after the running block."""
+    self._check_open()
+    check_request(request, self._model.image_token_id, self.config.length)
+    prompt = Prompt.of(request, self._model)
+    loop = asyncio.get_running_loop()
+    sequences = [_Sequence(prompt, seed, loop.create_future()) for seed in request.seeds]
+    self._queue += sequences
+    self._stats.requests += 1
+    self._wake()
+    try:
+      return [await sequence.future for sequence in sequences]
+    except BaseException:
+      for sequence in sequences:
+        # Cancels what is left; a failure that no one awaits any more counts as seen.
+        if not sequence.future.cancel() and not sequence.future.cancelled():
+          sequence.future.exception()
+      raise
+
+  async def update_weights(self, params: Any, version: int) -> None:
+    """See `Engine.update_weights`. Queued sequences that do not run yet wait for the new weights.
+
+    Raises:
+      ValueError: `params` do not belong to the engine's model; the old ones stay.
+    """
+    self._check_open()
+    done = asyncio.get_running_loop().create_future()
+    self._updates.append((params, version, done))
+    self._wake()
+    await done
+
+  async def health(self) -> bool:
+    return not self._closed
+
+  def stats(self, *, reset: bool = False) -> EngineStats:
+    stats = dataclasses.replace(self._stats, compilations=self._device.compilations)
+    if reset:
+      self._stats = EngineStats()
+    return stats
+
+  async def close(self) -> None:
+    if not self._closed:
+      self._closed = True
+      self._fail_all(EngineClosed("the engine was closed while the request waited or ran"))
+      self._device.free()
+
+  def _check_open(self) -> None:
+    if self._closed:
+      raise EngineClosed("the engine is closed; build a new one")
+
+  def _wake(self) -> None:
+    if self._pump is None or self._pump.done():
+      self._pump = asyncio.get_running_loop().create_task(self._run())
+
+  async def _run(self) -> None:
+    """The pump. No await stands between its last look at the queues and its end."""
+    try:
+      await self._let_others_run()
+      while self._queue or self._running or self._updates:
+        self._drop_cancelled()
+        self._install_update()
+        self._admit()
+        self._decode()
+        await self._let_others_run()
+    except BaseException as error:  # a waiter must never hang on a dead pump
+      self._fail_all(error)
+      if not self._closed:
+        self._pool.clear()
+        self._device.reset_pool()
+      if not isinstance(error, Exception):
+        raise
+
+  async def _let_others_run(self) -> None:
+    for _ in range(self.config.loop_passes):
+      await asyncio.sleep(0)
+
+  def _fail_all(self, error: BaseException) -> None:
+    futures = [sequence.future for sequence in [*self._queue, *self._running]]
+    futures += [done for _, _, done in self._updates]
+    self._queue, self._running = [], []
+    self._updates.clear()
+    for future in futures:
+      if not future.done():
+        future.set_exception(error)
+
+  def _drop_cancelled(self) -> None:
+    for sequence in self._running:
+      if sequence.future.done():
+        self._pool.release(sequence.row)
+    self._running = [s for s in self._running if not s.future.done()]
+    self._queue = [s for s in self._queue if not s.future.done()]
+
+  def _install_update(self) -> None:
+    if self._running:
+      return  # the running ones finish on the weights they began with
+    while self._updates:
+      params, version, done = self._updates.popleft()
+      try:
+        self._device.install(params)
+      except Exception as error:  # the caller's to handle; the pump goes on
+        done.set_exception(error)
+        continue
+      self._version = version
+      self._pool.clear()
+      if not done.done():
+        done.set_result(None)
+
+  def _admit(self) -> None:
+    """Starts waiting sequences, wave by wave, while there are rows and places."""
+    while self._queue and not self._updates:
+      waiting = [Waiting(s.prompt.keys_T, id(s.prompt)) for s in self._queue]
+      capacity = self.config.max_running - len(self._running)
+      wave = plan_wave(waiting, self._pool, capacity=capacity, defer_gain=self.config.defer_gain)
+      if not wave:
+        return
+      started = [(self._queue[index], move) for index, move in wave]
+      chosen = {index for index, _ in wave}
+      self._queue = [s for index, s in enumerate(self._queue) if index not in chosen]
+      self._start(started)
+
+  def _start(self, wave: Sequence[tuple[_Sequence, Move]]) -> None:
+    jobs = [(sequence.prompt, move) for sequence, move in wave]
+    vision, place = wave_images(jobs, self._model)
+    features = None if vision is None else self._device.encode(vision)
+    for batch in copy_batches(jobs, self._batch_buckets, self._slot_buckets, self.config.rows):
+      self._device.copy(*batch)
+    for inputs, slots in prefill_batches(
+      jobs, place, self._batch_buckets, self._token_buckets, self._slot_buckets,
+      rows=self.config.rows, most_tokens=self.config.prefill_tokens,
+    ):  # fmt: skip
+      shown = None if inputs.image_index_BxT is None else features
+      self._device.prefill(inputs, shown, slots)
+    self._pool.commit((move, prompt.length - 1) for prompt, move in jobs)
+    self._stats.images_encoded += len(place)
+    for sequence, move in wave:
+      sequence.row, sequence.cached = move.row, move.cached
+      self._stats.prompt_tokens += sequence.prompt.length
+      self._stats.cached_tokens += move.cached
+      self._stats.prefill_tokens_computed += sequence.prompt.length - 1 - move.cached
+    self._running += [sequence for sequence, _ in wave]
+
+  def _decode(self) -> None:
+    """One block for all that run; resolves those that finish in it."""
+    if not self._running:
+      return
+    inputs = self._decode_inputs()
+    block = self.config.decode_block
+    longest = max(self._pool.valid(s.row) for s in self._running) + block
+    slots = self._slot_buckets(min(longest, self.config.length))
+    out = self._device.decode(inputs, slots=slots, block=block)
+    ids_BxT, logprobs_BxT = out.tokens_TxB.T.tolist(), out.logprobs_TxB.T.tolist()
+    counts = out.count_B.tolist()
+    still = []
+    for place, sequence in enumerate(self._running):
+      count = counts[place]
+      self._take(sequence, ids_BxT[place][:count], logprobs_BxT[place][:count])
+      if not self._resolve_if_finished(sequence):
+        still.append(sequence)
+    self._running = still
+
+  def _decode_inputs(self) -> DecodeInputs:
+    running, block = self._running, self.config.decode_block
+    batch = self._batch_buckets(len(running))
+
+    def column(values, fill=0):
+      return _padded(values, batch, fill)
+
+    params = [s.params for s in running]
+    generated = None
+    if any(p.presence_penalty for p in params):
+      generated = _padded_lists([s.ids for s in running], batch)
+    return DecodeInputs(
+      row_B=column([s.row for s in running], self.config.rows),
+      length_B=column([self._pool.valid(s.row) for s in running]),
+      pending_B=column([s.ids[-1] if s.ids else s.prompt.tokens_T[-1] for s in running]),
+      position_B=column([s.prompt.last_position + len(s.ids) for s in running]),
+      drawn_B=column([len(s.ids) for s in running]),
+      limit_B=column([min(self._limit(s) - len(s.ids), block) for s in running]),
+      sampling=sampling.row_params(
+        params, [s.seed for s in running], rows=batch, width=sampling.list_width(params)
+      ),
+      generated_BxG=generated,
+    )
+
+  def _limit(self, sequence: _Sequence) -> int:
+    room = self.config.length - sequence.prompt.length
+    return min(sequence.params.max_new_tokens, room)
+
+  def _take(self, sequence: _Sequence, ids: list[int], logprobs: list[float]) -> None:
+    sequence.ids += ids
+    sequence.logprobs += logprobs
+    self._pool.extend(sequence.row, ids)
+    self._stats.decode_tokens += len(ids)
+
+  def _resolve_if_finished(self, sequence: _Sequence) -> bool:
+    stopped = sequence.ids[-1] in sequence.params.stop_ids
+    if not stopped and len(sequence.ids) < self._limit(sequence):
+      return False
+    self._pool.release(sequence.row)
+    self._stats.samples += 1
+    if not sequence.future.done():
+      sequence.future.set_result(Sample(
+        ids=tuple(sequence.ids), logprobs=tuple(sequence.logprobs),
+        finish_reason="stop" if stopped else "length", prompt_tokens=sequence.prompt.length,
+        cached_tokens=sequence.cached, weight_version=self._version,
+      ))  # fmt: skip
+    return True
+
+
+def _padded(values: Sequence[int], size: int, fill: int) -> np.ndarray:
+  out = np.full(size, fill, np.int32)
+  out[: len(values)] = values
+  return out
+
+
+def _padded_lists(lists: Sequence[Sequence[int]], rows: int) -> np.ndarray:
+  """int32 [rows, G], padded with -1; G is a power of two from 64, so that shapes stay few."""
+  longest = max(map(len, lists))
+  out = np.full((rows, max(64, 1 << (longest - 1).bit_length() if longest else 0)), -1, np.int32)
+  for row, values in enumerate(lists):
+    out[row, : len(values)] = values
+  return out
