@@ -76,12 +76,33 @@ def load_image(source: ImageSource) -> PIL.Image.Image:
   """
   if isinstance(source, PIL.Image.Image):
     return source if source.mode == "RGB" else source.convert("RGB")
-  name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+  with _open(source) as opened:
+    try:
+      return opened.convert("RGB")  # decodes all of it: a file that was cut fails here
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...
+      raise ImageError(f"image ({_name(source)}) cannot be decoded: {error}") from error
+
+
+def check_header(source: ImageSource) -> None:
+  """Reads no more of an image than tells that there is one.
+
+  Raises:
+    ImageError: the file is missing, or is not an image.
+  """
+  if not isinstance(source, PIL.Image.Image):
+    _open(source).close()
+
+
+def _open(source: pathlib.Path | bytes) -> PIL.Image.Image:
   try:
-    opened = PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    with opened:
-      return opened.convert("RGB")  # convert() decodes all of it: a cut file fails here
+    return PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
   except FileNotFoundError as error:
-    raise ImageError(f"image file {name} does not exist") from error
-  except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...
-    raise ImageError(f"image ({name}) cannot be decoded: {error}") from error
+    raise ImageError(f"image file {source} does not exist") from error
+  except PIL.UnidentifiedImageError as error:
+    raise ImageError(f"image ({_name(source)}) is of no known format") from error
+  except Exception as error:
+    raise ImageError(f"image ({_name(source)}) cannot be opened: {error}") from error
+
+
+def _name(source: pathlib.Path | bytes) -> str:
+  return f"{len(source)} bytes" if isinstance(source, bytes) else str(source)

@@ -33,14 +33,14 @@ class TeacherEngine:
   Args:
     chat: encodes the teacher's text and decodes the requests.
     questions_by_session: the question of every session that will be asked for.
-    config: the teacher's habits.
+    config: the teacher's habits; by default `TeacherConfig()`.
   """
 
   def __init__(self, chat: Chat, questions_by_session: Mapping[str, Question],
-               config: teacher.TeacherConfig = teacher.TeacherConfig()):
+               config: teacher.TeacherConfig | None = None):
     self._chat = chat
     self._questions = questions_by_session
-    self._config = config
+    self._config = config or teacher.TeacherConfig()
     self._stats = EngineStats()
     self._version = 0
     self._closed = False

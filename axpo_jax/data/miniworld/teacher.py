@@ -23,7 +23,7 @@ from axpo_jax.data.miniworld import perception
 from axpo_jax.data.question import Question
 
 TOOL = "image_zoom_in"
-Box = tuple[int, int, int, int]
+Box = tuple[float, float, float, float]
 
 _READ = ("The {mark} is large enough, I can read it directly. It is {glyph}.",
          "I see the {mark} and I can read it. It is {glyph}.",
