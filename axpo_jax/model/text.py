@@ -129,7 +129,8 @@ class TextDecoder(nnx.Module):
       number, cached = xs
       x_BxTxD, new = layer_fn(layer, x_BxTxD, angles, sees, cached)
       if deepstack is not None:
-        x_BxTxD = deepstack.add(x_BxTxD, number)
+        # Checkpointed, or the branch leaves arrays like x for the backward pass in every layer.
+        x_BxTxD = jax.checkpoint(deepstack.add, prevent_cse=False)(x_BxTxD, number)
       return x_BxTxD, (new if cache is not None else None, None if taps is None else x_BxTxD)
 
     cached = None if cache is None else (cache.k_LxBxSxKxH, cache.v_LxBxSxKxH)

@@ -10,6 +10,8 @@ all rows (R * P / merge^2), O text width.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +126,7 @@ class VisionTower(nnx.Module):
     def step(block, carry, writes_N):
       x_RxPxD, tapped_NxRxPxD = carry
       x_RxPxD = block_fn(block, x_RxPxD, angles, sees)
-      tapped_NxRxPxD = jnp.where(writes_N[:, None, None, None], x_RxPxD, tapped_NxRxPxD)
+      tapped_NxRxPxD = _write_taps(tapped_NxRxPxD, x_RxPxD, writes_N)
       return (x_RxPxD, tapped_NxRxPxD), None if taps is None else x_RxPxD
 
     writes_LxN = np.arange(vision.depth)[:, None] == np.asarray(vision.deepstack_layers, int)
@@ -132,7 +134,8 @@ class VisionTower(nnx.Module):
     (out_RxPxD, tapped), blocks = scan_layers(
       self.blocks, step, (x_RxPxD, tapped), jnp.asarray(writes_LxN)
     )
-    features = VisionFeatures(self.merger(out_RxPxD), self._merge_taps(tapped))
+    merge = remat(Merger.__call__, self.config.remat)
+    features = VisionFeatures(merge(self.merger, out_RxPxD), self._merge_taps(tapped, merge))
     if taps is not None:
       taps.update({"vision.embed": x_RxPxD, "vision.blocks": blocks})
       taps.update({"vision.merged": features.embeds_MxD})
@@ -149,11 +152,17 @@ class VisionTower(nnx.Module):
       x_RxPxD += (corner_RxPxD * weight_RxP[..., None]).astype(x_RxPxD.dtype)
     return x_RxPxD
 
-  def _merge_taps(self, tapped_NxRxPxD: jax.Array) -> jax.Array:
+  def _merge_taps(self, tapped_NxRxPxD: jax.Array, merge: Callable) -> jax.Array:
     if self.deepstack is None:
       merged = (tapped_NxRxPxD.shape[1] * tapped_NxRxPxD.shape[2]) // self.config.vision.merge_unit
       return jnp.zeros((0, merged, self.config.text.hidden_size), tapped_NxRxPxD.dtype)
     _, out_NxMxO = scan_layers(
-      self.deepstack, lambda merger, _, x: (None, merger(x)), None, tapped_NxRxPxD
+      self.deepstack, lambda merger, _, x: (None, merge(merger, x)), None, tapped_NxRxPxD
     )
     return out_NxMxO
+
+
+# Checkpointed, because `where` would leave its condition, as large as the buffer, in every layer.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _write_taps(tapped_NxRxPxD, x_RxPxD, writes_N):
+  return jnp.where(writes_N[:, None, None, None], x_RxPxD, tapped_NxRxPxD)
