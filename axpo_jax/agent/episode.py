@@ -130,8 +130,11 @@ async def continue_episode(transcript: Transcript, question: Question, engine: E
   reward = float(judge(question, answer)) if judge is not None and answer is not None else 0.0
   return Rollout(
       question_id=question.id, transcript=episode.transcript, reward=reward, answer=answer,
-      stop=stop, calls=episode.calls, seed=seed, prompt_tokens=episode.prompt_tokens,
-      cached_tokens=episode.cached_tokens, start=len(transcript), error=episode.error)
+      stop=stop, calls=episode.calls, seed=seed, prompt_tokens=sum(episode.prompt_tokens),
+      cached_tokens=sum(episode.cached_tokens),
+      first_prompt_tokens=next(iter(episode.prompt_tokens), 0),
+      first_cached_tokens=next(iter(episode.cached_tokens), 0),
+      start=len(transcript), error=episode.error)
 
 
 def turn_seed(seed: int, turn: int) -> int:
@@ -159,7 +162,8 @@ class _Episode:
     self.processor = processor
     self.seed = seed
     self.calls: list[CallRecord] = []
-    self.prompt_tokens = self.cached_tokens = 0
+    self.prompt_tokens: list[int] = []  # per request, expanded
+    self.cached_tokens: list[int] = []
     self.error: str | None = None
     self.prompt_expanded = transcript.cut(transcript.prompt_length).expanded_length
     self.state = EpisodeState(question.id, [image.original for image in transcript.images],
@@ -201,8 +205,8 @@ class _Episode:
       return rollout_lib.TOKEN_LIMIT
     except Exception as error:  # one bad request must not take the run down; it is counted
       return self._fail(f"{type(error).__name__}: {error}")
-    self.prompt_tokens += sample.prompt_tokens
-    self.cached_tokens += sample.cached_tokens
+    self.prompt_tokens.append(sample.prompt_tokens)
+    self.cached_tokens.append(sample.cached_tokens)
     if sample.finish_reason == "abort":
       return self._fail("the engine aborted the request")
     if sample.finish_reason == "length":

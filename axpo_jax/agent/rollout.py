@@ -59,6 +59,8 @@ class Rollout:
     seed: the episode's seed.
     prompt_tokens: expanded prompt tokens sent to the engine, summed over turns.
     cached_tokens: those of them the engine served from its prefix cache.
+    first_prompt_tokens: those of the first request alone: for a resample, its frozen prefix.
+    first_cached_tokens: and how many of them came from the cache.
     start: collapsed length of the transcript that was continued; own tokens begin there.
     error: what the engine said when stop is "engine_error".
   """
@@ -72,6 +74,8 @@ class Rollout:
   seed: int
   prompt_tokens: int
   cached_tokens: int
+  first_prompt_tokens: int = 0
+  first_cached_tokens: int = 0
   start: int = 0
   error: str | None = None
 
@@ -93,7 +97,7 @@ class Rollout:
   @property
   def response_tokens(self) -> int:
     """Tokens that were sampled."""
-    return int(self.transcript.sampled_mask().sum())
+    return int(self.transcript.sampled.sum())
 
   def confidence(self) -> float | None:
     """Mean probability the sampling policy gave the first call's tokens, tags included.

@@ -217,7 +217,8 @@ class Transcript:
     """Number of tokens of the expanded form."""
     return len(self.ids) + sum(image.shown.num_tokens - 1 for image in self.images)
 
-  def sampled_mask(self) -> np.ndarray:
+  @property
+  def sampled(self) -> np.ndarray:
     """bool [C]: True where the token was sampled, that is, where it may carry loss."""
     return np.array([kind in SAMPLED_KINDS for kind in self.kinds], bool)
 

@@ -71,13 +71,16 @@ def test_a_tool_call_and_its_observation(world, scripted):
   # The second request continues the first and sends both images.
   assert engine.requests[1].ids[:len(engine.requests[0].ids)] == engine.requests[0].ids
   assert engine.requests[1].images == tuple(image.shown for image in t.images)
+  lengths = [request.prompt_tokens for request in engine.requests]
+  assert (rollout.prompt_tokens, rollout.first_prompt_tokens) == (sum(lengths), lengths[0])
+  assert (rollout.cached_tokens, rollout.first_cached_tokens) == (6, 3)
 
 
 def test_sampled_tokens_are_the_engines_and_only_they_have_logprobs(world, scripted):
   rollout, _ = play(world, scripted, TWO, CALL, RIGHT)
   t = rollout.transcript
   sampled = [i for text in (TWO, CALL, RIGHT) for i in world.ids(text)]
-  mask = t.sampled_mask()
+  mask = t.sampled
   assert [i for i, m in zip(t.ids, mask) if m] == sampled
   assert np.array_equal(np.isnan(t.logprobs), ~mask)
   assert {v for v, m in zip(t.versions, mask) if m} == {11}

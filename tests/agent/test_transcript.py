@@ -39,7 +39,7 @@ def test_kinds_of_a_whole_episode(special, fake_image):
   assert t.turns == [(3, 10), (18, 22)]
   assert t.prompt_length == 3
   assert t.expanded_length == 22 + 2 + 1
-  mask = t.sampled_mask()
+  mask = t.sampled
   assert [i for i, m in zip(t.ids, mask) if m] == [50, THINK, 20, CALL, 60, CALLED, END,
                                                    51, THINK, 61, END]
   # What the client inserted never has a log-probability; what was sampled always has.
@@ -180,7 +180,7 @@ def test_expand_and_its_map_are_exact(special, fake_image, shape):
 @given(shape=EPISODES)
 def test_sampled_tokens_are_exactly_what_the_engine_returned(special, fake_image, shape):
   t, sampled = make_episode(special, fake_image, shape)
-  mask = t.sampled_mask()
+  mask = t.sampled
   assert [i for i, m in zip(t.ids, mask) if m] == sampled
   assert not np.isnan(np.asarray(t.logprobs)[mask]).any()
   assert all((v >= 0) == m for v, m in zip(t.versions, mask))

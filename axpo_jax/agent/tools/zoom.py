@@ -129,10 +129,9 @@ def _pixel_range(low: float, high: float, size: int, min_side: int) -> tuple[int
   low, high = max(0.0, low), min(float(SCALE), high)
   if low >= high:
     raise BoxError(f"bbox_2d lies outside the image: coordinates run from 0 to {SCALE}")
-  low, high = low * size / SCALE, high * size / SCALE
+  low, high = low / SCALE * size, high / SCALE * size
   side = min(min_side, size)
   if high - low < side:
-    low = (low + high) / 2 - side / 2
-    low = min(max(low, 0.0), size - side)
+    low = min(max((low + high - side) / 2, 0.0), size - side)
     high = low + side
   return round(low), round(high)
