@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from axpo_jax.agent.tools.base import EpisodeState, ToolBox
 from axpo_jax.agent.tools.zoom import BoxError, ImageZoomIn, pixel_box
+from axpo_jax.data.miniworld import perception
 from axpo_jax.model.images import ImageLimits
 
 SMALL = ImageLimits(48 * 48, 48 * 48)
@@ -92,6 +93,21 @@ def test_aliases():
                name="image_zoom_in_tool")
   assert other.text == usual.text and other.error is None
   assert other.images[0].tobytes() == usual.images[0].tobytes()
+
+
+def test_the_miniature_worlds_crops_are_those_of_the_tool():
+  """The world makes training crops without the agent's code; they must be the same pixels."""
+  config = perception.PerceptionConfig()
+  tool = ImageZoomIn(ImageLimits(config.crop_min_pixels, config.crop_max_pixels),
+                     factor=config.crop_factor, min_side=config.crop_min_side)
+  rng = np.random.default_rng(0)
+  for size in ((512, 512), (500, 331)):
+    image = picture(*size)
+    for _ in range(50):
+      x, y = np.sort(rng.choice(51, (2, 2), replace=False), axis=1) * 20
+      box = [int(x[0]), int(y[0]), int(x[1]), int(y[1])]
+      expected = tool.magnify(image, box)
+      assert perception.zoom_crop(image, box, config).tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("change, says", [
