@@ -1,6 +1,6 @@
 """Who learns from which tokens with which advantage (arXiv 2605.28774, section 3).
 
-In: per question the N rewards and the branches (a source rollout and its K continuations' rewards).
+In: per question the N rewards and the branches (a source rollout, its K continuations' rewards).
 Out: one `Credit` per sequence to train on. A group without branches is plain GRPO, by the same code.
 
 Legend: N rollouts of one question, K continuations of one prefix.
@@ -168,7 +168,7 @@ def assign_credit(groups: Sequence[GroupOutcome], config: CreditConfig) -> list[
 
 
 def loss_mask(sampled_T: np.ndarray, region: str, prefix_end: int | None = None) -> np.ndarray:
-  """Which tokens of a sequence carry loss: the sampled ones (no prompt, no observation) of a region.
+  """Which tokens of a sequence carry loss: the sampled ones of a region, no prompt, no observation.
 
   Args:
     sampled_T: whether the policy sampled the token. For a continuation: of its whole sequence, the
@@ -214,7 +214,7 @@ def _check_branches(number: int, group: GroupOutcome) -> None:
     )
   if any(not 0 <= source < len(group.rewards_N) for source in sources):
     raise ValueError(
-      f"group {number}: branch sources {sources} must be positions in 0..{len(group.rewards_N) - 1}."
+      f"group {number}: branch sources {sources} must be positions below {len(group.rewards_N)}."
     )
   if len(set(sources)) != len(sources):
     raise ValueError(f"group {number}: a rollout may be the source of one branch, got {sources}.")

@@ -32,7 +32,8 @@ class LossConfig:
     clip_high: epsilon_high (paper: 0.4).
     kl_coef: beta of the KL to the reference (paper: 1e-3); 0 leaves it out.
     kl_clamp: ours; |logp_ref - logp| is clamped to this many nats inside k3.
-    dual_clip: ours; lower bound `dual_clip * A` for A < 0 (arXiv 1912.09729; 3.0 is usual), None off.
+    dual_clip: ours; lower bound `dual_clip * A` for A < 0 (arXiv 1912.09729; 3.0 is usual); None:
+      off.
     entropy_coef: ours; bonus per nat of policy entropy, 0 off.
     variant: "grpo", or "cispo" (arXiv 2506.13585: the clipped ratio is a constant weight).
     cispo_min_ratio: lower bound of CISPO's weight; 0 is none, as there.

@@ -147,7 +147,9 @@ def test_errors_stops_and_cache():
   group = GroupStats(
     [
       rollout(0, True, num_calls=3, tool_errors={"bad_json": 2, "bad_box": 1}, stop="turn_limit"),
-      rollout(0, True, num_calls=2, tool_errors={"bad_json": 1}, prompt_tokens=30, cached_tokens=10),
+      rollout(
+        0, True, num_calls=2, tool_errors={"bad_json": 1}, prompt_tokens=30, cached_tokens=10
+      ),
       rollout(0, stop="engine_error", prompt_tokens=10),
       rollout(1, total_tokens=90),
     ]

@@ -55,7 +55,8 @@ def test_any_does_not_count_how_many(others_right, right):
 
 def test_one_group_in_full():
   """Eight rollouts; 2 used a tool wrongly and is the source; three no-tool ones are right."""
-  credits = assign_credit([outcome([1, 1, 0, 1, 0, 0, 0, 0], Branch(2, np.array([0, 1, 0, 0])))], PAPER)
+  branch = Branch(2, np.array([0, 1, 0, 0]))
+  credits = assign_credit([outcome([1, 1, 0, 1, 0, 0, 0, 0], branch)], PAPER)
   plain = group_advantages([1, 1, 0, 1, 0, 0, 0, 0])
   want = [
     *(Credit(0, i, None, "all", plain[i]) for i in (0, 1)),
@@ -174,9 +175,8 @@ def test_excess_credit():
 
 def test_excess_grows_with_success_where_nothing_else_is_right():
   config = CreditConfig(prefix_credit="excess")
-  got = [
-    prefix_advantage(np.zeros(8), 0, np.array([1.0] * c + [0.0] * (4 - c)), config) for c in range(5)
-  ]
+  rewards = [np.array([1.0] * c + [0.0] * (4 - c)) for c in range(5)]
+  got = [prefix_advantage(np.zeros(8), 0, rewards_K, config) for rewards_K in rewards]
   assert got[0] == 0
   assert got == sorted(got)
   assert len(set(got)) == 5
@@ -184,7 +184,8 @@ def test_excess_grows_with_success_where_nothing_else_is_right():
 
 def test_no_std_normalisation():
   config = CreditConfig(normalise_std=False)
-  credits = by_place(assign_credit([outcome([0, 0, 0, 1], Branch(0, np.array([1, 0, 0, 0])))], config))
+  branch = Branch(0, np.array([1, 0, 0, 0]))
+  credits = by_place(assign_credit([outcome([0, 0, 0, 1], branch)], config))
   assert credits[0, 0, None].advantage == 0.5
   assert credits[0, 3, None].advantage == 0.75
   assert credits[0, 0, 0].advantage == 0.75
@@ -206,13 +207,14 @@ def test_prefix_and_continuation_split_the_sampled_tokens(sampled, data):
 def test_mask_by_hand():
   #          prompt   think  <tool_call>  call  observation  answer
   sampled = [0, 0, 1, 1, 1, 1, 0, 1]
-  np.testing.assert_array_equal(loss_mask(sampled, "prefix", 5), np.array([0, 0, 1, 1, 1, 0, 0, 0], bool))
-  np.testing.assert_array_equal(
-    loss_mask(sampled, "continuation", 5), np.array([0, 0, 0, 0, 0, 1, 0, 1], bool)
-  )
+  want = {"prefix": [0, 0, 1, 1, 1, 0, 0, 0], "continuation": [0, 0, 0, 0, 0, 1, 0, 1]}
+  for region, mask in want.items():
+    np.testing.assert_array_equal(loss_mask(sampled, region, 5), np.array(mask, bool))
 
 
-@pytest.mark.parametrize(("region", "end"), [("prefix", None), ("continuation", 9), ("prefix", 0), ("x", 1)])
+@pytest.mark.parametrize(
+  ("region", "end"), [("prefix", None), ("continuation", 9), ("prefix", 0), ("x", 1)]
+)
 def test_bad_mask_requests(region, end):
   with pytest.raises(ValueError):
     loss_mask([True, False], region, end)

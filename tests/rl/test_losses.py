@@ -73,7 +73,7 @@ def reference(config, x, logp):
 
 
 def run(config, x, **changes):
-  x = {name: None if v is None else jnp.asarray(v, jnp.float32) for name, v in (x | changes).items()}
+  x = {n: None if v is None else jnp.asarray(v, jnp.float32) for n, v in (x | changes).items()}
   return policy_loss(**x, config=config)
 
 

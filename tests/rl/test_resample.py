@@ -228,7 +228,10 @@ def test_random_choice_ignores_confidence_and_follows_the_seed():
   groups = [group(np.linspace(0.1, 0.9, 8), index=q) for q in range(12)]
   config = ResampleConfig(ratio=0.5, k=4, choice="random")
   flat = [dataclasses.replace(g, confidence_N=np.full(8, 0.5)) for g in groups]
-  pick = lambda gs, seed: [(s.group, s.rollout) for s in plan_resamples(gs, config, seed)]  # noqa: E731
+
+  def pick(groups, seed):
+    return [(s.group, s.rollout) for s in plan_resamples(groups, config, seed)]
+
   assert pick(groups, 1) == pick(flat, 1) == pick(groups, 1)
   assert pick(groups, 1) != pick(groups, 2)
   firsts = [rollout for seed in range(60) for _, rollout in pick(groups, seed)]
