@@ -24,7 +24,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import PIL.Image
-import PIL.ImageChops
 import PIL.ImageDraw
 import PIL.ImageFont
 
@@ -43,7 +42,7 @@ GLYPHS = ("A", "C", "E", "H", "K", "M", "R", "T", "X", "2", "4", "7")
 COORDINATE_STEP = 20
 SPLITS = {"train": 0, "rl": 1, "eval": 2}
 
-# shape -> (outline, centre of the glyph, cap height of a large glyph), in cells about the cell's
+# shape -> (corners, centre of the glyph, cap height of a large glyph), in cells about the cell's
 # centre. The glyph has to lie inside the mark: white ink on the light ground could not be read.
 _SHAPES = {
     "square": (((-.37, -.37), (.37, -.37), (.37, .37), (-.37, .37)), (0., 0.), .50),
@@ -298,32 +297,32 @@ def _render(
   size = (rows * config.cell_px, columns * config.cell_px)
   ground = 235 - rng.integers(0, config.noise, size, dtype=np.uint8, endpoint=True)
   image = PIL.Image.fromarray(ground).convert("RGB")
-  places = [_Place.draw(rng, mark, config) for mark in marks]
-  inside = PIL.Image.new("L", image.size)
-  for mark, place in zip(marks, places, strict=True):
-    place.fill(PIL.ImageDraw.Draw(image), mark, COLOURS[mark.colour][0])
-    place.fill(PIL.ImageDraw.Draw(inside), mark, 255)
-  image.paste(_grained(rng, image, grid, config), mask=inside)
   draw = PIL.ImageDraw.Draw(image)
-  for mark, place in zip(marks, places, strict=True):
-    _draw_glyph(draw, place.glyph_centre(mark), mark.glyph, _cap_px(rng, mark, place, config),
-                COLOURS[mark.colour][1])
+  for mark in marks:
+    row, column = mark.cell
+    left, top = column * config.cell_px, row * config.cell_px
+    place = _Place.draw(rng, mark, config)
+    fill, ink = COLOURS[mark.colour]
+    image.paste(_grained(rng, fill, config), (left, top), place.outline(mark, config))
+    x, y = place.pixel(*_SHAPES[mark.shape][1])
+    _draw_glyph(draw, (left + x, top + y), mark.glyph, _cap_px(rng, mark, place, config), ink)
   return image
 
 
 def _grained(
-    rng: np.random.Generator, image: PIL.Image.Image, grid: tuple[int, int],
+    rng: np.random.Generator, fill: tuple[int, int, int],
     config: PerceptionConfig) -> PIL.Image.Image:
-  """The image with grain: one random deviation per channel and pixel of the shown canvas."""
-  shown = (grid[0] * config.shown_cell_px, grid[1] * config.shown_cell_px, 3)
-  grain = PIL.Image.fromarray(rng.integers(0, 2 * config.grain + 1, shown, dtype=np.uint8))
-  grain = grain.resize(image.size, PIL.Image.Resampling.NEAREST)
-  return PIL.ImageChops.add(image, grain, scale=1, offset=-config.grain)
+  """A cell of a colour, with one random deviation per channel and pixel of the shown canvas."""
+  shape = (config.shown_cell_px, config.shown_cell_px, 3)
+  deviation = rng.integers(-config.grain, config.grain, shape, dtype=np.int16, endpoint=True)
+  shown = np.clip(np.int16(fill) + deviation, 0, 255).astype(np.uint8)
+  cell = (config.cell_px, config.cell_px)
+  return PIL.Image.fromarray(shown).resize(cell, PIL.Image.Resampling.NEAREST)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-  """Where a mark lies: its centre in pixels, and pixels per unit of its outline."""
+  """Where a mark lies in its cell: its centre in pixels, and pixels per unit of its outline."""
 
   x: float
   y: float
@@ -331,25 +330,24 @@ class _Place:
 
   @classmethod
   def draw(cls, rng: np.random.Generator, mark: Mark, config: PerceptionConfig) -> _Place:
-    outline = _SHAPES[mark.shape][0]
+    corners = _SHAPES[mark.shape][0]
     scale = 1 - config.shrink * rng.random()
-    x, y = (_kept_inside(config.jitter * (2 * rng.random() - 1), outline, axis, scale)
+    x, y = (0.5 + _kept_inside(config.jitter * (2 * rng.random() - 1), corners, axis, scale)
             for axis in (0, 1))
-    row, column = mark.cell
-    return cls((column + 0.5 + x) * config.cell_px, (row + 0.5 + y) * config.cell_px,
-               scale * config.cell_px)
+    return cls(x * config.cell_px, y * config.cell_px, scale * config.cell_px)
 
-  def fill(self, draw: PIL.ImageDraw.ImageDraw, mark: Mark, colour: int | tuple[int, ...]) -> None:
-    points = [self._pixel(*corner) for corner in _SHAPES[mark.shape][0]]
+  def outline(self, mark: Mark, config: PerceptionConfig) -> PIL.Image.Image:
+    """A mask of the cell: 255 inside the mark."""
+    mask = PIL.Image.new("L", (config.cell_px, config.cell_px))
+    draw = PIL.ImageDraw.Draw(mask)
+    points = [self.pixel(*corner) for corner in _SHAPES[mark.shape][0]]
     if mark.shape == "circle":
-      draw.ellipse(points, fill=colour)
+      draw.ellipse(points, fill=255)
     else:
-      draw.polygon(points, fill=colour)
+      draw.polygon(points, fill=255)
+    return mask
 
-  def glyph_centre(self, mark: Mark) -> tuple[float, float]:
-    return self._pixel(*_SHAPES[mark.shape][1])
-
-  def _pixel(self, x: float, y: float) -> tuple[float, float]:
+  def pixel(self, x: float, y: float) -> tuple[float, float]:
     return self.x + self.unit * x, self.y + self.unit * y
 
 
@@ -361,9 +359,9 @@ def _cap_px(rng: np.random.Generator, mark: Mark, place: _Place, config: Percept
 
 
 def _kept_inside(
-    shift: float, outline: Sequence[Sequence[float]], axis: int, scale: float) -> float:
+    shift: float, corners: Sequence[Sequence[float]], axis: int, scale: float) -> float:
   """The jitter of a mark, cut so that no mark leaves its cell."""
-  places = [scale * corner[axis] for corner in outline]
+  places = [scale * corner[axis] for corner in corners]
   return min(max(shift, -0.5 - min(places)), 0.5 - max(places))
 
 
