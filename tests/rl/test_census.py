@@ -201,3 +201,14 @@ def test_truncated_stops_are_the_episode_loops():
   from axpo_jax.agent import rollout as rollout_lib
 
   assert set(rollout_lib.STOPS) >= census_lib.TRUNCATED_STOPS
+
+
+def test_a_continuation_does_not_make_a_tool_subgroup_where_there_was_none():
+  """The no-tool ablation can do that; both rates must be over the same questions."""
+  branch = BranchStats(1, continuations(0, 0))
+  groups = [
+    GroupStats([rollout(1), rollout(0)], [branch], triggered=True),
+    GroupStats([rollout(1, True), rollout(0)]),
+  ]
+  got = census(groups)
+  assert got["rollout/tool_all_wrong_rate"] == got["rollout/tool_all_wrong_rate_after"] == 0.0
