@@ -105,17 +105,15 @@ def load_params(
   """Reads a checkpoint folder (one safetensors file, or shards with an index).
 
   Parameters get config.param_dtype and, with a mesh, the sharding that their logical axes ask for
-  (else the default device). Merge them with the graph of any `Qwen3VL(config)`.
+  (else they stand uncommitted on the default device). Merge them with the graph of any `Qwen3VL(config)`.
 
   Raises: CheckpointMismatch listing all unknown, missing and misshapen tensors, before anything
     is read; FileNotFoundError if the folder holds no safetensors.
   """
   abstract = abstract_params(config)
-  shardings = (
-    jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract)
-    if mesh is None
-    else sharding.param_shardings(abstract, mesh, rules)
-  )
+  trees = [abstract]
+  if mesh is not None:
+    trees.append(sharding.param_shardings(abstract, mesh, rules))
   with _Reader(Path(path)) as reader:
     table = name_table(config)
     _check(reader.shapes(), table, tied=config.text.tie_word_embeddings)
@@ -123,10 +121,10 @@ def load_params(
     for entry in table:
       entries.setdefault(entry.path, []).append(entry)
 
-    def load(path, leaf, target):
+    def load(path, leaf, target=None):
       return _load_leaf(reader.read, entries[_names(path)], leaf, target)
 
-    return jax.tree_util.tree_map_with_path(load, abstract, shardings)
+    return jax.tree_util.tree_map_with_path(load, *trees)
 
 
 def save_checkpoint_hf(
@@ -300,26 +298,45 @@ def _check(found: Mapping[str, tuple[int, ...]], table: list[Entry], *, tied: bo
     )
 
 
-def _load_leaf(
-  read: Callable[[str], np.ndarray], entries: list[Entry], leaf: Any, target: jax.sharding.Sharding
-) -> jax.Array:
-  """One parameter, each tensor read once, only this process's parts kept."""
-  shape, dtype = leaf.shape, leaf.dtype
-  places = target.addressable_devices_indices_map(shape)
-  bounds = {d: tuple(s.indices(n)[:2] for s, n in zip(i, shape)) for d, i in places.items()}
-  parts = {b: np.empty([stop - start for start, stop in b], dtype) for b in bounds.values()}
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) of every axis
+
+
+def _load_leaf(read, entries, leaf, target: jax.sharding.Sharding | None) -> jax.Array:
+  """One parameter, of which only this process's parts are kept."""
+  if target is None:
+    whole = tuple((0, n) for n in leaf.shape)
+    return jnp.asarray(_read_parts(read, entries, leaf, {whole})[whole])
+  places = target.addressable_devices_indices_map(leaf.shape)
+  bounds = {
+    device: tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
+    for device, index in places.items()
+  }
+  parts = _read_parts(read, entries, leaf, set(bounds.values()))
+  arrays = [jax.device_put(parts[b], device) for device, b in bounds.items()]
+  return jax.make_array_from_single_device_arrays(leaf.shape, target, arrays)
+
+
+def _read_parts(
+  read: Callable[[str], np.ndarray], entries: list[Entry], leaf: Any, wanted: set[Bounds]
+) -> dict[Bounds, np.ndarray]:
+  """The wanted parts of one parameter; each tensor of the checkpoint is read once."""
+  parts = {b: np.empty([stop - start for start, stop in b], leaf.dtype) for b in wanted}
   for entry in entries:
-    # As if unstacked: a parameter that is not stacked is a stack of one.
-    stacked = entry.layer is not None
-    held = {b: p for b, p in parts.items() if not stacked or b[0][0] <= entry.layer < b[0][1]}
-    if not held:
+    if entry.layer is None:
+      tensor = entry.to_ours(read(entry.name), leaf.shape)
+      for bounds, part in parts.items():
+        part[...] = tensor[_window(bounds)]
       continue
-    tensor = entry.to_ours(read(entry.name), shape[1:] if stacked else shape)
-    for b, part in held.items():
-      window = tuple(slice(*r) for r in (b[1:] if stacked else b))
-      part[entry.layer - b[0][0] if stacked else ...] = tensor[window]
-  arrays = [jax.device_put(parts[b], d) for d, b in bounds.items()]
-  return jax.make_array_from_single_device_arrays(shape, target, arrays)
+    holders = [b for b in wanted if b[0][0] <= entry.layer < b[0][1]]
+    if holders:
+      tensor = entry.to_ours(read(entry.name), leaf.shape[1:])
+    for bounds in holders:
+      parts[bounds][entry.layer - bounds[0][0]] = tensor[_window(bounds[1:])]
+  return parts
+
+
+def _window(bounds: Bounds) -> tuple[slice, ...]:
+  return tuple(slice(*b) for b in bounds)
 
 
 def _names(path) -> Path_:

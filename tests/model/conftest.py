@@ -148,9 +148,9 @@ def random_image():
 
 @pytest.fixture(scope="session")
 def make_case(random_image):
-  """make_case(grids, seed=0, texts=...): text, then each image followed by text."""
+  """make_case(grids): `text` tokens, each image followed by at most `text` tokens, `tail` more."""
 
-  def make(grids=(), seed: int = 0, text: int = 5, **pack_options) -> Case:
+  def make(grids=(), seed: int = 0, text: int = 5, tail: int = 0, **pack_options) -> Case:
     rng = np.random.default_rng([seed, 7])
     images = [random_image(h, w, seed + i) for i, (h, w) in enumerate(grids)]
     merged = [(h // 2, w // 2) for h, w in grids]
@@ -160,7 +160,7 @@ def make_case(random_image):
       spans.append((len(ids) + 1, h * w))
       ids += [CONFIG.vision_start_token_id, *[CONFIG.image_token_id] * (h * w)]
       ids += [CONFIG.vision_end_token_id, *rng.integers(0, 130, rng.integers(1, text + 1))]
-    ids = np.asarray(ids, np.int32)
+    ids = np.asarray([*ids, *rng.integers(0, 130, tail)], np.int32)
     index = np.full(len(ids), -1, np.int32)
     vision, pixels = None, None
     if images:

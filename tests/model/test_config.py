@@ -1,0 +1,84 @@
+"""Sizes of the released models, and Hugging Face configs in both spellings."""
+
+import dataclasses
+import json
+
+import pytest
+from transformers import Qwen3VLConfig
+
+from axpo_jax.model.config import PRESETS, ModelConfig, UnsupportedConfig
+
+# hidden, layers, heads, kv, mlp, tied | depth, hidden, mlp, DeepStack: the published configs.
+RELEASED = {
+  "2b": (2048, 28, 16, 8, 6144, True, 24, 1024, 4096, (5, 11, 17)),
+  "4b": (2560, 36, 32, 8, 9728, True, 24, 1024, 4096, (5, 11, 17)),
+  "8b": (4096, 36, 32, 8, 12288, False, 27, 1152, 4304, (8, 16, 24)),
+  "32b": (5120, 64, 64, 8, 25600, False, 27, 1152, 4304, (8, 16, 24)),
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_presets(name):
+  config = PRESETS[name]
+  t, v = config.text, config.vision
+  assert (
+    t.hidden_size, t.num_layers, t.num_heads, t.num_kv_heads, t.intermediate_size,
+    t.tie_word_embeddings, v.depth, v.hidden_size, v.intermediate_size, v.deepstack_layers,
+  ) == RELEASED[name]  # fmt: skip
+  assert (t.vocab_size, t.head_dim, t.rope_theta, t.max_positions) == (151936, 128, 5e6, 262144)
+  assert (t.mrope_section, t.rms_norm_eps, v.grid_side) == ((24, 20, 20), 1e-6, 48)
+  assert (v.patch_size, v.temporal_patch_size, v.spatial_merge_size) == (16, 2, 2)
+  assert (v.num_heads, v.patch_dim, v.out_hidden_size) == (16, 1536, t.hidden_size)
+  assert (config.image_token_id, config.video_token_id) == (151655, 151656)
+  assert (config.vision_start_token_id, config.vision_end_token_id) == (151652, 151653)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_hf_round_trip_through_transformers(name, tmp_path):
+  """Ours -> the released files' spelling -> transformers' own spelling -> ours."""
+  config = PRESETS[name]
+  options = {"dtype": config.dtype}
+  assert ModelConfig.from_hf(config.to_hf(), **options) == config
+  theirs = Qwen3VLConfig(**config.to_hf())
+  theirs.save_pretrained(tmp_path)
+  assert "rope_parameters" in json.loads((tmp_path / "config.json").read_text())["text_config"]
+  assert ModelConfig.from_hf(tmp_path, **options) == config
+  assert ModelConfig.from_hf(tmp_path / "config.json", **options) == config
+
+
+@pytest.mark.parametrize(
+  ("where", "change", "message"),
+  [
+    ((), {"model_type": "qwen2_5_vl"}, "qwen2_5_vl"),
+    ((), {"model_type": "qwen3_vl_moe"}, "dense"),
+    (("text_config",), {"hidden_act": "gelu"}, "text_config.hidden_act='gelu'"),
+    (("text_config",), {"attention_bias": True}, "attention_bias"),
+    (("text_config",), {"rope_theta": None}, "rope_theta"),
+    (("text_config", "rope_scaling"), {"rope_type": "yarn"}, "yarn"),
+    (("text_config", "rope_scaling"), {"mrope_interleaved": False}, "interleaved"),
+    (("text_config", "rope_scaling"), {"mrope_section": [16, 24, 23]}, "sum to"),
+    (("text_config",), {"num_key_value_heads": 3}, "num_kv_heads=3"),
+    (("vision_config",), {"hidden_act": "gelu"}, "vision_config.hidden_act='gelu'"),
+    (("vision_config",), {"out_hidden_size": 100}, "out_hidden_size=100"),
+    (("vision_config",), {"num_position_embeddings": 2300}, "square"),
+    (("vision_config",), {"deepstack_visual_indexes": [5, 40]}, "below depth"),
+  ],
+)
+def test_what_is_not_implemented_is_refused(where, change, message):
+  raw = PRESETS["2b"].to_hf()
+  target = raw
+  for key in where:
+    target = target[key]
+  target |= change
+  with pytest.raises(UnsupportedConfig, match=message):
+    ModelConfig.from_hf(raw)
+
+
+@pytest.mark.parametrize("change", [{"remat": "some"}, {"dtype": "float16"}, {"param_dtype": "f32"}])
+def test_wrong_options_are_refused(change):
+  with pytest.raises(UnsupportedConfig, match="choose one of"):
+    dataclasses.replace(PRESETS["tiny"], **change)
+
+
+def test_config_is_hashable():
+  assert hash(PRESETS["2b"]) == hash(dataclasses.replace(PRESETS["2b"]))
