@@ -41,15 +41,15 @@ def mean_and_error(
     (mean, standard error); the error is NaN with fewer than two clusters.
 
   Raises:
-    ValueError: no question, or as many clusters as questions are not given.
+    ValueError: no question, or not one cluster per question.
   """
   if len(values_Q) == 0:
     raise ValueError("no question to average; evaluate at least one.")
   values_Q = np.asarray(values_Q, dtype=np.float64)
   mean = math.fsum(values_Q) / len(values_Q)
-  residuals = dict.fromkeys(range(len(values_Q)), 0.0) if clusters_Q is None else {}
-  labels = range(len(values_Q)) if clusters_Q is None else clusters_Q
-  for label, value in zip(labels, values_Q, strict=True):
+  labels_Q = range(len(values_Q)) if clusters_Q is None else clusters_Q
+  residuals = {}
+  for label, value in zip(labels_Q, values_Q, strict=True):
     residuals[label] = residuals.get(label, 0.0) + (value - mean)
   groups = len(residuals)
   if groups < 2:
@@ -69,8 +69,9 @@ def summarise(
   """Pass@k metrics of an evaluation.
 
   Pass@1 is the mean reward over rollouts, averaged over questions (so graded rewards keep their
-  grades); Pass@k for k > 1 asks for one right answer. A k larger than some question's number of
-  rollouts is left out, since no unbiased estimate exists there.
+  grades); Pass@k for k > 1 asks for one right answer. It is taken over the questions that have at
+  least k rollouts (one lost to a failed tool server must not cost the whole number), and left out
+  where there is none.
 
   Args:
     rewards_QxN: rewards of every question's rollouts.
@@ -85,13 +86,16 @@ def summarise(
     ValueError: no question, an empty question, or a non-finite reward.
   """
   rewards_QxN = [reward_vector(rewards_N) for rewards_N in rewards_QxN]
-  fewest = min((len(rewards_N) for rewards_N in rewards_QxN), default=0)
+  if not rewards_QxN:
+    raise ValueError("no question to average; evaluate at least one.")
+  labels_Q = list(range(len(rewards_QxN)) if clusters_Q is None else clusters_Q)
   out = {}
   for k in ks:
-    if k > fewest > 0:
+    enough = [q for q, rewards_N in enumerate(rewards_QxN) if len(rewards_N) >= k]
+    if not enough:
       continue
-    values_Q = [_pass_at(rewards_N, k) for rewards_N in rewards_QxN]
-    mean, error = mean_and_error(values_Q, clusters_Q)
+    values_Q = [_pass_at(rewards_QxN[q], k) for q in enough]
+    mean, error = mean_and_error(values_Q, [labels_Q[q] for q in enough])
     out[f"{prefix}/pass_at_{k}"] = mean
     if not math.isnan(error):
       out[f"{prefix}/pass_at_{k}_se"] = error

@@ -167,7 +167,7 @@ def _tool_use(rollouts):
   tool = [r for r in rollouts if r.used_tool]
   no_tool = [r for r in rollouts if not r.used_tool]
   return {
-    "reward": _mean(r.reward for r in rollouts),
+    "reward_mean": _mean(r.reward for r in rollouts),
     "tool_attempt_rate": len(tool) / len(rollouts),
     "tool_success_rate": _share(r.right for r in tool),
     "no_tool_success_rate": _share(r.right for r in no_tool),

@@ -48,10 +48,13 @@ def test_pass_at_1_keeps_graded_rewards():
   assert summarise([[0.5, 0.25], [1.0, 0.25]], ks=(1,))["eval/pass_at_1"] == 0.5
 
 
-def test_k_beyond_the_rollouts_is_left_out():
-  assert set(summarise([[1, 0], [0, 0, 1, 1]], ks=(1, 2, 4))) == {
-    "eval/pass_at_1", "eval/pass_at_1_se", "eval/pass_at_2", "eval/pass_at_2_se"
-  }  # fmt: skip
+def test_questions_with_fewer_than_k_rollouts_do_not_count_for_k():
+  got = summarise([[1, 0], [0, 0, 1, 1], [0, 0, 0, 0]], ks=(1, 4, 8))
+  assert got["eval/pass_at_1"] == pytest.approx(1 / 3)
+  assert got["eval/pass_at_4"] == 0.5
+  assert "eval/pass_at_8" not in got
+  lost = summarise([[1, 0], [0, 0, 1, 1], [0, 0, 0, 0]], ks=(4,), clusters_Q="aab")
+  assert lost["eval/pass_at_4_se"] == pytest.approx(np.std([1, 0], ddof=1) / np.sqrt(2))
 
 
 def test_one_question_has_no_error():

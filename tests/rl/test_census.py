@@ -54,7 +54,7 @@ def test_rates_by_hand(step):
   want = {
     "questions": 4,
     "rollouts": 16,
-    "reward": 6 / 16,
+    "reward_mean": 6 / 16,
     "tool_attempt_rate": 5 / 16,
     "tool_success_rate": 1 / 5,
     "no_tool_success_rate": 6 / 11 - 1 / 11,
