@@ -2,12 +2,16 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from axpo_jax.model.config import PRESETS
 from axpo_jax.model.images import ProcessedImage
+from axpo_jax.model.qwen3_vl import Qwen3VL
+from axpo_jax.model.sharding import path_name
 from axpo_jax.model.vision_inputs import mrope_positions
 from axpo_jax.train.packing import Example
 
@@ -25,6 +29,23 @@ def config():
     tiny.vision, depth=2, hidden_size=16, intermediate_size=24, out_hidden_size=32, num_heads=2,
     deepstack_layers=(0,))
   return dataclasses.replace(tiny, text=text, vision=vision)
+
+
+@pytest.fixture(scope="session")
+def abstract_params(config):
+  return nnx.eval_shape(lambda: nnx.state(Qwen3VL(config, rngs=nnx.Rngs(0)), nnx.Param))
+
+
+@pytest.fixture(scope="session")
+def host_params(abstract_params):
+  """Random parameters made with NumPy: compiling the initialisers would take longer than a step."""
+  rng = np.random.default_rng(0)
+
+  def make(path, x):
+    noise = rng.normal(size=x.shape, scale=0.1).astype(np.float32)
+    return 1 + noise if "scale" in path_name(path) else noise
+
+  return jax.tree_util.tree_map_with_path(make, abstract_params)
 
 
 @pytest.fixture(scope="session")

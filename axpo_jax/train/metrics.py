@@ -1,0 +1,113 @@
+"""The metrics of a run: JSON lines that survive kill and resume, and TensorBoard.
+
+One JSON object a line, with `step` first and slash names after it. A line is on the disk before
+`write` returns. A resumed run first cuts what the run before it wrote after the restored step, so
+the file is that of an unbroken run (but for times).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+  """Writes to `folder`/metrics.jsonl and, if wanted, TensorBoard events in `folder`/tensorboard.
+
+  Args:
+    resume_step: the step of the restored checkpoint: lines of later steps are cut, and a torn
+      last line. None starts a new file and drops what an earlier run left.
+    tensorboard: also write event files (tensorboardX).
+  """
+
+  def __init__(self, folder: str | os.PathLike, *, resume_step: int | None = None,
+               tensorboard: bool = True):
+    self.path = Path(folder) / METRICS_FILE
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    _truncate(self.path, resume_step)
+    self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the run)
+    self._board = None
+    if tensorboard:
+      from tensorboardX import SummaryWriter  # here: a run without it need not have it
+      # What the event files hold from `purge_step` on is hidden by TensorBoard.
+      self._board = SummaryWriter(str(Path(folder) / "tensorboard"),
+                                  purge_step=None if resume_step is None else resume_step + 1)
+
+  def __enter__(self) -> MetricsWriter:
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self.close()
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """Appends a line. Values are numbers (any scalar that `float` takes); NaN and infinity become
+    null, since JSON has neither.
+
+    Raises:
+      ValueError: a value that is not a number, or one called "step".
+    """
+    if "step" in values:
+      raise ValueError("a metric may not be called 'step': pass the step as the first argument")
+    numbers = {name: _number(name, value) for name, value in values.items()}
+    self._file.write(json.dumps({"step": int(step), **numbers}, allow_nan=False) + "\n")
+    self._file.flush()
+    os.fsync(self._file.fileno())
+    if self._board is not None:
+      for name, value in numbers.items():
+        if value is not None:
+          self._board.add_scalar(name, value, int(step))
+      self._board.flush()
+
+  def close(self) -> None:
+    self._file.close()
+    if self._board is not None:
+      self._board.close()
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+  """The lines of a metrics file (or of the one in a folder); a torn last line is left out."""
+  path = Path(path)
+  return _whole_lines(path / METRICS_FILE if path.is_dir() else path)
+
+
+def _truncate(path: Path, resume_step: int | None) -> None:
+  if not path.exists():
+    return
+  kept = [] if resume_step is None else [
+    line for line in _whole_lines(path) if line["step"] <= resume_step]
+  # Written beside and renamed: a kill in between leaves the old file whole.
+  fresh = path.with_suffix(".tmp")
+  with open(fresh, "w", encoding="utf-8") as file:
+    file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in kept)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(fresh, path)
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+  """Raises ValueError for a broken line that is not the last: that is not a torn write."""
+  # Bytes, since a torn line may end inside a character.
+  parts = path.read_bytes().split(b"\n")
+  out = []
+  for number, part in enumerate(parts[:-1], 1):  # after the last newline: empty, or torn
+    try:
+      out.append(json.loads(part))
+    except ValueError as error:
+      raise ValueError(f"{path}, line {number} is not JSON: {part[:80]!r}; mend or delete it") from error
+  return out
+
+
+def _number(name: str, value: Any) -> int | float | None:
+  if isinstance(value, (bool, int)):
+    return int(value)
+  try:
+    number = float(value)
+  except (TypeError, ValueError) as error:
+    raise ValueError(f"metric {name!r} is {value!r}; metrics are numbers") from error
+  return number if math.isfinite(number) else None
