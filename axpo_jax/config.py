@@ -8,7 +8,11 @@ override (`--config.rl.rolouts=16`) is an error and not a silent no-op.
 import pathlib
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import FieldReference, placeholder
 
+STAGES = ("sft", "rl", "eval")
+DATA_SOURCES = ("jsonl", "parquet", "miniworld")
+ALGORITHMS = ("axpo", "grpo")
 ASSETS = pathlib.Path(__file__).parent / "assets"
 
 
@@ -48,6 +52,54 @@ def base_config() -> ConfigDict:
   return c.lock()
 
 
+def validate(config: ConfigDict) -> None:
+  """Checks what can be checked without loading anything, so that a run fails in its first second.
+
+  Raises:
+    ConfigError: names the field and says what to set it to.
+  """
+  model, data = config.model, config.data
+  if bool(model.checkpoint) == bool(model.preset):
+    raise ConfigError(
+      "set config.model.checkpoint to a Qwen3-VL folder in Hugging Face layout "
+      "(--config.model.checkpoint=/path/to/Qwen3-VL-8B-Thinking), or config.model.preset for "
+      f"random parameters; now checkpoint={model.checkpoint!r}, preset={model.preset!r}")
+  _require_folder("config.model.checkpoint", model.checkpoint)
+  if model.preset and not model.tokenizer:
+    raise ConfigError("config.model.preset brings no tokenizer: set config.model.tokenizer to a "
+                      "folder with tokenizer and preprocessor_config.json")
+  _require_folder("config.model.tokenizer", model.tokenizer)
+  if unknown := sorted(set(config.stages) - set(STAGES)):
+    raise ConfigError(f"config.stages names {unknown}; stages are {STAGES}")
+  if data.source not in DATA_SOURCES:
+    raise ConfigError(f"config.data.source={data.source!r}; choose one of {DATA_SOURCES}")
+  if data.source != "miniworld":
+    if "rl" in config.stages:
+      _require_file("config.data.path", data.path)
+    _require_file("config.data.eval_path", data.eval_path)
+  if "sft" in config.stages and config.sft.source == "jsonl":
+    _require_file("config.sft.path", config.sft.path)
+  if config.rl.algorithm not in ALGORITHMS:
+    raise ConfigError(f"config.rl.algorithm={config.rl.algorithm!r}; choose one of {ALGORITHMS}")
+
+
+def _require_folder(field: str, value: str) -> None:
+  if value and not pathlib.Path(value).is_dir():
+    raise ConfigError(f"{field}={value!r} is not a folder")
+
+
+def _require_file(field: str, value: str) -> None:
+  if not value:
+    raise ConfigError(f"{field} is empty: set it to a file (--{field}=/path/to/file)")
+  if not pathlib.Path(value).is_file():
+    raise ConfigError(f"{field}={value!r} is not a file")
+
+
+def _optional(value: float) -> FieldReference:
+  """A float field that may also be set to None."""
+  return FieldReference(value, field_type=float)
+
+
 def _model() -> ConfigDict:
   return ConfigDict(dict(
     checkpoint="",            # folder in Hugging Face layout (config.json, *.safetensors, tokenizer)
@@ -56,6 +108,7 @@ def _model() -> ConfigDict:
     dtype="bfloat16",         # of activations
     param_dtype="float32",    # of the master parameters: float32 or bfloat16
     remat="full",             # what backward recomputes a layer: none, dots or full
+    export_dtype="bfloat16",  # of the folders that stages write
     freeze_vision=False,      # keep the vision tower and its mergers fixed
   ))
 
@@ -67,10 +120,12 @@ def _data() -> ConfigDict:
     eval_path="",             # file of held-out questions
     # Names of the columns in your file; see docs/data.md.
     columns=ConfigDict(dict(id="id", text="question", images="images", answers="answer",
-                            kind="kind", options="options", category="category")),
+                            kind="kind", options="options", category="category",
+                            source="source")),
     max_bad_share=0.01,       # more unreadable records than this share stop the run
     miniworld=ConfigDict(dict(
-      train_size=100_000,     # questions in the training split
+      seed=0,                 # of the world; config.seed does not change the questions
+      train_size=100_000,     # questions of the training splits (SFT and RL have one each)
       large_share=0.5,        # questions whose glyph can be read without zooming
       kinds=ConfigDict(dict(read=1.0)),  # mix of question kinds in the RL and evaluation splits
     )),
@@ -122,38 +177,49 @@ def _rl() -> ConfigDict:
     algorithm="axpo",         # axpo, or grpo: the same without resampling
     steps=300,
     questions=128,            # B, questions a step
-    rollouts=8,               # N, rollouts a question [paper]
+    num_rollouts=8,           # N, rollouts a question [paper]
     updates=1,                # optimizer updates a step
-    # Where the ratio's denominator comes from: "trainer" recomputes it at the start of the step,
-    # "current" takes the pass itself (ratio 1; exact for updates = 1 and half the cost).
+    # Where the ratio's denominator comes from when updates = 1: "current" takes the pass itself
+    # (the ratio is 1; half the cost), "trainer" a forward pass of its own. More updates need one.
     old_logprobs="current",
+    # The fields of rl.resample.ResampleConfig.
     resample=ConfigDict(dict(
       ratio=0.25,             # r: at most r*B*N extra continuations a step [paper]
       k=4,                    # K: continuations a prefix [paper]
       choice="uncertain",     # [paper] lowest confidence first; "random" is an ablation
-      breadth_first=True,     # [paper]
-      prefix="thinking",      # [paper]; "question" is the ablation without the prefix fix
       subgroup="tool",        # [paper]; "no_tool" is an ablation
+      prefix="thinking",      # [paper]; "question" is the ablation without the prefix fix
+      breadth_first=True,     # [paper]; False takes the globally best prefixes
+      round_order="confidence",  # who is served first within a round; or "index"
+      confidence_span="call",    # tokens the confidence averages; or "call_body" (no tags)
     )),
+    # The fields of rl.credit.CreditConfig.
     credit=ConfigDict(dict(
       prefix_credit="any",    # [paper]; mean, excess, or none (ablation)
-      merge_resamples=False,  # ablation: resamples join the source's advantage group
+      merge_resamples=False,  # ablation: resamples join the question's advantage group
       ddof=1,                 # of the standard deviation
       eps=1e-6,               # added to it
       normalise_std=True,     # False: subtract the mean only (Dr.GRPO)
     )),
+    # The fields of rl.losses.LossConfig.
     loss=ConfigDict(dict(
-      variant="grpo",         # grpo or cispo
       clip_low=0.2, clip_high=0.4,  # [paper]
       kl_coef=1e-3,           # [paper] beta, against the policy at the start of RL
-      kl_clamp=10.0,          # |log-ratio| cap inside the k3 estimator
-      dual_clip=0.0,          # 3.0 is the usual value; 0 = off
-      entropy_coef=0.0,
-      tis_cap=2.0,            # cap of the sampler-to-trainer importance weight; 0 = off
+      kl_clamp=10.0,          # nats; |log-ratio| cap inside the k3 estimator
+      dual_clip=placeholder(float),  # lower bound for A < 0; 3.0 is usual, None = off
+      entropy_coef=0.0,       # bonus per nat
+      variant="grpo",         # or "cispo", with its bounds of the ratio:
+      cispo_min_ratio=0.0, cispo_max_ratio=5.0,
+      tis_cap=_optional(2.0),  # cap of the sampler-to-trainer importance weight; None = off
+      aggregation="token_mean",  # or "sequence_mean"
     )),
-    aggregation="token_mean",  # or sequence_mean
-    # Reward shaping of the neighbouring recipes; both 0 in the paper's AXPO and GRPO.
-    tool_bonus=0.0, tool_penalty=0.0,
+    # The fields of rl.recipes.ShapingConfig: rewards of neighbouring recipes, off in the paper's.
+    shaping=ConfigDict(dict(
+      tool_bonus=0.0,         # added to a tool-using rollout's reward
+      tool_bonus_needs_right=True,
+      tool_penalty="none",    # or "otc"
+      otc_smoothing=3.0,
+    )),
   ))
 
 
@@ -180,14 +246,14 @@ def _sft() -> ConfigDict:
   return ConfigDict(dict(
     source="jsonl",           # trajectories as rollout dumps ("jsonl"), or the scripted "teacher"
     path="",
-    steps=0,                  # optimizer steps; 0 = epochs times the trajectories
-    epochs=3,
+    steps=1500,               # optimizer steps; 3 epochs [paper] of 64,274 trajectories
     examples=128,             # trajectories a step
     max_length=20_480,        # longer trajectories are dropped whole [paper]
     freeze_vision=True,
     # Mix of question kinds the teacher answers (miniworld).
     kinds=ConfigDict(dict(read=1.0)),
-    teacher=ConfigDict(dict(p_tool_small=0.5, p_tool_large=0.2)),
+    # The scripted teacher's habits: fields of data.miniworld.teacher.TeacherConfig.
+    teacher=ConfigDict(dict(p_tool_small=0.45, p_tool_large=0.10)),
     keep_wrong=False,         # [paper] keep only trajectories with the right answer
     optimizer=_optimizer(learning_rate=1e-5, schedule="cosine", warmup=0.1),
   ))

@@ -7,10 +7,16 @@ command run again resumes: finished stages are skipped, an unfinished one goes o
 checkpoint. `--help` lists the flags, `--print_config` the whole configuration.
 """
 
+import pathlib
+import sys
+
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from axpo_jax.config import ConfigError
+# Config files derive from each other (`from configs.axpo_tiny import ...`).
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from axpo_jax.config import ConfigError, validate  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, such as configs/axpo_tiny.py.", lock_config=True)
@@ -29,10 +35,10 @@ def main(argv: list[str]) -> None:
   if not _WORKDIR.value:
     raise app.UsageError("--workdir=<folder> is needed: checkpoints and metrics go there.")
   logging.set_verbosity(logging.INFO)
-  # Imported late: --help and a misspelt override answer without waiting for JAX.
-  from axpo_jax.train import experiment
-
   try:
+    validate(_CONFIG.value)
+    # Imported late: --help, a misspelt override and a bad field answer without waiting for JAX.
+    from axpo_jax.train import experiment
     experiment.run(_CONFIG.value, _WORKDIR.value)
   except ConfigError as error:
     raise app.UsageError(str(error)) from error

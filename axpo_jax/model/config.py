@@ -290,12 +290,12 @@ PRESETS: dict[str, ModelConfig] = {
   # tokenizer's (the large presets' ids are those of the released tokenizer).
   "tiny": ModelConfig(
     text=TextConfig(
-      vocab_size=1536, hidden_size=128, intermediate_size=384, num_layers=4, num_heads=4,
+      vocab_size=1536, hidden_size=96, intermediate_size=288, num_layers=3, num_heads=4,
       num_kv_heads=2, head_dim=32, mrope_section=(8, 4, 4), tie_word_embeddings=True,
       max_positions=8192,
     ),
     vision=VisionConfig(
-      depth=4, hidden_size=96, intermediate_size=256, out_hidden_size=128, num_heads=4,
+      depth=3, hidden_size=64, intermediate_size=128, out_hidden_size=96, num_heads=4,
       patch_size=8, num_position_embeddings=144, deepstack_layers=(0, 1, 2),
     ),
     image_token_id=3, video_token_id=4, vision_start_token_id=1, vision_end_token_id=2,

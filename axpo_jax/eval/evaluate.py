@@ -1,0 +1,28 @@
+"""Evaluation: some rollouts of every held-out question, under the evaluation's own sampling.
+
+In: a config and an engine that holds the policy. Out: eval/ metrics (Pass@k with standard errors, tool
+use). The questions and the seeds are the same at every call, so two evaluations differ by the policy
+alone.
+"""
+
+from ml_collections import ConfigDict
+
+from axpo_jax.eval import passk
+from axpo_jax.rl import census
+from axpo_jax.rl.resample import ResampleConfig
+from axpo_jax.rollout.engine import Engine
+from axpo_jax.train import build, collect, seeds
+
+
+async def run(config: ConfigDict, bench: build.Workbench, engine: Engine, *,
+              progress: bool = True) -> dict[str, float]:
+  """Metrics of the policy that `engine` holds; see docs/metrics.md, eval/."""
+  actor = build.actor(config, bench, engine, evaluation=True)
+  groups = await collect.sample_groups(
+    actor, build.eval_questions(config), config.eval.rollouts, seeds.derive(config.seed, "eval"),
+    progress="evaluation" if progress else "")
+  stats = collect.group_stats(groups, ResampleConfig(), bench.chat)
+  scored = [[rollout.reward for rollout in group.rollouts] for group in groups if group.rollouts]
+  return {**passk.summarise(scored, ks=sorted({1, config.eval.rollouts})),
+          **census.census(stats, prefix="eval"),
+          "eval/failed": float(sum(group.failed for group in groups))}

@@ -1,0 +1,109 @@
+"""The end of a run: a table of start against end, and the figure of its curves.
+
+Both are made from metrics.jsonl alone, so `python -m axpo_jax.eval.summary RUN` makes them again.
+"""
+
+import pathlib
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+
+from axpo_jax.train.metrics import read_metrics
+
+# Rows of the table: label, metric. The first block is measured on held-out questions by the two
+# evaluations; the second on training rollouts, because only training resamples.
+EVALUATED = (
+  ("Pass@1", "eval/pass_at_1"),
+  ("Pass@4", "eval/pass_at_4"),
+  ("tool-attempt rate", "eval/tool_attempt_rate"),
+  ("tool-success rate", "eval/tool_success_rate"),
+)
+TRAINED = (
+  ("all-wrong rate of the tool subgroup", "rollout/tool_all_wrong_rate"),
+  ("… after resampling", "rollout/tool_all_wrong_rate_after"),
+  ("recovered share of triggered questions", "axpo/recovered_share"),
+)
+_WINDOW = 5  # training steps averaged at each end
+
+
+def series(lines: Iterable[Mapping], name: str) -> tuple[list[int], list[float]]:
+  """Steps and values of one metric; steps at which it was not defined are absent."""
+  found = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+  return [step for step, _ in found], [value for _, value in found]
+
+
+def table(lines: Sequence[Mapping]) -> str:
+  """Start against end, as text that is also Markdown."""
+  rows = [("", "start", "end")]
+  for label, name in EVALUATED:
+    _, values = series(lines, name)
+    rows.append((label, _percent(values[:1]), _percent(values[-1:] if len(values) > 1 else [])))
+  for label, name in TRAINED:
+    _, values = series(lines, name)
+    rows.append((label, _percent(values[:_WINDOW]), _percent(values[-_WINDOW:])))
+  widths = [max(len(row[i]) for row in rows) for i in range(3)]
+  text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"
+          for row in rows]
+  text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+  return "\n".join([*text, "", f"Pass@k and tool use: held-out questions before and after RL. The "
+                    f"last three rows: mean of the first and of the last {_WINDOW} training steps "
+                    "at which they are defined."])
+
+
+def _percent(values: Sequence[float]) -> str:
+  return f"{100 * sum(values) / len(values):.1f} %" if values else "–"
+
+
+_PANELS = (
+  ("Reward", (("all rollouts", "rollout/reward_mean"), ("with tools", "rollout/tool_success_rate"),
+              ("without tools", "rollout/no_tool_success_rate"))),
+  ("Tool-attempt rate", (("rollouts that call a tool", "rollout/tool_attempt_rate"),)),
+  ("Tool subgroups that are all wrong", (("before resampling", "rollout/tool_all_wrong_rate"),
+                                         ("after", "rollout/tool_all_wrong_rate_after"))),
+  ("Resampling", (("triggered questions recovered", "axpo/recovered_share"),
+                          ("prefix tokens from the cache", "axpo/prefix_cached_share"))),
+)
+
+
+def plot(lines: Sequence[Mapping], path: pathlib.Path, title: str = "") -> None:
+  """Four panels over training steps, as PNG: thin line each step, thick line a running mean."""
+  import matplotlib
+  matplotlib.use("Agg")
+  from matplotlib import pyplot as plt
+
+  figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
+  for axis, (name, curves) in zip(axes.flat, _PANELS):
+    for label, metric in curves:
+      steps, values = series(lines, metric)
+      if not steps:
+        continue
+      (thin,) = axis.plot(steps, values, alpha=0.25, linewidth=1)
+      axis.plot(steps, _running_mean(values), color=thin.get_color(), label=label, linewidth=2)
+    axis.set(title=name, ylim=(-0.02, 1.02))
+    axis.grid(alpha=0.3)
+    if axis.has_data():
+      axis.legend(fontsize=8)
+  for axis in axes[1]:
+    axis.set_xlabel("optimizer step")
+  figure.suptitle(title)
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def _running_mean(values: Sequence[float], window: int = _WINDOW) -> list[float]:
+  """Mean of up to `window` values that end at each place."""
+  return [sum(values[max(0, i + 1 - window):i + 1]) / len(values[max(0, i + 1 - window):i + 1])
+          for i in range(len(values))]
+
+
+def main(argv: Sequence[str]) -> None:
+  if len(argv) != 2:
+    raise SystemExit("usage: python -m axpo_jax.eval.summary RUN   (a run's --workdir)")
+  run = pathlib.Path(argv[1])
+  lines = read_metrics(run)
+  plot(lines, run / "curves.png", title=run.name)
+  print(table(lines))
+  print(f"figure: {run / 'curves.png'}")
+
+
+if __name__ == "__main__":
+  main(sys.argv)

@@ -1,0 +1,234 @@
+"""From a config to the parts of a run: policy, chat, tools, engine, questions.
+
+Each function reads one section of the configuration and says which field is wrong when one is.
+"""
+
+import asyncio
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator
+
+import grain
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from axpo_jax.agent.dump import load_rollouts
+from axpo_jax.agent.episode import EpisodeLimits
+from axpo_jax.agent.prompts import SHORT_SYSTEM_PROMPT, SYSTEM_PROMPT
+from axpo_jax.agent.tools.base import ToolBox
+from axpo_jax.agent.tools.zoom import ImageZoomIn
+from axpo_jax.config import ConfigError
+from axpo_jax.data import pipeline, readers
+from axpo_jax.data.miniworld import perception
+from axpo_jax.data.miniworld.teacher import TeacherConfig
+from axpo_jax.data.question import Question
+from axpo_jax.model import hf, sharding
+from axpo_jax.model.chat import Chat
+from axpo_jax.model.config import PRESETS, ModelConfig
+from axpo_jax.model.images import ImageLimits, ImageProcessor
+from axpo_jax.model.qwen3_vl import Qwen3VL
+from axpo_jax.rollout.embedded import EmbeddedConfig, EmbeddedEngine
+from axpo_jax.rollout.engine import Engine, SamplingParams
+from axpo_jax.rollout.teacher_engine import TeacherEngine
+from axpo_jax.train import examples, seeds
+from axpo_jax.train.collect import Actor
+from axpo_jax.train.packing import Example
+from axpo_jax.train.state import Optimizer, OptimizerConfig, init_params, make_optimizer
+
+_PROMPTS = {"full": SYSTEM_PROMPT, "short": SHORT_SYSTEM_PROMPT}
+
+
+@dataclasses.dataclass(frozen=True)
+class Workbench:
+  """What every stage of a run shares; the parameters themselves belong to the stages."""
+
+  model_config: ModelConfig
+  graphdef: nnx.GraphDef
+  chat: Chat
+  processor: ImageProcessor
+  mesh: jax.sharding.Mesh
+  rules: sharding.Rules
+
+
+def workbench(config: ConfigDict) -> Workbench:
+  """Reads the checkpoint's (or preset's) sizes, its tokenizer and image processor."""
+  folder = config.model.tokenizer or config.model.checkpoint
+  chat = Chat.from_pretrained(folder)
+  model_config = _model_config(config, chat)
+  model = nnx.eval_shape(lambda: Qwen3VL(model_config, rngs=nnx.Rngs(0)))
+  return Workbench(model_config, nnx.split(model)[0], chat, ImageProcessor.from_checkpoint(folder),
+                   sharding.make_mesh(dict(config.mesh)), sharding.DEFAULT_RULES)
+
+
+def _model_config(config: ConfigDict, chat: Chat) -> ModelConfig:
+  m = config.model
+  if m.checkpoint:
+    base = hf.load_config(m.checkpoint)
+  else:
+    base = PRESETS[m.preset]
+    if m.preset == "tiny":
+      base = _with_tokenizer(base, chat)
+  return dataclasses.replace(base, dtype=m.dtype, param_dtype=m.param_dtype, remat=m.remat)
+
+
+def _with_tokenizer(base: ModelConfig, chat: Chat) -> ModelConfig:
+  """The tiny preset takes its vocabulary from whatever tokenizer it is trained with."""
+  return dataclasses.replace(
+    base, text=dataclasses.replace(base.text, vocab_size=chat.vocab_size),
+    image_token_id=chat.image_pad_id, video_token_id=chat.video_pad_id,
+    vision_start_token_id=chat.vision_start_id, vision_end_token_id=chat.vision_end_id)
+
+
+def load_params(bench: Workbench, checkpoint: str | pathlib.Path, seed: int) -> nnx.State:
+  """Parameters from a checkpoint folder, or random ones where `checkpoint` is empty; sharded."""
+  if checkpoint:
+    return hf.load_params(checkpoint, bench.model_config, mesh=bench.mesh, rules=bench.rules)
+  return init_params(bench.model_config, seed, bench.mesh, bench.rules)
+
+
+def toolbox(config: ConfigDict, bench: Workbench) -> ToolBox:
+  """The tools that the config names, with the scopes it grants."""
+  limits = ImageLimits(config.images.zoom_min_pixels, config.images.zoom_max_pixels)
+  known = {"image_zoom_in": lambda: ImageZoomIn(limits, factor=bench.processor.factor)}
+  if unknown := [name for name in config.agent.tools if name not in known]:
+    raise ConfigError(f"config.agent.tools names {unknown}; there are {sorted(known)}")
+  return ToolBox([known[name]() for name in config.agent.tools], frozenset(config.agent.scopes))
+
+
+def actor(config: ConfigDict, bench: Workbench, engine: Engine, *, evaluation: bool = False
+          ) -> Actor:
+  """The policy at work: engine, tools, limits and sampling of training or of evaluation."""
+  agent, drawn = config.agent, config.eval if evaluation else config.rollout
+  response = config.eval.max_response_tokens if evaluation else agent.max_response_tokens
+  limits = EpisodeLimits(
+    max_turns=config.eval.max_turns if evaluation else agent.max_turns,
+    max_new_tokens_per_turn=agent.max_new_tokens, max_response_tokens=response,
+    max_total_tokens=agent.max_total_tokens, max_images=agent.max_images,
+    deadline=agent.deadline or None)
+  sampling = SamplingParams(
+    max_new_tokens=agent.max_new_tokens, temperature=drawn.temperature, top_p=drawn.top_p,
+    top_k=drawn.top_k, presence_penalty=drawn.presence_penalty, stop_ids=bench.chat.stop_ids,
+    banned_ids=bench.chat.banned_ids)
+  return Actor(
+    engine=engine, chat=bench.chat, processor=bench.processor, toolbox=toolbox(config, bench),
+    limits=limits, sampling=sampling,
+    image_limits=ImageLimits(config.images.min_pixels, config.images.max_pixels),
+    system_prompt=_PROMPTS.get(agent.system_prompt, agent.system_prompt))
+
+
+def engine(config: ConfigDict, bench: Workbench, params: nnx.State) -> Engine:
+  """The sampler that the config names, holding a copy of `params` as version 0."""
+  if config.rollout.engine != "embedded":
+    raise ConfigError(f"config.rollout.engine={config.rollout.engine!r}: there is 'embedded'")
+  return EmbeddedEngine(
+    bench.model_config, bench.graphdef, params, config=EmbeddedConfig(**config.rollout.embedded),
+    mesh=bench.mesh, rules=bench.rules)
+
+
+def optimizer(section: ConfigDict, total_steps: int, freeze_vision: bool) -> Optimizer:
+  """The optimizer of a section such as config.optimizer or config.sft.optimizer."""
+  return make_optimizer(OptimizerConfig(**section, total_steps=total_steps,
+                                        freeze_vision=freeze_vision))
+
+
+def export(params: nnx.State, config: ConfigDict, bench: Workbench, policy: str | pathlib.Path,
+           folder: pathlib.Path) -> pathlib.Path:
+  """Saves a trained policy as a folder that every tool of the ecosystem loads.
+
+  The tokenizer and processor files are those of `policy`, the folder it was trained from.
+  """
+  hf.save_checkpoint_hf(folder, params, bench.model_config, dtype=config.model.export_dtype,
+                        tokenizer_from=config.model.tokenizer or policy)
+  return folder
+
+
+def question_batches(config: ConfigDict) -> grain.DatasetIterator:
+  """Endless, checkpointable batches of training questions."""
+  return pipeline.question_batches(
+    _questions(config, "rl", config.data.path), config.rl.questions, seed=config.seed)
+
+
+def eval_questions(config: ConfigDict) -> list[Question]:
+  """The held-out questions, the same at every call."""
+  source = _questions(config, "eval", config.data.eval_path)
+  return [source[i] for i in range(min(config.eval.questions, len(source)))]
+
+
+def _questions(config: ConfigDict, split: str, path: str) -> pipeline.Source[Question]:
+  if config.data.source == "miniworld":
+    size = config.eval.questions if split == "eval" else config.data.miniworld.train_size
+    return pipeline.MiniWorldSource(size, config.data.miniworld.seed, split, _world(
+      config, config.data.miniworld.kinds))
+  return list(readers.read_questions(path, readers.ReaderConfig(
+    columns=readers.Columns(**config.data.columns), max_bad_share=config.data.max_bad_share)))
+
+
+def _world(config: ConfigDict, kinds: ConfigDict) -> perception.PerceptionConfig:
+  """The miniature world, whose readable crops must be what the zoom tool makes."""
+  return perception.PerceptionConfig(
+    mix=tuple(kinds.items()), large_share=config.data.miniworld.large_share,
+    crop_min_pixels=config.images.zoom_min_pixels, crop_max_pixels=config.images.zoom_max_pixels)
+
+
+class SftBatches:
+  """Endless batches of supervised examples; checkpointable like the stream beneath.
+
+  A trajectory that is left out (wrong answer, too long) is replaced by the next one, and counted.
+  """
+
+  def __init__(self, stream: grain.DatasetIterator, size: int):
+    self.stream, self.size = stream, size
+
+  def __iter__(self) -> Iterator[tuple[list[Example], dict[str, float]]]:
+    return self
+
+  def __next__(self) -> tuple[list[Example], dict[str, float]]:
+    kept, seen = [], 0
+    while len(kept) < self.size:
+      example = next(self.stream)
+      seen += 1
+      if example is not None:
+        kept.append(example)
+    return kept, {"data/trajectories_read": seen, "data/kept_share": self.size / seen}
+
+
+def sft_batches(config: ConfigDict, bench: Workbench) -> SftBatches:
+  """Trajectories of the scripted teacher, made as they are needed, or those of a rollout dump."""
+  sft = config.sft
+  if sft.source == "teacher":
+    source = pipeline.MiniWorldSource(config.data.miniworld.train_size, config.data.miniworld.seed,
+                                      "train", _world(config, sft.kinds))
+    transform = _teacher(config, bench)
+  elif sft.source == "jsonl":
+    source = list(load_rollouts(sft.path, bench.processor))
+    transform = _filter(config, bench)
+  else:
+    raise ConfigError(f"config.sft.source={sft.source!r}; choose 'jsonl' or 'teacher'")
+  return SftBatches(pipeline.example_stream(source, seed=config.seed, transform=transform),
+                    sft.examples)
+
+
+def _filter(config: ConfigDict, bench: Workbench) -> Callable:
+  """From a rollout to its example, or None for one that SFT leaves out."""
+  def transform(rollout) -> Example | None:
+    wrong = rollout.reward <= 0.5 and not config.sft.keep_wrong
+    too_long = rollout.transcript.expanded_length > config.sft.max_length
+    return None if wrong or too_long else examples.supervised(
+      rollout, bench.model_config.image_token_id)
+  return transform
+
+
+def _teacher(config: ConfigDict, bench: Workbench) -> Callable[[Question], Example | None]:
+  """From a question to the example of the teacher's episode, by the same loop that rolls out the
+  policy. The prompt is the policy's, except for warm starts that leave it out."""
+  kept = _filter(config, bench)
+  habits = TeacherConfig(**config.sft.teacher)
+
+  def transform(question: Question) -> Example | None:
+    scripted = TeacherEngine(bench.chat, {question.id: question}, habits)
+    teacher = actor(config, bench, scripted)
+    episode = teacher.roll(teacher.start(question), question,
+                           seeds.derive(config.seed, "teacher", question.id))
+    return kept(asyncio.run(episode))
+  return transform

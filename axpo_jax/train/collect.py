@@ -1,0 +1,221 @@
+"""The rollout phase of a step: N rollouts a question, then AXPO's continuations of frozen prefixes.
+
+In: questions and an Actor (engine, tools, limits). Out: Groups, each with its rollouts and the
+Branches that AXPO added. A fresh rollout continues the prompt, a continuation continues a cut
+transcript: both are the same call.
+"""
+
+import asyncio
+import collections
+import dataclasses
+from collections.abc import Coroutine, Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from axpo_jax.agent.episode import EpisodeLimits, continue_episode, start_transcript
+from axpo_jax.agent.rollout import Rollout
+from axpo_jax.agent.tools.base import ToolBox
+from axpo_jax.agent.transcript import Kind, Transcript
+from axpo_jax.data.question import Question
+from axpo_jax.model.chat import Chat
+from axpo_jax.model.images import ImageLimits, ImageProcessor
+from axpo_jax.rl import census
+from axpo_jax.rl.resample import (
+  GroupView,
+  ResampleConfig,
+  confidence,
+  plan_resamples,
+  triggered,
+)
+from axpo_jax.rollout.engine import Engine, SamplingParams
+from axpo_jax.train import seeds
+
+# By these words thinking mentions a tool: the metric rollout/mention_without_call_rate.
+TOOL_WORDS = ("zoom", "tool", "search", "python", "crop")
+
+
+@dataclasses.dataclass(frozen=True)
+class Actor:
+  """All that an episode needs besides its question."""
+
+  engine: Engine
+  chat: Chat
+  processor: ImageProcessor
+  toolbox: ToolBox
+  limits: EpisodeLimits
+  sampling: SamplingParams
+  image_limits: ImageLimits
+  system_prompt: str
+
+  def start(self, question: Question) -> Transcript:
+    return start_transcript(question, self.chat, self.toolbox, self.system_prompt, self.processor,
+                            self.image_limits)
+
+  async def roll(self, transcript: Transcript, question: Question, seed: int) -> Rollout:
+    """Continues `transcript` to its end and scores it: reward 1 if the answer is right, else 0."""
+    return await continue_episode(
+      transcript, question, self.engine, self.toolbox, self.limits, self.sampling, self.chat,
+      self.processor, seed)
+
+
+@dataclasses.dataclass
+class Branch:
+  """K continuations of one frozen prefix.
+
+  Attributes:
+    source: the rollout of the group whose prefix it is.
+    prefix_end: collapsed tokens of the source that are frozen.
+    confidence: of the source's call.
+    rollouts: the continuations, whole transcripts (frozen prefix included).
+  """
+
+  source: int
+  prefix_end: int
+  confidence: float
+  rollouts: list[Rollout]
+
+
+@dataclasses.dataclass
+class Group:
+  """One question, its rollouts, and the branches that AXPO added to them.
+
+  `failed` counts rollouts and continuations that the machine and not the policy ended (engine
+  error, deadline). They are left out: nothing can be learnt from them.
+  """
+
+  question: Question
+  rollouts: list[Rollout]
+  branches: list[Branch] = dataclasses.field(default_factory=list)
+  failed: int = 0
+
+
+async def sample_groups(actor: Actor, questions: Sequence[Question], n: int, seed: int, *,
+                        progress: str = "") -> list[Group]:
+  """N independent rollouts of every question, all at once.
+
+  Args:
+    seed: of the step; rollout i of question q draws from derive(seed, q, i).
+    progress: label of a progress bar; empty for none.
+  """
+  starts = [actor.start(question) for question in questions]
+  rollouts = await _gather([
+    actor.roll(start, question, seeds.derive(seed, q, i))
+    for q, (question, start) in enumerate(zip(questions, starts)) for i in range(n)], progress)
+  return [_group(question, rollouts[q * n:(q + 1) * n]) for q, question in enumerate(questions)]
+
+
+async def resample(actor: Actor, groups: Sequence[Group], config: ResampleConfig, seed: int, *,
+                   progress: str = "") -> None:
+  """Adds AXPO's branches to `groups` (section 3 of the paper)."""
+  views = [view(number, group, config) for number, group in enumerate(groups)]
+  chosen = plan_resamples(views, config, seed)
+  episodes, branches = [], []
+  for number, selection in enumerate(chosen):
+    group = groups[selection.group]
+    source = group.rollouts[selection.rollout].transcript
+    end = cut_point(source, config)
+    branches.append((group, Branch(selection.rollout, end, selection.confidence, [])))
+    episodes += [actor.roll(source.cut(end), group.question, seeds.derive(seed, "k", number, k))
+                 for k in range(config.k)]
+  rollouts = await _gather(episodes, progress)
+  for number, (group, branch) in enumerate(branches):
+    continued = rollouts[number * config.k:(number + 1) * config.k]
+    branch.rollouts = [rollout for rollout in continued if not rollout.failed]
+    group.failed += len(continued) - len(branch.rollouts)
+    if branch.rollouts:
+      group.branches.append(branch)
+
+
+def _group(question: Question, rollouts: Sequence[Rollout]) -> Group:
+  kept = [rollout for rollout in rollouts if not rollout.failed]
+  return Group(question, kept, failed=len(rollouts) - len(kept))
+
+
+def view(number: int, group: Group, config: ResampleConfig) -> GroupView:
+  """What the resampling plan sees of a group."""
+  spans = [_judged_span(rollout.transcript, config) for rollout in group.rollouts]
+  return GroupView(
+    rewards_N=np.array([rollout.reward for rollout in group.rollouts]),
+    used_tool_N=np.array([rollout.used_tool for rollout in group.rollouts], bool),
+    candidate_N=np.array([span is not None for span in spans], bool),
+    confidence_N=np.array([_confidence(rollout.transcript, span, config)
+                           for rollout, span in zip(group.rollouts, spans)]),
+    index=number, key_N=[rollout.seed for rollout in group.rollouts])
+
+
+def cut_point(transcript: Transcript, config: ResampleConfig) -> int:
+  """Collapsed tokens that are frozen: up to and including the first opening tool-call tag, the
+  first turn's thinking where no-tool rollouts are resampled, or the prompt alone."""
+  if config.prefix == "question":
+    return transcript.prompt_length
+  start, _ = _judged_span(transcript, config)
+  return start + 1 if config.subgroup == "tool" else start
+
+
+def _judged_span(transcript: Transcript, config: ResampleConfig) -> tuple[int, int] | None:
+  """The tokens behind the thinking whose probability ranks the prefix: the first call, or, where
+  no-tool rollouts are resampled, the first turn's answer. None if there is nothing to sample."""
+  if config.subgroup == "tool":
+    return transcript.first_call_span()
+  first = transcript.turns[0] if transcript.turns else None
+  if first is None:
+    return None
+  answer = [i for i in range(*first) if transcript.kinds[i] == Kind.ANSWER]
+  return (answer[0], first.stop) if answer else None
+
+
+def _confidence(transcript: Transcript, span: tuple[int, int] | None, config: ResampleConfig
+                ) -> float:
+  if span is None:
+    return float("nan")
+  closed = transcript.ids[span[1] - 1] == transcript.special.tool_call_end
+  return confidence(transcript.logprobs[slice(*span)], span=config.confidence_span, closed=closed)
+
+
+async def _gather(episodes: Sequence[Coroutine], progress: str) -> list[Rollout]:
+  """All episodes at once; a progress bar counts those that have ended."""
+  with tqdm(total=len(episodes), desc=progress, leave=False, disable=not progress) as bar:
+    async def ticked(episode):
+      rollout = await episode
+      bar.update()
+      return rollout
+    return await asyncio.gather(*map(ticked, episodes))
+
+
+def group_stats(groups: Sequence[Group], config: ResampleConfig, chat: Chat
+                ) -> list[census.GroupStats]:
+  """The groups as the census counts them; `config` says what triggers."""
+  def stats(rollout: Rollout) -> census.RolloutStats:
+    return _rollout_stats(rollout, chat)
+
+  out = []
+  for group in groups:
+    branches = [census.BranchStats(
+      branch.source, [stats(rollout) for rollout in branch.rollouts],
+      prefix_tokens=sum(rollout.first_prompt_tokens for rollout in branch.rollouts),
+      cached_tokens=sum(rollout.first_cached_tokens for rollout in branch.rollouts))
+      for branch in group.branches]
+    seen = view(0, group, config)
+    fired = triggered(seen.rewards_N, seen.used_tool_N, subgroup=config.subgroup)
+    out.append(census.GroupStats([stats(r) for r in group.rollouts], branches, fired))
+  return out
+
+
+def _rollout_stats(rollout: Rollout, chat: Chat) -> census.RolloutStats:
+  transcript = rollout.transcript
+  return census.RolloutStats(
+    reward=rollout.reward, used_tool=rollout.used_tool, num_calls=len(rollout.calls),
+    turns=rollout.num_turns, sampled_tokens=int(transcript.sampled[rollout.start:].sum()),
+    stop=rollout.stop,
+    tool_errors=collections.Counter(call.error for call in rollout.calls if call.error),
+    mentions_tool_without_call=not rollout.used_tool and _mentions(transcript, chat),
+    confidence=rollout.confidence(), total_tokens=transcript.expanded_length,
+    prompt_tokens=rollout.prompt_tokens, cached_tokens=rollout.cached_tokens)
+
+
+def _mentions(transcript: Transcript, chat: Chat) -> bool:
+  """Whether the thinking names a tool."""
+  thought = chat.decode([i for i, kind in zip(transcript.ids, transcript.kinds)
+                         if kind == Kind.THINK]).lower()
+  return any(word in thought for word in TOOL_WORDS)

@@ -1,0 +1,67 @@
+"""From transcripts and credit to what the learner trains on.
+
+A transcript's arrays are collapsed (one id an image); the trainer's are expanded. Everything a token
+carries (mask, advantage, behaviour log-probability) is made in collapsed form and then spread by the
+transcript's own map, so there is one place where the two forms meet.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from axpo_jax.agent.rollout import Rollout
+from axpo_jax.agent.transcript import Transcript
+from axpo_jax.model.vision_inputs import mrope_positions
+from axpo_jax.rl.credit import Credit, loss_mask
+from axpo_jax.train.collect import Group
+from axpo_jax.train.packing import Example
+
+
+def from_transcript(transcript: Transcript, mask_C: np.ndarray, advantage: float,
+                    image_token_id: int) -> Example:
+  """The expanded example of a transcript.
+
+  Args:
+    mask_C: bool, which collapsed tokens carry loss.
+    advantage: the same for all of them.
+  """
+  expanded = transcript.expand()
+  source_T = expanded.source_T
+  images = [image.shown for image in transcript.images]
+  grids = [(image.grid_hw[0] // image.merge_size, image.grid_hw[1] // image.merge_size)
+           for image in images]
+  mask_T = mask_C[source_T]
+  logprobs_T = np.asarray(transcript.logprobs, np.float32)[source_T]
+  return Example(
+    ids_T=expanded.ids_T, positions_Tx3=mrope_positions(expanded.ids_T, grids, image_token_id),
+    image_T=expanded.image_T, image_offset_T=expanded.image_offset_T, images=tuple(images),
+    loss_mask_T=mask_T, advantages_T=np.where(mask_T, advantage, 0.0).astype(np.float32),
+    behaviour_logp_T=np.where(mask_T, logprobs_T, 0.0).astype(np.float32))
+
+
+def supervised(rollout: Rollout, image_token_id: int) -> Example:
+  """Every token that the teacher sampled, with weight one."""
+  return from_transcript(rollout.transcript, rollout.transcript.sampled, 1.0,
+                         image_token_id)
+
+
+def credited(groups: Sequence[Group], credits: Sequence[Credit], image_token_id: int
+             ) -> list[Example]:
+  """One example per credit: the tokens it covers, with its advantage (section 3 of the paper).
+
+  A credit on the region "prefix" covers the source's tokens before the cut, so that the source's
+  own failed continuation is masked; "continuation" covers a branch's tokens from the cut on, so
+  that the frozen prefix is masked in its K copies.
+  """
+  return [_credited(groups[credit.group], credit, image_token_id) for credit in credits]
+
+
+def _credited(group: Group, credit: Credit, image_token_id: int) -> Example:
+  if credit.branch is None:
+    rollout = group.rollouts[credit.rollout]
+    cut = {branch.source: branch.prefix_end for branch in group.branches}.get(credit.rollout, 0)
+  else:
+    branch = group.branches[credit.branch]
+    rollout, cut = branch.rollouts[credit.rollout], branch.prefix_end
+  mask_C = loss_mask(rollout.transcript.sampled, credit.region, cut)
+  return from_transcript(rollout.transcript, mask_C, credit.advantage, image_token_id)

@@ -1,0 +1,57 @@
+"""A whole run: the stages a config names, one after the other, each resumable.
+
+A stage begins with a policy folder and ends with one (Hugging Face layout), which is the next
+stage's beginning. A stage whose folder is there is done.
+"""
+
+import pathlib
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from axpo_jax.config import ConfigError
+from axpo_jax.eval import summary
+from axpo_jax.train import build, rl, sft
+from axpo_jax.train.metrics import read_metrics
+
+_STAGES = {"sft": sft.run, "rl": rl.run}
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+  """Runs or resumes every stage, then prints the table and draws the curves.
+
+  Raises:
+    ConfigError: a field cannot work, or `workdir` belongs to a run with another config.
+  """
+  root = pathlib.Path(workdir)
+  _claim(root, config)
+  bench = build.workbench(config)
+  policy, first_step = config.model.checkpoint, 0
+  for stage in config.stages:
+    folder = root / stage / "policy"
+    if (folder / "config.json").exists():
+      logging.info("stage %s is done: %s", stage, folder)
+      policy = folder
+    else:
+      policy = _STAGES[stage](config, bench, str(policy), root, first_step)
+    first_step += config[stage].steps
+  report(root)
+
+
+def _claim(root: pathlib.Path, config: ConfigDict) -> None:
+  """Writes the config, or checks that the folder's run has the same."""
+  path, text = root / "config.json", config.to_json_best_effort(indent=2, sort_keys=True)
+  if path.exists() and path.read_text() != text:
+    raise ConfigError(f"{root} holds a run with another configuration (see {path}): resume it with "
+                      "its own, or choose another --workdir")
+  root.mkdir(parents=True, exist_ok=True)
+  path.write_text(text)
+
+
+def report(root: pathlib.Path) -> None:
+  """The table on the terminal and in summary.md, the curves in curves.png."""
+  lines = read_metrics(root)
+  text = summary.table(lines)
+  (root / "summary.md").write_text(text + "\n")
+  summary.plot(lines, root / "curves.png", title=root.name)
+  print(f"\n{text}\n\nmetrics: {root / 'metrics.jsonl'}\ncurves:  {root / 'curves.png'}")

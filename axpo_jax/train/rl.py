@@ -1,0 +1,268 @@
+"""The RL loop: rollouts, AXPO's resampling, credit, updates, new weights to the sampler.
+
+In: a policy folder, which is also the fixed reference. Out: a trained policy folder. GRPO is the same
+loop with a budget of zero. The loop holds no state of its own beyond what a checkpoint stores, and
+all randomness comes from (seed, step), so a resumed run repeats an unbroken one bit for bit.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import pathlib
+import time
+
+from absl import logging
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from axpo_jax.agent.dump import dump_rollouts
+from axpo_jax.eval import evaluate
+from axpo_jax.model.chat import Chat
+from axpo_jax.rl import census, credit, recipes
+from axpo_jax.rl.losses import LossConfig
+from axpo_jax.rl.resample import ResampleConfig, prefix_budget
+from axpo_jax.train import build, collect, examples, seeds
+from axpo_jax.train.batch import batch_shards, packing_metrics
+from axpo_jax.train.checkpoint import Checkpoints
+from axpo_jax.train.collect import Group
+from axpo_jax.train.metrics import MetricsWriter, read_metrics
+from axpo_jax.train.packing import pack
+from axpo_jax.train.state import TrainState, copy_params
+from axpo_jax.train.step import Learner, policy_objective
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """The RL section of a config as the records that the mathematics takes."""
+
+  resample: ResampleConfig
+  credit: credit.CreditConfig
+  loss: LossConfig
+  shaping: recipes.ShapingConfig
+
+  @classmethod
+  def from_config(cls, rl: ConfigDict) -> "Recipe":
+    """Raises ValueError for values or combinations that cannot work."""
+    resample = ResampleConfig(**rl.resample)
+    if rl.algorithm == "grpo":
+      resample = dataclasses.replace(resample, ratio=0.0)
+    recipe = cls(resample, credit.CreditConfig(**rl.credit), LossConfig(**rl.loss),
+                 recipes.ShapingConfig(**rl.shaping))
+    recipes.check(recipe.resample, recipe.credit)
+    return recipe
+
+
+class Loop:
+  """One RL stage: everything that lives from step to step."""
+
+  def __init__(self, config: ConfigDict, bench: build.Workbench, policy: str,
+               workdir: pathlib.Path):
+    self.config, self.bench, self.workdir = config, bench, workdir
+    self.recipe = Recipe.from_config(config.rl)
+    self.learner = Learner(
+      bench.model_config, build.optimizer(config.optimizer, config.rl.steps * config.rl.updates,
+                                          config.model.freeze_vision),
+      policy_objective(self.recipe.loss), bench.mesh, bench.rules,
+      banned_ids=bench.chat.banned_ids, temperature=config.rollout.temperature,
+      chunk=config.batch.logprob_chunk)
+    self.reference = build.load_params(bench, policy, config.seed)
+    self.state: TrainState = self.learner.init(copy_params(self.reference), config.seed)
+    self.questions = build.question_batches(config)
+    self.engine = build.engine(config, bench, self.reference)
+    self.actor = build.actor(config, bench, self.engine)
+
+  @property
+  def steps_done(self) -> int:
+    """RL steps; each makes `rl.updates` optimizer steps."""
+    return int(self.state.step) // self.config.rl.updates
+
+  async def step(self) -> tuple[list[Group], dict[str, float]]:
+    """Rollouts, resampling, update; returns the groups and the step's metrics."""
+    rl, clock, seed = self.config.rl, Clock(), seeds.derive(self.config.seed, "rl", self.steps_done)
+    self.engine.stats(reset=True)
+    questions = next(self.questions)
+    with clock("rollout"):
+      groups = await collect.sample_groups(self.actor, questions, rl.num_rollouts, seed,
+                                           progress="rollouts")
+    with clock("resample"):
+      await collect.resample(self.actor, groups, self.recipe.resample, seed,
+                             progress="continuations")
+    metrics = self.rollout_metrics(groups)
+    with clock("update"):
+      metrics |= self.update(groups)
+    with clock("weights"):
+      await self.engine.update_weights(self.state.params, self.steps_done)
+    return groups, metrics | clock.metrics(metrics)
+
+  def rollout_metrics(self, groups: list[Group]) -> dict[str, float]:
+    """The census of the step, before anything is learnt from it."""
+    stats = collect.group_stats(groups, self.recipe.resample, self.bench.chat)
+    total = sum(len(group.rollouts) for group in groups)
+    engine = dataclasses.asdict(self.engine.stats())
+    # Counted since the process began, so a resumed run differs: a matter of time, not of learning.
+    compiled = engine.pop("compilations")
+    return {
+      **census.census(stats),
+      **census.resample_census(stats, budget=prefix_budget(total, self.recipe.resample)),
+      "rollout/failed": float(sum(group.failed for group in groups)),
+      **{f"engine/{name}": float(value) for name, value in engine.items()},
+      "time/engine_compilations": float(compiled),
+    }
+
+  def update(self, groups: list[Group]) -> dict[str, float]:
+    """Credit, batches and `rl.updates` optimizer steps."""
+    config = self.config
+    outcomes = [self._outcome(group) for group in groups if len(group.rollouts) > 0]
+    kept = [group for group in groups if len(group.rollouts) > 0]
+    credits = credit.assign_credit(outcomes, self.recipe.credit)
+    trained = examples.credited(kept, credits, self.bench.model_config.image_token_id)
+    metrics = census.credit_census(credits)
+    updates = []
+    for part in _split(trained, config.rl.updates):
+      updates.append(pack(
+        part, rows=config.batch.rows, length=config.batch.length,
+        vision_config=self.bench.model_config.vision, aggregation=self.recipe.loss.aggregation,
+        banned_ids=self.bench.chat.banned_ids,
+        rows_multiple_of=batch_shards(self.bench.mesh, self.bench.rules)))
+    metrics |= packing_metrics([batch for batches in updates for batch in batches])
+    updates = [self._annotated(batches) for batches in updates]
+    logged = []
+    for batches in updates:
+      self.state, result = self.learner.update(self.state, batches)
+      logged.append(self.learner.metrics(result, batches, self.workdir / "nonfinite"))
+    return metrics | _joined(logged)
+
+  def _outcome(self, group: Group) -> credit.GroupOutcome:
+    def shaped(rollouts):
+      return recipes.shape_rewards([r.reward for r in rollouts], [len(r.calls) for r in rollouts],
+                                   self.recipe.shaping)
+    return credit.GroupOutcome(
+      shaped(group.rollouts), [rollout.used_tool for rollout in group.rollouts],
+      [credit.Branch(branch.source, shaped(branch.rollouts)) for branch in group.branches])
+
+  def _annotated(self, batches):
+    """With the log-probabilities of the reference and, where the ratio needs it, of the weights
+    that the step began with."""
+    rl = self.config.rl
+    needs_old = rl.updates > 1 or rl.old_logprobs == "trainer"
+    return self.learner.annotate(
+      batches, old=self.state.params if needs_old else None,
+      reference=self.reference if rl.loss.kl_coef else None)
+
+
+def _joined(updates: list[dict[str, float]]) -> dict[str, float]:
+  """Metrics of a step's updates: largest of what is a maximum, mean of the rest."""
+  out = {}
+  for name in updates[0]:
+    values = [metrics[name] for metrics in updates if name in metrics]
+    out[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+  return out
+
+
+def _split(items: list, parts: int) -> list[list]:
+  """Every `parts`-th item: consecutive ones belong to one question and go to different updates."""
+  return [items[i::parts] for i in range(parts) if items[i::parts]]
+
+
+class Clock:
+  """Seconds of every phase of a step."""
+
+  def __init__(self):
+    self.seconds: dict[str, float] = {}
+
+  @contextlib.contextmanager
+  def __call__(self, phase: str):
+    start = time.perf_counter()
+    yield
+    self.seconds[phase] = time.perf_counter() - start
+
+  def metrics(self, counted: dict[str, float]) -> dict[str, float]:
+    out = {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
+    out["time/step_s"] = sum(self.seconds.values())
+    sampling = self.seconds["rollout"] + self.seconds["resample"]
+    out["time/sampled_tokens_per_s"] = counted["engine/decode_tokens"] / sampling
+    out["time/trained_tokens_per_s"] = counted["pack/tokens"] / self.seconds["update"]
+    return out
+
+
+def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.Path,
+        first_step: int) -> pathlib.Path:
+  """Trains the policy in folder `policy` and returns the folder of the result.
+
+  Args:
+    root: the run's folder: metrics.jsonl, and rl/ with checkpoints, rollout dumps and the trained
+      policy.
+    first_step: metrics of RL step s are written as step first_step + s.
+  """
+  loop = Loop(config, bench, policy, root / "rl")
+  with Checkpoints(loop.workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+    if checkpoints.latest() is not None:
+      loop.state = checkpoints.restore(loop.learner.abstract_state(),
+                                       iterator=loop.questions).state
+    resume_step = first_step + loop.steps_done
+    with (MetricsWriter(root, resume_step=resume_step, tensorboard=config.log.tensorboard)
+          as writer, asyncio.Runner() as runner):
+      try:
+        runner.run(_train(loop, checkpoints, writer, first_step))
+      finally:
+        runner.run(loop.engine.close())
+  return build.export(loop.state.params, config, bench, policy, loop.workdir / "policy")
+
+
+async def _train(loop: Loop, checkpoints: Checkpoints, writer: MetricsWriter, first_step: int):
+  config = loop.config
+  await loop.engine.update_weights(loop.state.params, loop.steps_done)
+  if not any("eval/pass_at_1" in line for line in read_metrics(writer.path)):
+    writer.write(first_step, await evaluate.run(config, loop.bench, loop.engine))
+  with tqdm(total=config.rl.steps, initial=loop.steps_done, desc=config.rl.algorithm) as bar:
+    while (done := loop.steps_done) < config.rl.steps:
+      groups, metrics = await loop.step()
+      done += 1
+      last = done == config.rl.steps
+      if last or _due(done, config.eval.every):
+        metrics |= await evaluate.run(config, loop.bench, loop.engine)
+      _watch(metrics, config.log)
+      writer.write(first_step + done, metrics)
+      if _due(done, config.log.dump_every):
+        dump(groups, loop.workdir / "rollouts" / f"step_{done:06d}.jsonl", loop.bench.chat)
+      if last or _due(done, config.checkpoint.every):
+        checkpoints.save(done, loop.state, host={"stage": "rl"}, iterator=loop.questions)
+      bar.set_postfix(reward=f"{metrics['rollout/reward_mean']:.2f}",
+                      tools=f"{metrics['rollout/tool_attempt_rate']:.2f}",
+                      prefixes=int(metrics["axpo/prefixes"]))
+      bar.update()
+
+
+def _due(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0
+
+
+class LogProbGapError(RuntimeError):
+  """Sampler and trainer disagree about the policy by more than the config allows."""
+
+
+def _watch(metrics: dict[str, float], log: ConfigDict) -> None:
+  """The alarm on the sampler-to-trainer gap: it precedes most collapses."""
+  gap = metrics.get("train/logp_gap_abs_mean", 0.0)
+  if gap <= log.gap_alarm:
+    return
+  message = (f"sampler and trainer log-probabilities differ by {gap:.4f} nats on average, more than "
+             f"config.log.gap_alarm={log.gap_alarm}: check dtypes, weight updates and truncation")
+  if log.stop_on_gap:
+    raise LogProbGapError(message)
+  logging.warning(message)
+
+
+def dump(groups: list[Group], path: pathlib.Path, chat: Chat) -> None:
+  """All rollouts of a step as JSON lines, readable text and images."""
+  rollouts, notes = [], []
+  for number, group in enumerate(groups):
+    for i, rollout in enumerate(group.rollouts):
+      rollouts.append(rollout)
+      notes.append({"group": number, "rollout": i})
+    for b, branch in enumerate(group.branches):
+      for k, rollout in enumerate(branch.rollouts):
+        rollouts.append(rollout)
+        notes.append({"group": number, "branch": b, "source": branch.source,
+                      "prefix_end": branch.prefix_end, "continuation": k})
+  dump_rollouts(path, rollouts, extra=notes, chat=chat)

@@ -1,0 +1,61 @@
+"""The SFT loop: the policy learns to imitate trajectories whose answer is right.
+
+In: a policy folder (or random parameters) and a stream of trajectories. Out: a trained policy folder.
+Loss falls on what the teacher sampled and on nothing else.
+"""
+
+import pathlib
+import time
+
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from axpo_jax.train import build
+from axpo_jax.train.batch import batch_shards, packing_metrics
+from axpo_jax.train.checkpoint import Checkpoints
+from axpo_jax.train.metrics import MetricsWriter
+from axpo_jax.train.packing import pack
+from axpo_jax.train.step import Learner, supervised_objective
+
+
+def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.Path,
+        first_step: int) -> pathlib.Path:
+  """Fine-tunes the policy in folder `policy` ("" = random) and returns the result's folder.
+
+  Args:
+    root: the run's folder: metrics.jsonl, and sft/ with checkpoints and the trained policy.
+    first_step: metrics of SFT step s are written as step first_step + s.
+  """
+  sft, workdir = config.sft, root / "sft"
+  learner = Learner(
+    bench.model_config, build.optimizer(sft.optimizer, sft.steps, sft.freeze_vision),
+    supervised_objective(), bench.mesh, bench.rules, banned_ids=bench.chat.banned_ids,
+    chunk=config.batch.logprob_chunk)
+  data = build.sft_batches(config, bench)
+  with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+    if checkpoints.latest() is None:
+      state = learner.init(build.load_params(bench, policy, config.seed), config.seed)
+    else:
+      state = checkpoints.restore(learner.abstract_state(), iterator=data.stream).state
+    done = int(state.step)
+    with (MetricsWriter(root, resume_step=first_step + done, tensorboard=config.log.tensorboard)
+          as writer, tqdm(total=sft.steps, initial=done, desc="sft") as bar):
+      for done in range(done + 1, sft.steps + 1):
+        start = time.perf_counter()
+        examples, counts = next(data)
+        batches = pack(
+          examples, rows=config.batch.rows, length=config.batch.length,
+          vision_config=bench.model_config.vision, banned_ids=bench.chat.banned_ids,
+          rows_multiple_of=batch_shards(bench.mesh, bench.rules))
+        loaded = time.perf_counter()
+        state, result = learner.update(state, batches)
+        metrics = learner.metrics(result, batches, workdir / "nonfinite")
+        metrics |= packing_metrics(batches) | counts
+        metrics |= {"time/load_s": loaded - start, "time/update_s": time.perf_counter() - loaded}
+        writer.write(first_step + done, {
+          name.replace("train/", "sft/"): value for name, value in metrics.items()})
+        if done % config.checkpoint.every == 0 or done == sft.steps:
+          checkpoints.save(done, state, host={"stage": "sft"}, iterator=data.stream)
+        bar.set_postfix(nll=f"{metrics['train/nll']:.3f}")
+        bar.update()
+  return build.export(state.params, config, bench, policy, workdir / "policy")

@@ -1,0 +1,43 @@
+"""The main job in miniature: SFT, AXPO and evaluation on a plain CPU, in minutes.
+
+  python launch/main.py --config=configs/axpo_tiny.py --workdir=runs/axpo_tiny
+
+A policy of about one million parameters that has learnt to see (the warm start that ships with the
+package; `configs/warmstart_tiny.py` makes it) learns the agent's format from a scripted teacher, and
+then by AXPO when to zoom and where. The run ends with a table, start against end, and curves.png.
+"""
+
+from ml_collections import ConfigDict
+
+from axpo_jax.config import ASSETS, base_config
+
+
+def get_config() -> ConfigDict:
+  c = base_config()
+  c.stages = ("sft", "rl")
+  c.model.checkpoint = str(ASSETS / "warm_start")
+  c.model.dtype = "float32"  # a CPU has no fast bfloat16
+  c.model.remat = "none"     # memory is no concern here
+  c.data.source = "miniworld"
+
+  # A canvas of 5 x 5 cells is shown at 16 pixels a cell: 25 tokens. A zoomed cell is 16 tokens.
+  c.images.min_pixels, c.images.max_pixels = 16 * 16, 25 * 16 * 16
+  c.images.zoom_min_pixels, c.images.zoom_max_pixels = 48 * 48, 72 * 72
+  c.agent.system_prompt = "short"
+  c.agent.max_new_tokens = 64
+  c.agent.max_response_tokens = 256
+  c.agent.max_total_tokens = 512
+  c.agent.max_images = 4
+  c.rollout.embedded.update(rows=256, length=512, max_running=128, decode_block=16, dtype="float32")
+  c.batch.update(rows=8, length=512, logprob_chunk=4096)
+
+  c.sft.update(source="teacher", steps=150, examples=64, max_length=512, freeze_vision=False)
+  c.sft.optimizer.update(learning_rate=1e-3, warmup=0.05)
+  c.rl.update(steps=40, questions=16)
+  c.optimizer.update(learning_rate=1e-4, weight_decay=0.0)
+
+  # The policy itself is measured: no temperature or nucleus between it and the figures. A presence
+  # penalty would forbid a box two equal coordinates.
+  c.eval.update(questions=128, max_turns=3, max_response_tokens=256, temperature=1.0, top_p=1.0,
+                top_k=0, presence_penalty=0.0)
+  return c

@@ -1,0 +1,28 @@
+"""Makes the warm start that the tiny configs begin with: a policy that has learnt to see.
+
+  python launch/main.py --config=configs/warmstart_tiny.py --workdir=runs/warmstart
+
+About one million random parameters learn from dense perception tasks (where is ...? what is at ...?
+list the marks; read this crop) to point and to read. No tools and no agent prompt: those come in
+SFT. The result, runs/warmstart/sft/policy, is what `axpo_jax/assets/warm_start` holds.
+"""
+
+from ml_collections import ConfigDict
+
+from axpo_jax.config import ASSETS
+from configs.axpo_tiny import get_config as axpo_tiny
+
+
+def get_config() -> ConfigDict:
+  c = axpo_tiny()
+  c.stages = ("sft",)
+  c.model.checkpoint, c.model.preset = "", "tiny"
+  c.model.tokenizer = str(ASSETS / "tiny_tokenizer")
+  c.data.miniworld.train_size = 10_000_000
+  c.agent.system_prompt, c.agent.tools = "", ()
+  c.batch.update(rows=32, length=192)
+  c.sft.update(steps=4000, examples=64)
+  c.sft.kinds = ConfigDict(dict(where=.25, what_at=.15, list=.25, read_crop=.20, read_large=.15))
+  c.sft.optimizer.update(learning_rate=2.5e-3, warmup=0.025, b2=0.98)
+  c.checkpoint.every = 250
+  return c
