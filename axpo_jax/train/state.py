@@ -145,7 +145,11 @@ def init_params(config: ModelConfig, seed: int, mesh: jax.sharding.Mesh,
     return nnx.state(Qwen3VL(config, rngs=nnx.Rngs(seed)), nnx.Param)
 
   shardings = sharding.param_shardings(nnx.eval_shape(create), mesh, rules)
-  return jax.jit(create, out_shardings=shardings)()
+  # XLA's CPU backend takes ten times as long to optimise the random draws as to compile them, and
+  # they run once.
+  on_cpu = mesh.devices.flat[0].platform == "cpu"
+  options = {"xla_backend_optimization_level": 0} if on_cpu else None
+  return jax.jit(create, out_shardings=shardings, compiler_options=options)()
 
 
 def init_state(params: nnx.State, optimizer: Optimizer, seed: int, mesh: jax.sharding.Mesh,
