@@ -24,7 +24,7 @@ def base_config() -> ConfigDict:
   """The paper's values for an 8B policy; experiments in `configs/` derive from it."""
   c = ConfigDict()
   c.seed = 0
-  # What to do, in order: "sft", "rl" (evaluates at its start and end), "eval".
+  # What to do, in order: "sft", "rl" (which evaluates at its start and end), "eval" (only that).
   c.stages = ("rl",)
 
   c.model = _model()
@@ -76,7 +76,8 @@ def validate(config: ConfigDict) -> None:
   if data.source != "miniworld":
     if "rl" in config.stages:
       _require_file("config.data.path", data.path)
-    _require_file("config.data.eval_path", data.eval_path)
+    if {"rl", "eval"} & set(config.stages):
+      _require_file("config.data.eval_path", data.eval_path)
   if "sft" in config.stages and config.sft.source == "jsonl":
     _require_file("config.sft.path", config.sft.path)
   if config.rl.algorithm not in ALGORITHMS:

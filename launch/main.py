@@ -34,14 +34,14 @@ def main(argv: list[str]) -> None:
     return
   if not _WORKDIR.value:
     raise app.UsageError("--workdir=<folder> is needed: checkpoints and metrics go there.")
-  logging.set_verbosity(logging.INFO)
+  logging.set_verbosity(logging.WARNING)  # libraries tell much of their own at INFO
   try:
     validate(_CONFIG.value)
     # Imported late: --help, a misspelt override and a bad field answer without waiting for JAX.
     from axpo_jax.train import experiment
     experiment.run(_CONFIG.value, _WORKDIR.value)
   except ConfigError as error:
-    raise app.UsageError(str(error)) from error
+    sys.exit(f"configuration error: {error}")
 
 
 if __name__ == "__main__":

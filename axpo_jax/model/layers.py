@@ -9,6 +9,7 @@ names.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +19,6 @@ from flax import nnx
 
 from axpo_jax.model import sharding
 
-INIT_STDDEV = 0.02
-_normal = jax.nn.initializers.normal(INIT_STDDEV)
 _ones = jax.nn.initializers.ones
 _zeros = jax.nn.initializers.zeros
 
@@ -37,8 +36,11 @@ class Maker:
       shape, names = (self._stack, *shape), ("layers", *names)
     return nnx.Param(sharding.logical(init, names)(self._rngs.params(), shape, self._dtype))
 
-  def normal(self, shape: Sequence[int], names: sharding.Names) -> nnx.Param:
-    return self(_normal, shape, names)
+  def normal(self, shape: Sequence[int], names: sharding.Names, fan_in: int) -> nnx.Param:
+    """Normal with a standard deviation of fan_in^-0.5: what comes out is as large as what goes in,
+    at any width. (Qwen3-VL's own 0.02 is that of a width of 2,500, and far too small for a tiny
+    model that learns from scratch.)"""
+    return self(jax.nn.initializers.normal(fan_in**-0.5), shape, names)
 
 
 class Linear(nnx.Module):
@@ -49,7 +51,7 @@ class Linear(nnx.Module):
 
   def __init__(self, make: Maker, shape, names, *, fan_in: int = 1, bias: bool = False):
     self.fan_in = fan_in
-    self.kernel = make.normal(shape, names)
+    self.kernel = make.normal(shape, names, math.prod(shape[:fan_in]))
     self.bias = make(_zeros, shape[fan_in:], names[fan_in:]) if bias else None
 
   def __call__(self, x: jax.Array) -> jax.Array:

@@ -32,7 +32,7 @@ __all__ = ["KVCache", "Qwen3VL", "VisionFeatures"]
 
 
 class Qwen3VL(nnx.Module):
-  """A Qwen3-VL policy. New parameters are normal(0.02), norms one, biases zero."""
+  """A Qwen3-VL policy. New parameters are normal(fan_in^-0.5), norms one, biases zero."""
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config

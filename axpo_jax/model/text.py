@@ -98,7 +98,7 @@ class TextDecoder(nnx.Module):
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
     self.config = config
     text, make = config.text, Maker(rngs, config.param_dtype)
-    table = ((text.vocab_size, text.hidden_size), ("vocab", "embed"))
+    table = ((text.vocab_size, text.hidden_size), ("vocab", "embed"), text.hidden_size)
     self.embedding = make.normal(*table)
     self.layers = DecoderLayer(text, Maker(rngs, config.param_dtype, text.num_layers))
     self.norm = RMSNorm(make, text.hidden_size, text.rms_norm_eps)

@@ -104,8 +104,9 @@ class VisionTower(nnx.Module):
       make, (vision.patch_dim, vision.hidden_size), ("patch", "vision_embed"), bias=True
     )
     self.positions = make.normal(
-      (vision.num_position_embeddings, vision.hidden_size), (None, "vision_embed")
-    )
+      (vision.num_position_embeddings, vision.hidden_size), (None, "vision_embed"),
+      vision.hidden_size,
+    )  # fmt: skip
     self.blocks = VisionBlock(vision, Maker(rngs, dtype, vision.depth))
     self.merger = Merger(vision, make, norm_merged=False)
     taps = len(vision.deepstack_layers)

@@ -4,17 +4,29 @@ A stage begins with a policy folder and ends with one (Hugging Face layout), whi
 stage's beginning. A stage whose folder is there is done.
 """
 
+import asyncio
 import pathlib
 
-from absl import logging
 from ml_collections import ConfigDict
 
 from axpo_jax.config import ConfigError
-from axpo_jax.eval import summary
+from axpo_jax.eval import evaluate, summary
 from axpo_jax.train import build, rl, sft
-from axpo_jax.train.metrics import read_metrics
+from axpo_jax.train.metrics import MetricsWriter, read_metrics
 
-_STAGES = {"sft": sft.run, "rl": rl.run}
+
+def _evaluate(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.Path,
+              first_step: int) -> str:
+  """The stage "eval": measures the policy and leaves it as it is."""
+  engine = build.engine(config, bench, build.load_params(bench, policy, config.seed))
+  with MetricsWriter(root, resume_step=first_step,
+                     tensorboard=config.log.tensorboard) as writer, asyncio.Runner() as runner:
+    writer.write(first_step, runner.run(evaluate.run(config, bench, engine)))
+    runner.run(engine.close())
+  return policy
+
+
+_STAGES = {"sft": sft.run, "rl": rl.run, "eval": _evaluate}
 
 
 def run(config: ConfigDict, workdir: str) -> None:
@@ -30,11 +42,11 @@ def run(config: ConfigDict, workdir: str) -> None:
   for stage in config.stages:
     folder = root / stage / "policy"
     if (folder / "config.json").exists():
-      logging.info("stage %s is done: %s", stage, folder)
+      print(f"{stage}: done before, its policy is {folder}")
       policy = folder
     else:
       policy = _STAGES[stage](config, bench, str(policy), root, first_step)
-    first_step += config[stage].steps
+    first_step += config[stage].get("steps", 0)
   report(root)
 
 
