@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -349,11 +350,16 @@ def _names(path) -> Path_:
 
 
 def _fetch(leaf: jax.Array, layer: int | None, dtype: str) -> np.ndarray:
-  value = leaf if layer is None else leaf[layer]
-  value = value.astype(dtype)
+  value = leaf.astype(dtype) if layer is None else _take_layer(leaf, layer, dtype)
   if not value.is_fully_addressable:
     return multihost_utils.process_allgather(value, tiled=True)
   return np.asarray(value)
+
+
+# The layer is traced: as a Python integer in an index it would be one compilation a layer.
+@functools.partial(jax.jit, static_argnames="dtype")
+def _take_layer(stacked: jax.Array, layer: int, dtype: str) -> jax.Array:
+  return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False).astype(dtype)
 
 
 def _plan_shards(table: list[Entry], dtype: np.dtype, limit: int) -> dict[str, list[Entry]]:

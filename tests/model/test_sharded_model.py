@@ -1,0 +1,84 @@
+"""The model on a mesh: every name it uses has a rule, and the numbers are those of one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from axpo_jax.model import sharding
+from axpo_jax.model.cache import KVCache
+
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.fixture(scope="module")
+def rows(make_case):
+  """Eight rows over one set of images that fills two vision rows."""
+  case = make_case([(8, 6), (4, 8)], seed=2)
+  length = len(case.ids_T)
+  tokens = np.tile(case.ids_T, (8, 1))
+  text = case.index_T < 0
+  tokens[:, text] = np.random.default_rng(0).integers(0, 130, (8, text.sum()))
+  shape = (8, length)
+  return (
+    tokens,
+    np.broadcast_to(case.positions_Tx3, (*shape, 3)),
+    np.ones(shape, np.int32),
+    case.vision,
+    np.broadcast_to(case.index_T, shape),
+  )
+
+
+def _loss(untied, mesh, params, tokens, positions, segments, vision, index):
+  with sharding.use(mesh):
+    model = untied.model(params)
+    hidden, _ = model(tokens, positions, segments, vision=vision, image_index_BxT=index)
+    return jax.nn.logsumexp(model.logits(hidden), -1).mean()
+
+
+def test_loss_and_gradients(untied, rows):
+  mesh = sharding.make_mesh(MESH)
+  want, wanted = jax.jit(jax.value_and_grad(lambda p: _loss(untied, None, p, *rows)))(untied.params)
+  shardings = sharding.param_shardings(untied.params, mesh)
+  params = jax.device_put(untied.params, shardings)
+  step = jax.jit(
+    jax.value_and_grad(lambda p, *args: _loss(untied, mesh, p, *args)),
+    out_shardings=(None, shardings),
+  )
+  got, gradient = step(params, *rows)
+  assert abs(got - want) < 1e-5 * abs(want)
+  for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(wanted), strict=True):
+    assert np.abs(a - b).max() < 1e-4 * np.abs(b).max() + 1e-7
+
+
+def test_decode_on_a_mesh(untied, rows):
+  mesh = sharding.make_mesh(MESH)
+  params = jax.device_put(untied.params, sharding.param_shardings(untied.params, mesh))
+  tokens, positions, segments, vision, index = rows
+
+  def run(mesh, params):
+    with sharding.use(mesh):
+      model = untied.model(params)
+      cache = KVCache.empty(untied.config, 8, tokens.shape[1])
+      cut = slice(0, -1)
+      _, cache = model(
+        tokens[:, cut], positions[:, cut], segments[:, cut], vision=vision,
+        image_index_BxT=index[:, cut], cache=cache,
+      )  # fmt: skip
+      last = slice(-1, None)
+      hidden, _ = model(tokens[:, last], positions[:, last], segments[:, last], cache=cache)
+      return model.logits(hidden)
+
+  got = jax.jit(lambda p: run(mesh, p))(params)
+  want = jax.jit(lambda p: run(None, p))(untied.params)
+  np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+def test_every_parameter_is_named(untied):
+  for path, leaf in jax.tree_util.tree_flatten_with_path(
+    untied.params, is_leaf=lambda x: isinstance(x, nnx.Variable)
+  )[0]:
+    names = sharding.names_of(leaf)
+    assert names is not None and len(names) == leaf.get_value().ndim, sharding.path_name(path)
+    assert all(n in sharding.DEFAULT_RULES for n in names if n is not None)
