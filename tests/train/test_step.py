@@ -1,0 +1,270 @@
+"""The step against a plain second implementation, over packings, meshes, and broken numbers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from axpo_jax.model import sharding
+from axpo_jax.model.qwen3_vl import Qwen3VL
+from axpo_jax.rl.losses import LossConfig
+from axpo_jax.train.batch import load_batch
+from axpo_jax.train.packing import pack
+from axpo_jax.train.state import OptimizerConfig, make_optimizer
+from axpo_jax.train.step import Learner, NonFiniteError, policy_objective, supervised_objective
+
+BANNED = (3, 4)
+# A large eps keeps the update smooth: with a small one a gradient that is zero but for rounding
+# moves its parameter by a full step in a random direction.
+OPTIMIZER = OptimizerConfig(1e-2, total_steps=10, weight_decay=0.1, clip_norm=1.0, eps=1e-3)
+LOSS = LossConfig(kl_coef=0.1, entropy_coef=0.01)
+
+
+def _mesh(**sizes):
+  return sharding.make_mesh(sizes, jax.devices()[:int(np.prod(list(sizes.values())))])
+
+
+def _learner(config, objective, mesh=None, optimizer=OPTIMIZER):
+  return Learner(config, make_optimizer(optimizer), objective, mesh or _mesh(data=1),
+                 banned_ids=BANNED, chunk=16)
+
+
+def _put(host_params, learner):
+  shardings = sharding.param_shardings(host_params, learner.mesh)
+  return jax.tree.map(lambda x, s: jax.device_put(jnp.array(x), s), host_params, shardings)
+
+
+@pytest.fixture(scope="module")
+def examples(make_example, make_image):
+  shared, other = make_image(0), make_image(1, (2, 4))
+  return [make_example(0, 9, [shared]), make_example(1, 6), make_example(2, 5, [shared, other]),
+          make_example(3, 12), make_example(4, 4, [other])]
+
+
+@pytest.fixture(scope="module")
+def pack_with(config, examples):
+  """Two micro-batches of rows=2 (one of the rows holds two trajectories), or one of rows=4."""
+  def run(chosen=examples, rows=2, **options):
+    return pack(chosen, rows=rows, length=17, vision_config=config.vision, patch_buckets=(16,),
+                row_buckets=(2,), **options)
+
+  return run
+
+
+@pytest.fixture(scope="module")
+def alone(pack_with, examples):
+  """One micro-batch per trajectory, in the shapes of `pack_with`."""
+  batches = [pack_with([example])[0] for example in examples]
+  vision = next(b.vision for b in batches if b.vision is not None)
+  return [b if b.vision is not None else dataclasses.replace(
+    b, vision=vision, image_index_BxT=np.full_like(b.tokens_BxT, -1)) for b in batches]
+
+
+@pytest.fixture(scope="module")
+def supervised(config):
+  return _learner(config, supervised_objective())
+
+
+@pytest.fixture(scope="module")
+def policy(config):
+  return _learner(config, policy_objective(LOSS))
+
+
+@pytest.fixture(scope="module")
+def plain_loss(config, examples, alone):
+  """Mean negative log-likelihood of all targets: one trajectory at a time, whole logits."""
+  graphdef = nnx.split(nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0))))[0]
+  stacked = jax.tree.map(lambda *x: np.stack(x), *alone)
+
+  def one(params, batch):
+    model = nnx.merge(graphdef, params)
+    hidden, _ = model(batch.tokens_BxT, batch.positions_BxTx3, batch.segments_BxT,
+                      vision=batch.vision, image_index_BxT=batch.image_index_BxT)
+    logits = model.logits(hidden).at[..., jnp.array(BANNED)].set(-1e9)
+    logp = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets_BxT[..., None], -1)[..., 0]
+    return -jnp.sum(jnp.where(batch.weights_BxT > 0, logp, 0.0))
+
+  def loss(params):
+    total = jax.lax.map(lambda batch: one(params, batch), stacked).sum()
+    return total / sum(int(e.loss_mask_T.sum()) for e in examples)
+
+  return loss
+
+
+def _assert_close(got, want, rtol):
+  for (path, a), b in zip(jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(want),
+                          strict=True):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    error = np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-12)
+    assert error < rtol, f"{sharding.path_name(path)}: relative difference {error:.2e}"
+
+
+def test_update_equals_a_plain_loss_and_optax(supervised, pack_with, host_params, plain_loss,
+                                              tmp_path):
+  """Packed, chunked, accumulated over two micro-batches, against none of it."""
+  value, grads = jax.jit(jax.value_and_grad(plain_loss))(host_params)
+  mask = jax.tree_util.tree_map_with_path(
+    lambda path, _: sharding.path_name(path).endswith("/kernel/value"), host_params)
+  reference = optax.chain(optax.clip_by_global_norm(1.0),
+                          optax.adamw(1e-2, eps=1e-3, weight_decay=0.1, mask=mask))
+
+  @jax.jit
+  def expected(params, grads):
+    updates, _ = reference.update(grads, reference.init(params), params)
+    return optax.apply_updates(params, updates)
+
+  batches = pack_with()
+  assert len(batches) == 2
+  params = _put(host_params, supervised)
+  accumulated = supervised.zeros()
+  for batch in batches:
+    accumulated, _ = supervised.accumulate(params, accumulated, batch)
+  targets = sum(b.weights_BxT.sum() for b in batches)
+  _assert_close(jax.tree.map(lambda g: g / targets, accumulated), grads, 1e-4)
+
+  state, result = supervised.update(supervised.init(params, seed=0), batches)
+  metrics = supervised.metrics(result, batches, tmp_path)
+  assert metrics["train/loss"] == pytest.approx(float(value), rel=1e-5)
+  assert metrics["train/nll"] == pytest.approx(float(value), rel=1e-5)
+  assert metrics["train/grad_norm"] == pytest.approx(float(optax.global_norm(grads)), rel=1e-4)
+  assert metrics["train/learning_rate"] == pytest.approx(1e-2)
+  assert metrics["train/loss_tokens"] == targets == metrics["train/denominator"]
+  assert int(state.step) == 1
+  # The steps, since in the parameters themselves a wrong step would be a small difference.
+  moved = jax.tree.map(lambda a, b: np.asarray(a) - b, state.params, host_params)
+  wanted = jax.tree.map(lambda a, b: np.asarray(a) - b, expected(host_params, grads), host_params)
+  _assert_close(moved, wanted, 1e-4)
+
+
+def test_one_trajectory_a_row_scores_like_packed_rows(supervised, pack_with, alone, host_params):
+  params = _put(host_params, supervised)
+
+  def scored(batches):
+    out = {}
+    for batch in batches:
+      logp, entropy = map(np.asarray, supervised.score(params, batch))
+      for row in range(len(batch.tokens_BxT)):
+        for segment in range(1, batch.segments_BxT[row].max() + 1):
+          at = batch.segments_BxT[row] == segment
+          on = at & (batch.weights_BxT[row] > 0)
+          out[tuple(batch.tokens_BxT[row][at])] = logp[row][on], entropy[row][on]
+    return out
+
+  batches = pack_with()
+  assert max(b.segments_BxT.max() for b in batches) == 2
+  packed, single = scored(batches), scored(alone)
+  assert packed.keys() == single.keys() and len(packed) == 5
+  for key in packed:
+    np.testing.assert_allclose(packed[key], single[key], rtol=2e-5, atol=2e-5)
+
+
+def _annotated(learner, host_params, batches):
+  """Old and reference log-probabilities from other parameters, so that no ratio is one."""
+  rng = np.random.default_rng(5)
+  old, ref = (_put(jax.tree.map(
+    lambda x: x + rng.normal(size=x.shape, scale=0.01).astype(np.float32), host_params), learner)
+    for _ in range(2))
+  return learner.annotate(batches, old=old, reference=ref)
+
+
+def test_a_mesh_changes_no_number(config, policy, pack_with, host_params, tmp_path):
+  batches = pack_with(rows=4, rows_multiple_of=4)
+  eight = _learner(config, policy_objective(LOSS), _mesh(data=2, fsdp=2, tensor=2))
+  results = []
+  for learner in (policy, eight):
+    scored = _annotated(learner, host_params, batches)
+    params = _put(host_params, learner)
+    grads = learner.zeros()
+    for batch in scored:
+      grads, _ = learner.accumulate(params, grads, batch)
+    state = learner.init(params, seed=0)
+    for _ in range(2):  # several updates per rollout step
+      state, result = learner.update(state, scored)
+      metrics = learner.metrics(result, scored, tmp_path)
+    results.append((grads, state, metrics))
+  (grads, state, metrics), (grads8, state8, metrics8) = results
+  kernel = state8.params["text"]["layers"]["gate"]["kernel"].get_value()
+  assert kernel.sharding.spec == sharding.spec(("layers", "embed", "mlp"))
+  _assert_close(grads8, grads, 1e-5)
+  _assert_close(state8.params, state.params, 1e-5)
+  assert metrics.keys() == metrics8.keys()
+  for name, value in metrics.items():
+    assert metrics8[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+  assert metrics["train/ratio_std"] > 0 and metrics["train/kl"] > 0
+  assert metrics["train/entropy"] > 0 and "train/logp_gap_abs_mean" in metrics
+
+
+def test_without_old_logprobs_the_ratio_is_one(policy, pack_with, host_params, tmp_path):
+  params = _put(host_params, policy)
+  batches = policy.annotate(pack_with(), reference=params)
+  assert all(b.old_logp_BxT is None for b in batches)
+  _, result = policy.update(policy.init(params, 0), batches)
+  metrics = policy.metrics(result, batches, tmp_path)
+  assert metrics["train/ratio_mean"] == pytest.approx(1.0) and metrics["train/ratio_max"] == 1.0
+  assert metrics["train/kl"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_frozen_vision_tower_stands_still(config, pack_with, host_params, tmp_path):
+  frozen = dataclasses.replace(OPTIMIZER, freeze_vision=True)
+  learner = _learner(config, supervised_objective(), optimizer=frozen)
+  batches = pack_with()
+  params = _put(host_params, learner)
+  assert "vision" not in learner.zeros()
+  state, result = learner.update(learner.init(params, 0), batches)
+  learner.metrics(result, batches, tmp_path)
+  same = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), state.params, host_params)
+  assert all(jax.tree.leaves(same["vision"])) and not any(jax.tree.leaves(same["text"]))
+
+
+def test_the_vision_tower_learns_otherwise(supervised, pack_with, host_params):
+  state, _ = supervised.update(supervised.init(_put(host_params, supervised), 0), pack_with())
+  same = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), state.params, host_params)
+  assert not any(jax.tree.leaves(same["vision"]))
+
+
+@pytest.mark.parametrize("where", ["weights_BxT", "vision"])
+def test_a_non_finite_step_is_refused_and_its_batch_saved(
+    supervised, pack_with, host_params, tmp_path, where):
+  batches = pack_with()
+  bad = jax.tree.map(np.copy, batches[1])
+  if where == "vision":
+    bad.vision.patches_RxPxC[:] = np.nan
+  else:
+    bad.weights_BxT[bad.weights_BxT > 0] = np.inf
+  batches[1] = bad
+  state, result = supervised.update(supervised.init(_put(host_params, supervised), 0), batches)
+  with pytest.raises(NonFiniteError, match=r"update 0: .* micro-batches \[1\]") as error:
+    supervised.metrics(result, batches, tmp_path)
+  assert error.value.micro_batches == (1,)
+  assert error.value.paths == (tmp_path / "step_0_micro_1.npz",)
+  for a, b in zip(jax.tree.leaves(load_batch(error.value.paths[0])), jax.tree.leaves(bad),
+                  strict=True):
+    np.testing.assert_array_equal(a, b)
+  # The state is the one before the step, worth a checkpoint.
+  assert int(state.step) == 0
+  for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(host_params), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_rows_of_padding_add_nothing(supervised, pack_with, host_params):
+  batch = pack_with()[0]
+  empty = jax.tree.map(np.zeros_like, batch)
+  empty = dataclasses.replace(empty, image_index_BxT=np.full_like(batch.image_index_BxT, -1))
+  grads, sums = supervised.accumulate(_put(host_params, supervised), supervised.zeros(), empty)
+  assert float(sums["loss"]) == 0 and bool(sums["finite"])
+  assert all(not np.asarray(g).any() for g in jax.tree.leaves(grads))
+
+
+def test_new_batches_of_one_shape_do_not_recompile(supervised, pack_with, host_params):
+  state = supervised.init(_put(host_params, supervised), 0)
+  batches = pack_with()
+  state, _ = supervised.update(state, batches)
+  before = (supervised._accumulate._cache_size(), supervised._apply._cache_size())
+  for _ in range(2):
+    state, _ = supervised.update(state, batches[::-1])
+  assert (supervised._accumulate._cache_size(), supervised._apply._cache_size()) == before
+  assert int(state.step) == 3
