@@ -16,6 +16,8 @@ V vocabulary, G ids generated before, M merged image tokens.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,8 +46,10 @@ class Pool:
   def read(self, rows_B: jax.Array, lengths_B: jax.Array, slots: int) -> KVCache:
     """The first `slots` slots of the given rows, as a cache that the model takes."""
 
+    rows_B = jnp.minimum(rows_B, self.k_LxRxSxKxH.shape[1] - 1)
+
     def take(x):
-      return x[:, :, :slots].at[:, rows_B].get(mode="clip")
+      return x[:, :, :slots].at[:, rows_B].get(mode="promise_in_bounds")
 
     return KVCache(take(self.k_LxRxSxKxH), take(self.v_LxRxSxKxH), lengths_B)
 
@@ -131,15 +135,12 @@ class Device:
     mesh: jax.sharding.Mesh | None = None,
     rules: sharding.Rules | None = None,
   ):
-    self._config, self._graphdef, self._dtype = config, graphdef, jnp.dtype(dtype)
+    self._config, self._dtype = config, jnp.dtype(dtype)
     self._rows, self._length, self._mesh, self._rules = rows, length, mesh, rules
     self._params: Any = None
     self._pool: Pool | None = None
     self._shapes: set[tuple] = set()
-    self._jit_encode = jax.jit(self._encode)
-    self._jit_copy = jax.jit(self._copy, static_argnames="slots", donate_argnums=0)
-    self._jit_prefill = jax.jit(self._prefill, static_argnames="slots", donate_argnums=1)
-    self._jit_decode = jax.jit(self._decode, static_argnames=("slots", "block"), donate_argnums=1)
+    self._run = _programs(graphdef, mesh, None if rules is None else tuple(rules.items()))
 
   @property
   def compilations(self) -> int:
@@ -188,41 +189,57 @@ class Device:
   def encode(self, vision: VisionInputs) -> VisionFeatures:
     """Features of packed images, to be passed to `prefill`."""
     self._met("encode", vision)
-    return self._jit_encode(self._params, vision)
+    return self._run.encode(self._params, vision)
 
   def copy(self, source_B: np.ndarray, row_B: np.ndarray, slots: int) -> None:
     """Copies the first `slots` slots of rows to rows."""
     self._met("copy", (source_B, slots))
-    self._pool = self._jit_copy(self._pool, source_B, row_B, slots=slots)
+    self._pool = self._run.copy(self._pool, source_B, row_B, slots=slots)
 
   def prefill(self, inputs: PrefillInputs, features: VisionFeatures | None, slots: int) -> None:
     """Computes prompt tokens. `slots` holds every row's start and new tokens."""
     self._met("prefill", (inputs, features, slots))
-    self._pool = self._jit_prefill(self._params, self._pool, inputs, features, slots=slots)
+    self._pool = self._run.prefill(self._params, self._pool, inputs, features, slots=slots)
 
   def decode(self, inputs: DecodeInputs, *, slots: int, block: int) -> DecodeOutputs:
     """Draws up to `block` tokens a row; waits for them and returns NumPy arrays."""
     self._met("decode", (inputs, slots, block))
-    self._pool, out = self._jit_decode(
-      self._params, self._pool, inputs, slots=slots, block=block
-    )
+    self._pool, out = self._run.decode(self._params, self._pool, inputs, slots=slots, block=block)
     return jax.device_get(out)
 
   def _met(self, name: str, args: Any) -> None:
     shapes = tuple(getattr(leaf, "shape", leaf) for leaf in jax.tree.leaves(args))
     self._shapes.add((name, shapes, jax.tree.structure(args)))
 
-  def _encode(self, params, vision):
-    with sharding.use(self._mesh, self._rules):
-      return nnx.merge(self._graphdef, params).encode_images(vision)
 
-  def _copy(self, pool, source_B, row_B, *, slots):
-    with sharding.use(self._mesh, self._rules):
+@dataclasses.dataclass(frozen=True)
+class _Programs:
+  """The jitted functions. The pool is donated: it is updated in place."""
+
+  encode: Callable[..., VisionFeatures]
+  copy: Callable[..., Pool]
+  prefill: Callable[..., Pool]
+  decode: Callable[..., tuple[Pool, DecodeOutputs]]
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(
+  graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh | None, rules: tuple | None
+) -> _Programs:
+  """One set per model and mesh, so that a second engine in the process compiles nothing anew."""
+  rules = None if rules is None else dict(rules)
+
+  def encode(params, vision):
+    with sharding.use(mesh, rules):
+      return nnx.merge(graphdef, params).encode_images(vision)
+
+  def copy(pool, source_B, row_B, *, slots):
+    with sharding.use(mesh, rules):
       return pool.write(row_B, pool.read(source_B, jnp.zeros_like(source_B), slots))
 
-  def _prefill(self, params, pool, inputs, features, *, slots):
-    with sharding.use(self._mesh, self._rules):
-      _, cache = nnx.merge(self._graphdef, params)(
+  def prefill(params, pool, inputs, features, *, slots):
+    with sharding.use(mesh, rules):
+      _, cache = nnx.merge(graphdef, params)(
         inputs.tokens_BxT,
         inputs.positions_BxTx3,
         inputs.real_BxT,
@@ -232,12 +249,20 @@ class Device:
       )
       return pool.write(inputs.row_B, cache)
 
-  def _decode(self, params, pool, inputs, *, slots, block):
-    with sharding.use(self._mesh, self._rules):
-      model = nnx.merge(self._graphdef, params)
-      cache = pool.read(inputs.row_B, inputs.length_B, slots)
-      cache, out = _decode_block(model, cache, inputs, block)
+  def decode(params, pool, inputs, *, slots, block):
+    with sharding.use(mesh, rules):
+      model = nnx.merge(graphdef, params)
+      cache, out = _decode_block(
+        model, pool.read(inputs.row_B, inputs.length_B, slots), inputs, block
+      )
       return pool.write_new(inputs.row_B, inputs.length_B, cache, block), out
+
+  return _Programs(
+    encode=jax.jit(encode),
+    copy=jax.jit(copy, static_argnames="slots", donate_argnums=0),
+    prefill=jax.jit(prefill, static_argnames="slots", donate_argnums=1),
+    decode=jax.jit(decode, static_argnames=("slots", "block"), donate_argnums=1),
+  )
 
 
 def _decode_block(model, cache, inputs, block):

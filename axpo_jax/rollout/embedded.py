@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -151,7 +151,7 @@ class EmbeddedEngine:
     self._wake()
     try:
       return [await sequence.future for sequence in sequences]
-    except BaseException:
+    except (asyncio.CancelledError, Exception):
       for sequence in sequences:
         # Cancels what is left; a failure that no one awaits any more counts as seen.
         if not sequence.future.cancel() and not sequence.future.cancelled():
@@ -190,26 +190,32 @@ class EmbeddedEngine:
       raise EngineClosed("the engine is closed; build a new one")
 
   def _wake(self) -> None:
+    loop = asyncio.get_running_loop()
+    if self._pump is not None and self._pump.get_loop() is not loop:
+      # A loop that was left in the middle of work: nobody can wait there any more.
+      self._drop(lambda sequence: sequence.future.get_loop() is not loop)
+      self._pump = None
     if self._pump is None or self._pump.done():
-      self._pump = asyncio.get_running_loop().create_task(self._run())
+      self._pump = loop.create_task(self._run())
 
   async def _run(self) -> None:
     """The pump. No await stands between its last look at the queues and its end."""
     try:
       await self._let_others_run()
       while self._queue or self._running or self._updates:
-        self._drop_cancelled()
+        self._drop(lambda sequence: sequence.future.done())  # cancelled by their callers
         self._install_update()
         self._admit()
         self._decode()
         await self._let_others_run()
-    except BaseException as error:  # a waiter must never hang on a dead pump
+    except asyncio.CancelledError as error:  # the loop ends; the pool is in order at an await
+      self._fail_all(error)
+      raise
+    except Exception as error:  # a waiter must never hang on a dead pump
       self._fail_all(error)
       if not self._closed:
         self._pool.clear()
         self._device.reset_pool()
-      if not isinstance(error, Exception):
-        raise
 
   async def _let_others_run(self) -> None:
     for _ in range(self.config.loop_passes):
@@ -218,18 +224,19 @@ class EmbeddedEngine:
   def _fail_all(self, error: BaseException) -> None:
     futures = [sequence.future for sequence in [*self._queue, *self._running]]
     futures += [done for _, _, done in self._updates]
-    self._queue, self._running = [], []
+    self._drop(lambda sequence: True)
     self._updates.clear()
     for future in futures:
       if not future.done():
         future.set_exception(error)
 
-  def _drop_cancelled(self) -> None:
+  def _drop(self, which: Callable[[_Sequence], bool]) -> None:
+    """Removes sequences from the queue and from their rows; what they computed stays cached."""
     for sequence in self._running:
-      if sequence.future.done():
+      if which(sequence):
         self._pool.release(sequence.row)
-    self._running = [s for s in self._running if not s.future.done()]
-    self._queue = [s for s in self._queue if not s.future.done()]
+    self._running = [s for s in self._running if not which(s)]
+    self._queue = [s for s in self._queue if not which(s)]
 
   def _install_update(self) -> None:
     if self._running:

@@ -128,7 +128,7 @@ class PrefixPool:
     if source >= 0 and not self._busy_R[source] and cached == self._valid_R[source]:
       row = source
     else:
-      row = self._evictable(wanted)
+      row = self._evictable({*wanted, source})
       if row is None:
         return None
     in_place = row == source
@@ -142,7 +142,7 @@ class PrefixPool:
     return Move(row, source if source >= 0 else row, cached)
 
   def _evictable(self, wanted: Collection[int]) -> int | None:
-    idle = [row for row in np.flatnonzero(~self._busy_R) if row not in self._pinned]
+    idle = [row for row in np.flatnonzero(~self._busy_R).tolist() if row not in self._pinned]
     return min(idle, key=lambda row: (row in wanted, self._used_R[row], row), default=None)
 
   def _touch(self, row: int) -> None:

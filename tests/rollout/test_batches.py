@@ -1,0 +1,79 @@
+"""Buckets, and the padded arrays of a wave."""
+
+import numpy as np
+import pytest
+
+from axpo_jax.rollout.batches import Buckets, Prompt, copy_batches, prefill_batches, wave_images
+from axpo_jax.rollout.prefix_pool import Move
+
+BATCH, TOKENS, SLOTS = Buckets(2, 4), Buckets(4, 32), Buckets(16, 96)
+
+
+@pytest.fixture
+def prompt(model_config, ask):
+  return lambda ids, images=(): Prompt.of(ask(ids, images), model_config)
+
+
+def _prefills(jobs, place=None, most_tokens=1000):
+  return list(prefill_batches(
+    jobs, place or {}, BATCH, TOKENS, SLOTS, rows=9, most_tokens=most_tokens
+  ))  # fmt: skip
+
+
+def test_buckets_double_up_to_the_largest():
+  assert Buckets(8, 100).sizes == (8, 16, 32, 64, 100)
+  assert Buckets(8, 4).sizes == (4,)
+  assert [Buckets(8, 100)(n) for n in (1, 8, 9, 100)] == [8, 8, 16, 100]
+  with pytest.raises(ValueError, match="101 exceeds the largest bucket 100"):
+    Buckets(8, 100)(101)
+
+
+def test_a_prompt_expands_its_pictures(prompt, subject, image):
+  pads = prompt((7, *subject.picture, 8), (image(0),))
+  start, pad, end = subject.picture
+  assert pads.tokens_T.tolist() == [7, start] + [pad] * 6 + [end, 8]
+  assert pads.image_T.tolist() == [-1, -1] + [0] * 6 + [-1, -1]
+  assert pads.offset_T[2:8].tolist() == [0, 1, 2, 3, 4, 5]
+  assert pads.last_position == 2 + 3 + 1  # a 2 x 3 image takes max(2, 3) positions
+  assert pads.images_from(8) == [] and len(pads.images_from(7)) == 1
+
+
+def test_only_what_lacks_tokens_is_prefilled_and_only_what_moves_is_copied(prompt):
+  whole, part = prompt(range(10, 20)), prompt(range(20, 27))
+  jobs = [(whole, Move(1, 3, 9)), (whole, Move(2, 2, 9)), (part, Move(4, 5, 2))]
+  ((source, row, slots),) = copy_batches(jobs, BATCH, SLOTS, 9)
+  assert (source.tolist(), row.tolist(), slots) == ([3, 9], [1, 9], 16)
+  ((inputs, slots),) = _prefills(jobs)
+  assert (inputs.source_B.tolist(), inputs.row_B.tolist()) == ([5, 9], [4, 9])
+  assert inputs.start_B.tolist() == [2, 0] and slots == 16
+  assert inputs.tokens_BxT.tolist() == [[22, 23, 24, 25], [0] * 4]
+  assert inputs.real_BxT.tolist() == [[1] * 4, [0] * 4]
+  assert inputs.positions_BxTx3[0, :, 0].tolist() == [2, 3, 4, 5]
+  assert inputs.image_index_BxT is None
+
+
+def test_prefills_are_grouped_by_length_within_the_budget(prompt):
+  jobs = [(prompt(range(10, 10 + n)), Move(n, n, 0)) for n in (4, 5, 3, 8, 3, 2, 4)]
+  shapes = [inputs.tokens_BxT.shape for inputs, _ in _prefills(jobs)]
+  assert shapes == [(4, 4), (2, 4), (2, 8)]
+  assert [i.tokens_BxT.shape for i, _ in _prefills(jobs, most_tokens=4)] == [(1, 4)] * 6 + [(1, 8)]
+
+
+def test_each_distinct_picture_is_packed_once(prompt, model_config, subject, image):
+  twice = prompt((7, *subject.picture, *subject.picture, 8), (image(0), image(1)))
+  again = prompt((9, *subject.picture, 8), (image(1),))
+  cached = prompt((6, *subject.picture, 8, 8, 8), (image(2),))
+  jobs = [(twice, Move(0, 0, 0)), (again, Move(1, 1, 4)), (cached, Move(2, 2, 10))]
+  vision, place = wave_images(jobs, model_config)
+  assert sorted(place) == sorted({image(0).key, image(1).key})
+  assert vision.segments_RxP.max() == 1 or (vision.segments_RxP > 0).sum() == 2 * 24
+  index = {b.row_B[0].item(): b.image_index_BxT for b, _ in _prefills(jobs, place) if
+           b.image_index_BxT is not None}  # fmt: skip
+  first, second = place[image(0).key], place[image(1).key]
+  expected = [-1, -1, *range(first, first + 6), -1, -1, *range(second, second + 6), -1]
+  assert index[0][0, : len(expected)].tolist() == expected
+  # The cached part of the other one ends inside its picture: four of its six tokens are left.
+  assert index[1][0, :5].tolist() == [*range(second + 2, second + 6), -1]
+  assert wave_images(jobs[2:], model_config) == (None, {})
+  assert all(b.image_index_BxT is None for b, _ in _prefills(jobs[2:]))
+  assert np.all(vision.patches_RxPxC[vision.segments_RxP == 0] == 0)
