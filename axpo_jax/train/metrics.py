@@ -71,9 +71,15 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The lines of a metrics file (or of the one in a folder); a torn last line is left out."""
+  """The lines of a metrics file (or of the one in a folder), none if there is no file yet; a torn
+  last line is left out.
+
+  Raises:
+    ValueError: another line is broken.
+  """
   path = Path(path)
-  return _whole_lines(path / METRICS_FILE if path.is_dir() else path)
+  path = path / METRICS_FILE if path.is_dir() else path
+  return _whole_lines(path) if path.exists() else []
 
 
 def _truncate(path: Path, resume_step: int | None) -> None:

@@ -161,8 +161,14 @@ class Learner:
     """One optimizer step over host micro-batches. Donates `state`.
 
     The host runs at most two micro-batches ahead, so that patches do not pile up on the devices,
-    and does not wait for the end. A step whose gradient is not finite leaves the state as it was.
+    and does not wait for the end. A step whose loss or gradient is not finite leaves the state as
+    it was.
+
+    Raises:
+      ValueError: no micro-batches.
     """
+    if not batches:
+      raise ValueError("an update needs examples; there are no micro-batches")
     grads, sums = self.zeros(), []
     for batch in batches:
       grads, sums_of_batch = self.accumulate(state.params, grads, batch)

@@ -31,21 +31,34 @@ def config():
   return dataclasses.replace(tiny, text=text, vision=vision)
 
 
-@pytest.fixture(scope="session")
-def abstract_params(config):
+def _abstract_params(config):
   return nnx.eval_shape(lambda: nnx.state(Qwen3VL(config, rngs=nnx.Rngs(0)), nnx.Param))
 
 
 @pytest.fixture(scope="session")
-def host_params(abstract_params):
+def abstract_params(config):
+  return _abstract_params(config)
+
+
+@pytest.fixture(scope="session")
+def make_params():
   """Random parameters made with NumPy: compiling the initialisers would take longer than a step."""
-  rng = np.random.default_rng(0)
 
-  def make(path, x):
-    noise = rng.normal(size=x.shape, scale=0.1).astype(np.float32)
-    return 1 + noise if "scale" in path_name(path) else noise
+  def make(config):
+    rng = np.random.default_rng(0)
 
-  return jax.tree_util.tree_map_with_path(make, abstract_params)
+    def fill(path, x):
+      noise = rng.normal(size=x.shape, scale=0.1)
+      return (1 + noise if "scale" in path_name(path) else noise).astype(x.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, _abstract_params(config))
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def host_params(config, make_params):
+  return make_params(config)
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,10 @@ def test_a_resumed_file_equals_an_unbroken_one(tmp_path):
           == (tmp_path / "unbroken" / METRICS_FILE).read_bytes())
 
 
+def test_no_file_has_no_lines(tmp_path):
+  assert read_metrics(tmp_path) == [] == read_metrics(tmp_path / "none")
+
+
 def test_a_new_run_drops_an_old_file(tmp_path):
   _write(tmp_path, range(5))
   _write(tmp_path, [0])

@@ -12,16 +12,15 @@ from flax import nnx
 from axpo_jax.model import sharding
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.rl.losses import LossConfig
-from axpo_jax.train.batch import load_batch
+from axpo_jax.train.batch import batch_shards, load_batch
 from axpo_jax.train.packing import pack
-from axpo_jax.train.state import OptimizerConfig, make_optimizer
+from axpo_jax.train.state import OptimizerConfig, copy_params, make_optimizer
 from axpo_jax.train.step import Learner, NonFiniteError, policy_objective, supervised_objective
 
 BANNED = (3, 4)
 # A large eps keeps the update smooth: with a small one a gradient that is zero but for rounding
 # moves its parameter by a full step in a random direction.
 OPTIMIZER = OptimizerConfig(1e-2, total_steps=10, weight_decay=0.1, clip_norm=1.0, eps=1e-3)
-LOSS = LossConfig(kl_coef=0.1, entropy_coef=0.01)
 
 
 def _mesh(**sizes):
@@ -67,11 +66,6 @@ def alone(pack_with, examples):
 @pytest.fixture(scope="module")
 def supervised(config):
   return _learner(config, supervised_objective())
-
-
-@pytest.fixture(scope="module")
-def policy(config):
-  return _learner(config, policy_objective(LOSS))
 
 
 @pytest.fixture(scope="module")
@@ -140,84 +134,101 @@ def test_update_equals_a_plain_loss_and_optax(supervised, pack_with, host_params
   _assert_close(moved, wanted, 1e-4)
 
 
+def _scored(learner, host_params, batches):
+  """{ids of a trajectory: (log-probabilities, entropies) of its targets}"""
+  params, out = _put(host_params, learner), {}
+  for batch in batches:
+    logp, entropy = map(np.asarray, learner.score(params, batch))
+    for row in range(len(batch.tokens_BxT)):
+      for segment in range(1, batch.segments_BxT[row].max() + 1):
+        at = batch.segments_BxT[row] == segment
+        on = at & (batch.weights_BxT[row] > 0)
+        out[tuple(batch.tokens_BxT[row][at])] = logp[row][on], entropy[row][on]
+  return out
+
+
+def _assert_same_scores(got, want):
+  assert got.keys() == want.keys() and len(got) == 5
+  for key in got:
+    np.testing.assert_allclose(got[key], want[key], rtol=2e-5, atol=2e-5)
+
+
 def test_one_trajectory_a_row_scores_like_packed_rows(supervised, pack_with, alone, host_params):
-  params = _put(host_params, supervised)
-
-  def scored(batches):
-    out = {}
-    for batch in batches:
-      logp, entropy = map(np.asarray, supervised.score(params, batch))
-      for row in range(len(batch.tokens_BxT)):
-        for segment in range(1, batch.segments_BxT[row].max() + 1):
-          at = batch.segments_BxT[row] == segment
-          on = at & (batch.weights_BxT[row] > 0)
-          out[tuple(batch.tokens_BxT[row][at])] = logp[row][on], entropy[row][on]
-    return out
-
   batches = pack_with()
   assert max(b.segments_BxT.max() for b in batches) == 2
-  packed, single = scored(batches), scored(alone)
-  assert packed.keys() == single.keys() and len(packed) == 5
-  for key in packed:
-    np.testing.assert_allclose(packed[key], single[key], rtol=2e-5, atol=2e-5)
+  _assert_same_scores(_scored(supervised, host_params, batches),
+                      _scored(supervised, host_params, alone))
 
 
-def _annotated(learner, host_params, batches):
-  """Old and reference log-probabilities from other parameters, so that no ratio is one."""
-  rng = np.random.default_rng(5)
-  old, ref = (_put(jax.tree.map(
-    lambda x: x + rng.normal(size=x.shape, scale=0.01).astype(np.float32), host_params), learner)
-    for _ in range(2))
-  return learner.annotate(batches, old=old, reference=ref)
-
-
-def test_a_mesh_changes_no_number(config, policy, pack_with, host_params, tmp_path):
-  batches = pack_with(rows=4, rows_multiple_of=4)
-  eight = _learner(config, policy_objective(LOSS), _mesh(data=2, fsdp=2, tensor=2))
+def test_a_mesh_changes_no_number(config, supervised, pack_with, host_params, tmp_path):
+  """Two micro-batches on one device, the same rows as one micro-batch on eight."""
+  eight = _learner(config, supervised_objective(), _mesh(data=2, fsdp=2, tensor=2))
   results = []
-  for learner in (policy, eight):
-    scored = _annotated(learner, host_params, batches)
-    params = _put(host_params, learner)
-    grads = learner.zeros()
-    for batch in scored:
+  for learner, batches in ((supervised, pack_with()),
+                           (eight, pack_with(rows=4, rows_multiple_of=batch_shards(eight.mesh)))):
+    scores = _scored(learner, host_params, batches)
+    params, grads = _put(host_params, learner), learner.zeros()
+    for batch in batches:
       grads, _ = learner.accumulate(params, grads, batch)
     state = learner.init(params, seed=0)
     for _ in range(2):  # several updates per rollout step
-      state, result = learner.update(state, scored)
-      metrics = learner.metrics(result, scored, tmp_path)
-    results.append((grads, state, metrics))
-  (grads, state, metrics), (grads8, state8, metrics8) = results
+      state, result = learner.update(state, batches)
+      metrics = learner.metrics(result, batches, tmp_path)
+    results.append((scores, grads, state, metrics))
+  (scores, grads, state, metrics), (scores8, grads8, state8, metrics8) = results
   kernel = state8.params["text"]["layers"]["gate"]["kernel"].get_value()
   assert kernel.sharding.spec == sharding.spec(("layers", "embed", "mlp"))
+  _assert_same_scores(scores8, scores)
   _assert_close(grads8, grads, 1e-5)
   _assert_close(state8.params, state.params, 1e-5)
-  assert metrics.keys() == metrics8.keys()
-  for name, value in metrics.items():
-    assert metrics8[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-  assert metrics["train/ratio_std"] > 0 and metrics["train/kl"] > 0
-  assert metrics["train/entropy"] > 0 and "train/logp_gap_abs_mean" in metrics
+  assert metrics8 == pytest.approx(metrics, rel=1e-5)
 
 
-def test_without_old_logprobs_the_ratio_is_one(policy, pack_with, host_params, tmp_path):
-  params = _put(host_params, policy)
-  batches = policy.annotate(pack_with(), reference=params)
-  assert all(b.old_logp_BxT is None for b in batches)
-  _, result = policy.update(policy.init(params, 0), batches)
-  metrics = policy.metrics(result, batches, tmp_path)
-  assert metrics["train/ratio_mean"] == pytest.approx(1.0) and metrics["train/ratio_max"] == 1.0
-  assert metrics["train/kl"] == pytest.approx(0.0, abs=1e-6)
-
-
-def test_a_frozen_vision_tower_stands_still(config, pack_with, host_params, tmp_path):
-  frozen = dataclasses.replace(OPTIMIZER, freeze_vision=True)
-  learner = _learner(config, supervised_objective(), optimizer=frozen)
-  batches = pack_with()
+def test_policy_steps_in_bfloat16_with_a_frozen_vision_tower(
+    config, make_params, pack_with, examples, tmp_path):
+  """Two updates of one rollout step, by old log-probabilities; an untied head; remat."""
+  config = dataclasses.replace(
+    config, text=dataclasses.replace(config.text, tie_word_embeddings=False), dtype="bfloat16",
+    param_dtype="bfloat16", remat="full")
+  host_params = make_params(config)
+  learner = _learner(config, policy_objective(LossConfig(kl_coef=0.1, entropy_coef=0.01)),
+                     optimizer=dataclasses.replace(OPTIMIZER, freeze_vision=True))
   params = _put(host_params, learner)
   assert "vision" not in learner.zeros()
-  state, result = learner.update(learner.init(params, 0), batches)
-  learner.metrics(result, batches, tmp_path)
+  state = learner.init(copy_params(params), 0)
+  batches = learner.annotate(pack_with(), old=state.params, reference=params)
+  history = []
+  for _ in range(2):
+    state, result = learner.update(state, batches)
+    history.append(learner.metrics(result, batches, tmp_path))
   same = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), state.params, host_params)
-  assert all(jax.tree.leaves(same["vision"])) and not any(jax.tree.leaves(same["text"]))
+  assert all(jax.tree.leaves(same["vision"])) and not all(jax.tree.leaves(same["text"]))
+  assert not same["text"]["head"].get_value()
+  first, second = history
+  assert first["train/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+  assert first["train/kl"] == pytest.approx(0.0, abs=1e-6)
+  assert second["train/ratio_std"] > 0 and second["train/kl"] > 0
+  assert first["train/loss_tokens"] == sum(int(e.loss_mask_T.sum()) for e in examples)
+  assert first["train/entropy"] > 0
+  # The sampler's log-probabilities are the examples' own.
+  logp = np.concatenate([np.asarray(b.old_logp_BxT)[b.weights_BxT > 0] for b in batches])
+  behaviour = np.concatenate([b.behaviour_logp_BxT[b.weights_BxT > 0] for b in batches])
+  assert first["train/logp_gap_abs_mean"] == pytest.approx(np.abs(logp - behaviour).mean(), rel=1e-4)
+
+
+def test_without_old_logprobs_the_ratio_is_exactly_one(pack_with):
+  batch = pack_with()[0]
+  objective = policy_objective(LossConfig(kl_coef=0.0))
+  logp = jnp.asarray(np.random.default_rng(0).normal(size=batch.tokens_BxT.shape) - 3)
+
+  def loss(logp):
+    return objective.loss(logp, jnp.ones_like(logp), batch)
+
+  (_, sums), grad = jax.value_and_grad(loss, has_aux=True)(logp)
+  assert float(sums["ratio_max"]) == 1.0 and float(sums["ratio"]) == batch.weights_BxT.sum()
+  # d/dlogp of -min(tis, 2) * ratio * A is -min(tis, 2) * A at ratio one.
+  tis = np.minimum(np.exp(np.asarray(logp) - batch.behaviour_logp_BxT), 2.0)
+  np.testing.assert_allclose(grad, -tis * batch.advantages_BxT * batch.weights_BxT, rtol=1e-5)
 
 
 def test_the_vision_tower_learns_otherwise(supervised, pack_with, host_params):
@@ -268,3 +279,8 @@ def test_new_batches_of_one_shape_do_not_recompile(supervised, pack_with, host_p
     state, _ = supervised.update(state, batches[::-1])
   assert (supervised._accumulate._cache_size(), supervised._apply._cache_size()) == before
   assert int(state.step) == 3
+
+
+def test_an_update_needs_a_micro_batch(supervised, host_params):
+  with pytest.raises(ValueError, match="no micro-batches"):
+    supervised.update(supervised.init(_put(host_params, supervised), 0), [])
