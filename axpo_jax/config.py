@@ -80,6 +80,10 @@ def validate(config: ConfigDict) -> None:
       _require_file("config.data.eval_path", data.eval_path)
   if "sft" in config.stages and config.sft.source == "jsonl":
     _require_file("config.sft.path", config.sft.path)
+  longest = config.agent.max_total_tokens
+  if "rl" in config.stages and longest > config.batch.length:
+    raise ConfigError(f"an episode of config.agent.max_total_tokens={longest} tokens does not fit a "
+                      f"row of config.batch.length={config.batch.length}: raise the latter")
   if config.rl.algorithm not in ALGORITHMS:
     raise ConfigError(f"config.rl.algorithm={config.rl.algorithm!r}; choose one of {ALGORITHMS}")
 

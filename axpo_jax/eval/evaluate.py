@@ -5,6 +5,8 @@ use). The questions and the seeds are the same at every call, so two evaluations
 alone.
 """
 
+from collections.abc import Iterable, Mapping
+
 from ml_collections import ConfigDict
 
 from axpo_jax.eval import passk
@@ -12,6 +14,11 @@ from axpo_jax.rl import census
 from axpo_jax.rl.resample import ResampleConfig
 from axpo_jax.rollout.engine import Engine
 from axpo_jax.train import build, collect, seeds
+
+
+def measured(lines: Iterable[Mapping], step: int) -> bool:
+  """Whether the metrics file has an evaluation at `step` already (a run that was resumed)."""
+  return any(line["step"] == step and "eval/pass_at_1" in line for line in lines)
 
 
 async def run(config: ConfigDict, bench: build.Workbench, engine: Engine, *,

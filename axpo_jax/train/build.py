@@ -36,6 +36,8 @@ from axpo_jax.train.collect import Actor
 from axpo_jax.train.packing import Example
 from axpo_jax.train.state import Optimizer, OptimizerConfig, init_params, make_optimizer
 
+# Trajectories in a row that SFT may leave out before it gives up.
+_MOST_DROPPED = 1000
 _PROMPTS = {"full": SYSTEM_PROMPT, "short": SHORT_SYSTEM_PROMPT}
 
 
@@ -175,6 +177,9 @@ class SftBatches:
   """Endless batches of supervised examples; checkpointable like the stream beneath.
 
   A trajectory that is left out (wrong answer, too long) is replaced by the next one, and counted.
+
+  Raises:
+    ConfigError: of many trajectories in a row, none could be kept.
   """
 
   def __init__(self, stream: grain.DatasetIterator, size: int):
@@ -184,12 +189,18 @@ class SftBatches:
     return self
 
   def __next__(self) -> tuple[list[Example], dict[str, float]]:
-    kept, seen = [], 0
+    kept, seen, dropped = [], 0, 0
     while len(kept) < self.size:
       example = next(self.stream)
       seen += 1
+      dropped = dropped + 1 if example is None else 0
       if example is not None:
         kept.append(example)
+      elif dropped == _MOST_DROPPED:
+        raise ConfigError(
+          f"{dropped} trajectories in a row were left out: none has the right answer within "
+          "config.sft.max_length tokens. For the scripted teacher see config.agent.max_new_tokens "
+          "and max_response_tokens, which cut its turns too")
     return kept, {"data/trajectories_read": seen, "data/kept_share": self.size / seen}
 
 

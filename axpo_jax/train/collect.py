@@ -8,17 +8,21 @@ transcript: both are the same call.
 import asyncio
 import collections
 import dataclasses
-from collections.abc import Coroutine, Sequence
+import itertools
+from collections.abc import Coroutine, Iterable, Sequence
 
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from axpo_jax.agent.episode import EpisodeLimits, continue_episode, start_transcript
 from axpo_jax.agent.rollout import Rollout
 from axpo_jax.agent.tools.base import ToolBox
 from axpo_jax.agent.transcript import Kind, Transcript
+from axpo_jax.data import question as question_lib
 from axpo_jax.data.question import Question
-from axpo_jax.model.chat import Chat
+from axpo_jax.model import images
+from axpo_jax.model.chat import Chat, ChatError
 from axpo_jax.model.images import ImageLimits, ImageProcessor
 from axpo_jax.rl import census
 from axpo_jax.rl.resample import (
@@ -81,7 +85,8 @@ class Group:
   """One question, its rollouts, and the branches that AXPO added to them.
 
   `failed` counts rollouts and continuations that the machine and not the policy ended (engine
-  error, deadline). They are left out: nothing can be learnt from them.
+  error, deadline, a question whose image does not open). They are left out: nothing can be learnt
+  from them.
   """
 
   question: Question
@@ -98,11 +103,23 @@ async def sample_groups(actor: Actor, questions: Sequence[Question], n: int, see
     seed: of the step; rollout i of question q draws from derive(seed, q, i).
     progress: label of a progress bar; empty for none.
   """
-  starts = [actor.start(question) for question in questions]
-  rollouts = await _gather([
+  starts = [_start(actor, question) for question in questions]
+  rollouts = iter(await _gather([
     actor.roll(start, question, seeds.derive(seed, q, i))
-    for q, (question, start) in enumerate(zip(questions, starts)) for i in range(n)], progress)
-  return [_group(question, rollouts[q * n:(q + 1) * n]) for q, question in enumerate(questions)]
+    for q, (question, start) in enumerate(zip(questions, starts))
+    if start is not None for i in range(n)],
+    progress))
+  return [_group(question, itertools.islice(rollouts, n)) if start is not None
+          else Group(question, [], failed=n) for question, start in zip(questions, starts)]
+
+
+def _start(actor: Actor, question: Question) -> Transcript | None:
+  """The question's prompt; None if it cannot be asked, which must not end the run."""
+  try:
+    return actor.start(question)
+  except (question_lib.ImageError, images.ImageError, ChatError) as error:
+    logging.warning("question %s cannot be asked and is left out: %s", question.id, error)
+    return None
 
 
 async def resample(actor: Actor, groups: Sequence[Group], config: ResampleConfig, seed: int, *,
@@ -127,7 +144,8 @@ async def resample(actor: Actor, groups: Sequence[Group], config: ResampleConfig
       group.branches.append(branch)
 
 
-def _group(question: Question, rollouts: Sequence[Rollout]) -> Group:
+def _group(question: Question, rollouts: Iterable[Rollout]) -> Group:
+  rollouts = list(rollouts)
   kept = [rollout for rollout in rollouts if not rollout.failed]
   return Group(question, kept, failed=len(rollouts) - len(kept))
 

@@ -12,12 +12,15 @@ from ml_collections import ConfigDict
 from axpo_jax.config import ConfigError
 from axpo_jax.eval import evaluate, summary
 from axpo_jax.train import build, rl, sft
-from axpo_jax.train.metrics import MetricsWriter, read_metrics
+from axpo_jax.train.metrics import METRICS_FILE, MetricsWriter, read_metrics
 
 
 def _evaluate(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.Path,
               first_step: int) -> str:
   """The stage "eval": measures the policy and leaves it as it is."""
+  if evaluate.measured(read_metrics(root), first_step):
+    print(f"eval: done before, see {root / METRICS_FILE}")
+    return policy
   engine = build.engine(config, bench, build.load_params(bench, policy, config.seed))
   with MetricsWriter(root, resume_step=first_step,
                      tensorboard=config.log.tensorboard) as writer, asyncio.Runner() as runner:

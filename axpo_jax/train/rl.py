@@ -70,15 +70,22 @@ class Loop:
     self.questions = build.question_batches(config)
     self.engine = build.engine(config, bench, self.reference)
     self.actor = build.actor(config, bench, self.engine)
+    self.steps_done = 0  # RL steps; each makes up to `rl.updates` optimizer steps
 
-  @property
-  def steps_done(self) -> int:
-    """RL steps; each makes `rl.updates` optimizer steps."""
-    return int(self.state.step) // self.config.rl.updates
+  async def sync(self) -> None:
+    """Gives the sampler the current weights. It forgets its cached prefixes, so that a step or an
+    evaluation begins alike whatever ran before it, in an unbroken run or a resumed one."""
+    await self.engine.update_weights(self.state.params, self.steps_done)
+
+  async def evaluate(self) -> dict[str, float]:
+    await self.sync()
+    return await evaluate.run(self.config, self.bench, self.engine)
 
   async def step(self) -> tuple[list[Group], dict[str, float]]:
     """Rollouts, resampling, update; returns the groups and the step's metrics."""
     rl, clock, seed = self.config.rl, Clock(), seeds.derive(self.config.seed, "rl", self.steps_done)
+    with clock("weights"):
+      await self.sync()
     self.engine.stats(reset=True)
     questions = next(self.questions)
     with clock("rollout"):
@@ -90,8 +97,7 @@ class Loop:
     metrics = self.rollout_metrics(groups)
     with clock("update"):
       metrics |= self.update(groups)
-    with clock("weights"):
-      await self.engine.update_weights(self.state.params, self.steps_done)
+    self.steps_done += 1
     return groups, metrics | clock.metrics(metrics)
 
   def rollout_metrics(self, groups: list[Group]) -> dict[str, float]:
@@ -110,11 +116,10 @@ class Loop:
     }
 
   def update(self, groups: list[Group]) -> dict[str, float]:
-    """Credit, batches and `rl.updates` optimizer steps."""
+    """Credit, batches and `rl.updates` optimizer steps; none if every rollout failed."""
     config = self.config
-    outcomes = [self._outcome(group) for group in groups if len(group.rollouts) > 0]
-    kept = [group for group in groups if len(group.rollouts) > 0]
-    credits = credit.assign_credit(outcomes, self.recipe.credit)
+    kept = [group for group in groups if group.rollouts]
+    credits = credit.assign_credit([self._outcome(group) for group in kept], self.recipe.credit)
     trained = examples.credited(kept, credits, self.bench.model_config.image_token_id)
     metrics = census.credit_census(credits)
     updates = []
@@ -153,7 +158,7 @@ class Loop:
 def _joined(updates: list[dict[str, float]]) -> dict[str, float]:
   """Metrics of a step's updates: largest of what is a maximum, mean of the rest."""
   out = {}
-  for name in updates[0]:
+  for name in updates[0] if updates else ():
     values = [metrics[name] for metrics in updates if name in metrics]
     out[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
   return out
@@ -197,8 +202,8 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
   loop = Loop(config, bench, policy, root / "rl")
   with Checkpoints(loop.workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
     if checkpoints.latest() is not None:
-      loop.state = checkpoints.restore(loop.learner.abstract_state(),
-                                       iterator=loop.questions).state
+      restored = checkpoints.restore(loop.learner.abstract_state(), iterator=loop.questions)
+      loop.state, loop.steps_done = restored.state, restored.step
     resume_step = first_step + loop.steps_done
     with (MetricsWriter(root, resume_step=resume_step, tensorboard=config.log.tensorboard)
           as writer, asyncio.Runner() as runner):
@@ -211,24 +216,23 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
 
 async def _train(loop: Loop, checkpoints: Checkpoints, writer: MetricsWriter, first_step: int):
   config = loop.config
-  await loop.engine.update_weights(loop.state.params, loop.steps_done)
-  if not any("eval/pass_at_1" in line for line in read_metrics(writer.path)):
-    writer.write(first_step, await evaluate.run(config, loop.bench, loop.engine))
+  if not evaluate.measured(read_metrics(writer.path), first_step):
+    writer.write(first_step, await loop.evaluate())
   with tqdm(total=config.rl.steps, initial=loop.steps_done, desc=config.rl.algorithm) as bar:
-    while (done := loop.steps_done) < config.rl.steps:
+    while loop.steps_done < config.rl.steps:
       groups, metrics = await loop.step()
-      done += 1
+      done = loop.steps_done
       last = done == config.rl.steps
       if last or _due(done, config.eval.every):
-        metrics |= await evaluate.run(config, loop.bench, loop.engine)
+        metrics |= await loop.evaluate()
       _watch(metrics, config.log)
       writer.write(first_step + done, metrics)
       if _due(done, config.log.dump_every):
         dump(groups, loop.workdir / "rollouts" / f"step_{done:06d}.jsonl", loop.bench.chat)
       if last or _due(done, config.checkpoint.every):
         checkpoints.save(done, loop.state, host={"stage": "rl"}, iterator=loop.questions)
-      bar.set_postfix(reward=f"{metrics['rollout/reward_mean']:.2f}",
-                      tools=f"{metrics['rollout/tool_attempt_rate']:.2f}",
+      bar.set_postfix(reward=f"{metrics.get('rollout/reward_mean', 0):.2f}",
+                      tools=f"{metrics.get('rollout/tool_attempt_rate', 0):.2f}",
                       prefixes=int(metrics["axpo/prefixes"]))
       bar.update()
 
