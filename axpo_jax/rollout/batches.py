@@ -19,14 +19,17 @@ from axpo_jax.rollout.prefix_pool import Move, content_keys
 
 
 class Buckets:
-  """Static sizes: `least`, doubled until `most`, which is always the last."""
+  """Static sizes: `least`, doubled until `most`, which is always the last.
 
-  def __init__(self, least: int, most: int):
+  fine: half steps between them as well, where padding costs more than another program.
+  """
+
+  def __init__(self, least: int, most: int, *, fine: bool = False):
     sizes = []
     while least < most:
-      sizes.append(least)
+      sizes += [least, least * 3 // 2] if fine else [least]
       least *= 2
-    self.sizes = (*sizes, most)
+    self.sizes = (*(size for size in sizes if size < most), most)
 
   def __call__(self, value: int) -> int:
     """The smallest size that holds `value`."""

@@ -46,10 +46,16 @@ class Pool:
   def read(self, rows_B: jax.Array, lengths_B: jax.Array, slots: int) -> KVCache:
     """The first `slots` slots of the given rows, as a cache that the model takes."""
 
-    rows_B = jnp.minimum(rows_B, self.k_LxRxSxKxH.shape[1] - 1)
+    layers, rows, _, *tail = self.k_LxRxSxKxH.shape
+    rows_B = jnp.minimum(rows_B, rows - 1)
+    # One gather over (layer, row) pairs: one over rows alone comes out rows-first on CPU, and is
+    # then copied once more to stand layers-first.
+    pairs = (jnp.arange(layers)[:, None] * rows + rows_B).reshape(-1)
 
     def take(x):
-      return x[:, :, :slots].at[:, rows_B].get(mode="promise_in_bounds")
+      flat = x.reshape(layers * rows, -1, *tail)[:, :slots]
+      taken = flat.at[pairs].get(mode="promise_in_bounds")
+      return taken.reshape(layers, len(rows_B), slots, *tail)
 
     return KVCache(take(self.k_LxRxSxKxH), take(self.v_LxRxSxKxH), lengths_B)
 

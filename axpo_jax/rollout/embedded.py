@@ -56,7 +56,8 @@ class EmbeddedConfig:
     loop_passes: turns of the event loop granted between two blocks.
     min_batch: smallest bucket of rows; buckets double from there.
     min_tokens: smallest bucket of prompt tokens to compute.
-    min_slots: smallest bucket of cache slots.
+    min_slots: smallest bucket of cache slots; these have half steps too, for attention over the
+      cache is most of a decode step.
   """
 
   rows: int = 256
@@ -67,7 +68,7 @@ class EmbeddedConfig:
   prefill_tokens: int = 16_384
   defer_gain: int = 32
   loop_passes: int = 8
-  min_batch: int = 8
+  min_batch: int = 16
   min_tokens: int = 32
   min_slots: int = 128
 
@@ -131,7 +132,7 @@ class EmbeddedEngine:
     self._pool = PrefixPool(config.rows, config.length)
     self._batch_buckets = Buckets(config.min_batch, config.max_running)
     self._token_buckets = Buckets(config.min_tokens, config.length)
-    self._slot_buckets = Buckets(config.min_slots, config.length)
+    self._slot_buckets = Buckets(config.min_slots, config.length, fine=True)
     self._queue: list[_Sequence] = []
     self._running: list[_Sequence] = []
     self._updates: collections.deque = collections.deque()

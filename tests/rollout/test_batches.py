@@ -23,6 +23,8 @@ def _prefills(jobs, place=None, most_tokens=1000):
 def test_buckets_double_up_to_the_largest():
   assert Buckets(8, 100).sizes == (8, 16, 32, 64, 100)
   assert Buckets(8, 4).sizes == (4,)
+  assert Buckets(8, 32, fine=True).sizes == (8, 12, 16, 24, 32)
+  assert Buckets(8, 40, fine=True).sizes == (8, 12, 16, 24, 32, 40)
   assert [Buckets(8, 100)(n) for n in (1, 8, 9, 100)] == [8, 8, 16, 100]
   with pytest.raises(ValueError, match="101 exceeds the largest bucket 100"):
     Buckets(8, 100)(101)
