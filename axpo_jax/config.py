@@ -131,6 +131,7 @@ def _data() -> ConfigDict:
     miniworld=ConfigDict(dict(
       seed=0,                 # of the world; config.seed does not change the questions
       train_size=100_000,     # questions of the training splits (SFT and RL have one each)
+      marks=(2, 4),           # least and greatest number of marks on a canvas
       large_share=0.5,        # questions whose glyph can be read without zooming
       kinds=ConfigDict(dict(read=1.0)),  # mix of question kinds in the RL and evaluation splits
     )),
@@ -230,6 +231,7 @@ def _rl() -> ConfigDict:
 
 def _optimizer(learning_rate: float, schedule: str, warmup: float) -> ConfigDict:
   return ConfigDict(dict(
+    name="adamw",             # or "muon": for learning from scratch
     learning_rate=learning_rate,
     schedule=schedule,        # constant or cosine (to zero)
     warmup=warmup,            # share of all steps

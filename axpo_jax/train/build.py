@@ -169,7 +169,8 @@ def _questions(config: ConfigDict, split: str, path: str) -> pipeline.Source[Que
 def _world(config: ConfigDict, kinds: ConfigDict) -> perception.PerceptionConfig:
   """The miniature world, whose readable crops must be what the zoom tool makes."""
   return perception.PerceptionConfig(
-    mix=tuple(kinds.items()), large_share=config.data.miniworld.large_share,
+    mix=tuple(kinds.items()), marks=tuple(config.data.miniworld.marks),
+    large_share=config.data.miniworld.large_share,
     crop_min_pixels=config.images.zoom_min_pixels, crop_max_pixels=config.images.zoom_max_pixels)
 
 

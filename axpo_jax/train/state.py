@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from flax import nnx
 
 from axpo_jax.model import sharding
@@ -19,15 +20,21 @@ from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.qwen3_vl import Qwen3VL
 
 SCHEDULES = ("constant", "cosine")
+OPTIMIZERS = ("adamw", "muon")
+# Root mean square of AdamW's usual update before the learning rate; Muon's is scaled to it.
+_ADAM_RMS = 0.2
 # The module of Qwen3VL that holds the vision tower and its mergers.
 VISION = "vision"
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """AdamW, its schedule and what it trains.
+  """The optimizer, its schedule and what it trains.
 
   Attributes:
+    name: "adamw", or "muon" (optax.contrib.muon): orthogonalised momentum for the kernels of linear
+      layers, scaled to AdamW's usual step so that learning rates carry over, and AdamW for the
+      rest. Of use for learning from scratch: see configs/warmstart_tiny.py.
     learning_rate: the peak.
     schedule: "constant", or "cosine" to zero at `total_steps`.
     warmup: share of `total_steps` with a linearly rising rate. The first step already moves: step
@@ -43,6 +50,7 @@ class OptimizerConfig:
 
   learning_rate: float
   total_steps: int
+  name: str = "adamw"
   schedule: str = "constant"
   warmup: float = 0.0
   weight_decay: float = 0.01
@@ -56,6 +64,8 @@ class OptimizerConfig:
   def __post_init__(self):
     if self.schedule not in SCHEDULES:
       raise ValueError(f"optimizer.schedule={self.schedule!r}; choose one of {SCHEDULES}")
+    if self.name not in OPTIMIZERS:
+      raise ValueError(f"optimizer.name={self.name!r}; choose one of {OPTIMIZERS}")
     if not 0 <= self.warmup <= 1:
       raise ValueError(f"optimizer.warmup={self.warmup} is a share of all steps: 0 to 1")
     if self.total_steps < 1:
@@ -127,14 +137,48 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> Optimizer:
-  """Clip by global norm, AdamW, learning rate."""
+  """Clip by global norm, then AdamW or Muon."""
   schedule = make_schedule(config)
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-  return Optimizer(config, schedule, optax.chain(
-    clip,
-    optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.mu_dtype)),
-    optax.add_decayed_weights(config.weight_decay, mask=_decayed),
-    optax.scale_by_learning_rate(schedule)))
+  update = {"adamw": _adamw, "muon": _muon}[config.name](config, schedule)
+  return Optimizer(config, schedule, optax.chain(clip, update))
+
+
+def _adamw(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+  return optax.adamw(
+    schedule, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=_decayed,
+    mu_dtype=jnp.dtype(config.mu_dtype))
+
+
+def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+  return optax.contrib.muon(
+    schedule, eps=config.eps, weight_decay=config.weight_decay, weight_decay_mask=_decayed,
+    mu_dtype=jnp.dtype(config.mu_dtype), adam_b1=config.b1, adam_b2=config.b2,
+    adam_learning_rate=schedule, muon_weight_dimension_numbers=_matrix_axes,
+    consistent_rms=_ADAM_RMS)
+
+
+def _matrix_axes(params: nnx.State) -> nnx.State:
+  """Input and output axes of every kernel, None for other parameters; a stack of layers is a stack
+  of matrices."""
+
+  def of(path, variable):
+    names = sharding.names_of(variable)
+    if not _is_kernel(path):
+      return variable.replace(None)
+    first = int(names[0] == "layers")
+    # The projections out of attention take heads and head size together.
+    inputs = first + (2 if names[first] in ("heads", "vision_heads") else 1)
+    return variable.replace(optax.contrib.MuonDimensionNumbers(
+      tuple(range(first, inputs)), tuple(range(inputs, len(names)))))
+
+  return jax.tree_util.tree_map_with_path(
+    of, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def _is_kernel(path: tuple) -> bool:
+  """True at the kernels of linear layers."""
+  return "kernel" in sharding.path_name(path).split("/")
 
 
 def init_params(config: ModelConfig, seed: int, mesh: jax.sharding.Mesh,
@@ -206,5 +250,4 @@ def _as_float32(params):
 
 def _decayed(params: nnx.State) -> nnx.State:
   """True at the kernels of linear layers."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: "kernel" in sharding.path_name(path).split("/"), params)
+  return jax.tree_util.tree_map_with_path(lambda path, _: _is_kernel(path), params)

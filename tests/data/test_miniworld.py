@@ -80,7 +80,7 @@ def test_a_mark_is_drawn_in_its_cell_in_its_colour():
       row, column = mark.cell
       cell = cells[16 * row:16 * row + 16, 16 * column:16 * column + 16]
       coloured = cell[np.ptp(cell, axis=-1) > 80]  # neither ground nor ink
-      fills = {name: np.array(fill) for name, (fill, _) in perception.COLOURS.items()}
+      fills = {name: np.array(fill) for name, fill in perception.COLOURS.items()}
       nearest = min(fills, key=lambda name: np.abs(fills[name] - coloured.mean(0)).sum())
       assert nearest == mark.colour
     marked = {mark.cell for mark in question.meta["marks"]}
@@ -152,9 +152,9 @@ def test_crops_are_the_zoom_tools():
 
 
 def ink_height(image, rows, columns):
-  """Rows with white ink inside a part of a red mark's interior."""
+  """Rows with black ink inside a part of a red mark's interior."""
   part = np.asarray(image, np.float64)[rows, columns]
-  return int((part[..., 1:].min(-1) > 140).any(1).sum())
+  return int((part[..., 0] < 140).any(1).sum())
 
 
 def test_a_small_glyph_is_really_magnified():
@@ -177,8 +177,8 @@ def test_a_small_glyph_is_really_magnified():
 
 def windows(cell, mark, side, shifts):
   """How inky each pixel is (0 fill, 1 ink) about the glyph, at every shift: [shifts, side**2]."""
-  fill, ink = perception.COLOURS[mark.colour]
-  towards = (255.0 if ink == "white" else 0.0) - np.array(fill, np.float64)
+  fill = np.array(perception.COLOURS[mark.colour], np.float64)
+  towards = -fill  # the ink is black
   inky = (np.asarray(cell, np.float64) - fill) @ towards / (towards @ towards)
   scale = inky.shape[0] // 16
   top = inky.shape[0] // 2 + (2 * scale if mark.shape == "triangle" else 0) - side // 2

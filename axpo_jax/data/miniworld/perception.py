@@ -29,21 +29,22 @@ import PIL.ImageFont
 
 from axpo_jax.data.question import Question
 
-# name -> (fill, ink). The corners of the RGB cube: as far apart as six colours can be when shown.
-COLOURS: Mapping[str, tuple[tuple[int, int, int], str]] = {
-    "red": ((225, 35, 35), "white"),
-    "green": ((25, 145, 45), "white"),
-    "blue": ((40, 60, 225), "white"),
-    "yellow": ((245, 220, 40), "black"),
-    "pink": ((235, 70, 215), "black"),
-    "cyan": ((45, 215, 225), "black"),
+# name -> fill. Light enough for black ink, and as far apart as six colours can then be when shown.
+COLOURS: Mapping[str, tuple[int, int, int]] = {
+    "red": (255, 80, 70),
+    "green": (70, 215, 90),
+    "blue": (95, 135, 255),
+    "yellow": (250, 225, 50),
+    "pink": (240, 115, 225),
+    "cyan": (60, 215, 230),
 }
+INK = "black"
 GLYPHS = ("A", "C", "E", "H", "K", "M", "R", "T", "X", "2", "4", "7")
 COORDINATE_STEP = 20
 SPLITS = {"train": 0, "rl": 1, "eval": 2}
 
 # shape -> (corners, centre of the glyph, cap height of a large glyph), in cells about the cell's
-# centre. The glyph has to lie inside the mark: white ink on the light ground could not be read.
+# centre. The glyph has to lie inside the mark: black ink on the grey ground is harder to read.
 _SHAPES = {
     "square": (((-.37, -.37), (.37, -.37), (.37, .37), (-.37, .37)), (0., 0.), .50),
     "circle": (((-.40, -.40), (.40, .40)), (0., 0.), .50),
@@ -79,15 +80,15 @@ class PerceptionConfig:
   """
 
   mix: tuple[tuple[str, float], ...] = READ_MIX
-  grids: tuple[tuple[int, int], ...] = ((5, 5), (4, 6), (6, 4))
+  grids: tuple[tuple[int, int], ...] = ((5, 5),)
   cell_px: int = 80
   shown_cell_px: int = 16
-  marks: tuple[int, int] = (3, 5)
-  jitter: float = 0.08
-  shrink: float = 0.08
+  marks: tuple[int, int] = (2, 4)
+  jitter: float = 0.0
+  shrink: float = 0.0
   large_share: float = 0.5
   small_px: tuple[int, int] = (10, 11)
-  grain: int = 60
+  grain: int = 55
   crop_min_pixels: int = 48 * 48
   crop_max_pixels: int = 72 * 72  # with factor 16, a cell of any of the grids becomes 64 x 64
   crop_factor: int = 16
@@ -295,17 +296,16 @@ def _render(
     config: PerceptionConfig) -> PIL.Image.Image:
   rows, columns = grid
   size = (rows * config.cell_px, columns * config.cell_px)
-  ground = 235 - rng.integers(0, config.noise, size, dtype=np.uint8, endpoint=True)
-  image = PIL.Image.fromarray(ground).convert("RGB")
+  ground = 128 + rng.integers(-config.noise, config.noise, size, dtype=np.int16, endpoint=True)
+  image = PIL.Image.fromarray(ground.astype(np.uint8)).convert("RGB")
   draw = PIL.ImageDraw.Draw(image)
   for mark in marks:
     row, column = mark.cell
     left, top = column * config.cell_px, row * config.cell_px
     place = _Place.draw(rng, mark, config)
-    fill, ink = COLOURS[mark.colour]
-    image.paste(_grained(rng, fill, config), (left, top), place.outline(mark, config))
+    image.paste(_grained(rng, COLOURS[mark.colour], config), (left, top), place.outline(mark, config))
     x, y = place.pixel(*_SHAPES[mark.shape][1])
-    _draw_glyph(draw, (left + x, top + y), mark.glyph, _cap_px(rng, mark, place, config), ink)
+    _draw_glyph(draw, (left + x, top + y), mark.glyph, _cap_px(rng, mark, place, config))
   return image
 
 
@@ -366,12 +366,11 @@ def _kept_inside(
 
 
 def _draw_glyph(
-    draw: PIL.ImageDraw.ImageDraw, centre: tuple[float, float], glyph: str, cap_px: int,
-    ink: str) -> None:
+    draw: PIL.ImageDraw.ImageDraw, centre: tuple[float, float], glyph: str, cap_px: int) -> None:
   font, stroke = _font(cap_px)
   left, top, right, bottom = font.getbbox(glyph, stroke_width=stroke)
   place = (round(centre[0] - (left + right) / 2), round(centre[1] - (top + bottom) / 2))
-  draw.text(place, glyph, fill=ink, font=font, stroke_width=stroke)
+  draw.text(place, glyph, fill=INK, font=font, stroke_width=stroke)
 
 
 @functools.lru_cache(maxsize=64)
