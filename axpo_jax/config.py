@@ -245,6 +245,7 @@ def _batch() -> ConfigDict:
   return ConfigDict(dict(
     rows=8,                   # rows of a micro-batch
     length=24_576,            # tokens of a row; several trajectories share one
+    image_rows=8,             # least rows of packed patches; doubles when a micro-batch needs more
     logprob_chunk=2048,       # tokens whose logits exist at once
   ))
 

@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
   c.agent.max_total_tokens = 512
   c.agent.max_images = 4
   c.rollout.embedded.update(rows=256, length=512, max_running=128, decode_block=16, dtype="float32")
-  c.batch.update(rows=8, length=512, logprob_chunk=4096)
+  c.batch.update(rows=8, length=512, image_rows=16, logprob_chunk=4096)
 
   c.sft.update(source="teacher", steps=150, examples=64, max_length=512, freeze_vision=False)
   c.sft.optimizer.update(learning_rate=1e-3, warmup=0.05)

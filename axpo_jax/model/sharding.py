@@ -225,6 +225,8 @@ def param_shardings(abstract_state: Any, mesh: Mesh, rules: Rules | None = None)
     if not isinstance(leaf, nnx.Variable):
       return NamedSharding(mesh, PartitionSpec())
     label, value = path_name(path), leaf.get_value()
+    if not jax.tree.leaves(value):  # what optax puts in the place of a parameter it leaves alone
+      return leaf
     names = names_of(leaf)
     if names is None:
       if np.ndim(value):

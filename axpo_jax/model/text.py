@@ -106,7 +106,9 @@ class TextDecoder(nnx.Module):
 
   def embed(self, tokens_BxT: jax.Array) -> jax.Array:
     """[B, T, D] in the compute dtype."""
-    return self.embedding[...][tokens_BxT].astype(self.config.dtype)
+    # A lookup in a table that is split over its width would move every looked-up row twice.
+    table_VxD = constrain(self.embedding[...], ("vocab", "act_embed"))
+    return table_VxD[tokens_BxT].astype(self.config.dtype)
 
   def __call__(
     self,

@@ -146,7 +146,7 @@ class VisionTower(nnx.Module):
   def _embed(self, inputs: VisionInputs) -> jax.Array:
     x_RxPxD = self.patch(jnp.asarray(inputs.patches_RxPxC).astype(self.config.dtype))
     # One corner at a time: [R, P, 4, D] would be the largest array of the tower.
-    table_GxD = self.positions[...]
+    table_GxD = constrain(self.positions[...], (None, None))
     for corner in range(4):
       weight_RxP = jnp.asarray(inputs.corner_weight_RxPx4)[..., corner]
       corner_RxPxD = table_GxD[jnp.asarray(inputs.corner_index_RxPx4)[..., corner]]

@@ -33,7 +33,8 @@ from axpo_jax.rollout.engine import Engine, SamplingParams
 from axpo_jax.rollout.teacher_engine import TeacherEngine
 from axpo_jax.train import examples, seeds
 from axpo_jax.train.collect import Actor
-from axpo_jax.train.packing import Example
+from axpo_jax.train.batch import Batch, batch_shards
+from axpo_jax.train.packing import Example, pack
 from axpo_jax.train.state import Optimizer, OptimizerConfig, init_params, make_optimizer
 
 # Trajectories in a row that SFT may leave out before it gives up.
@@ -132,6 +133,16 @@ def optimizer(section: ConfigDict, total_steps: int, freeze_vision: bool) -> Opt
   """The optimizer of a section such as config.optimizer or config.sft.optimizer."""
   return make_optimizer(OptimizerConfig(**section, total_steps=total_steps,
                                         freeze_vision=freeze_vision))
+
+
+def pack_examples(config: ConfigDict, bench: Workbench, batch: list[Example],
+                  aggregation: str = "token_mean") -> list[Batch]:
+  """Micro-batches in the shapes that the config fixes, so that few programs are compiled."""
+  return pack(
+    batch, rows=config.batch.rows, length=config.batch.length,
+    vision_config=bench.model_config.vision, aggregation=aggregation,
+    banned_ids=bench.chat.banned_ids, rows_multiple_of=batch_shards(bench.mesh, bench.rules),
+    row_buckets=[config.batch.image_rows * 2**i for i in range(16)])
 
 
 def export(params: nnx.State, config: ConfigDict, bench: Workbench, policy: str | pathlib.Path,

@@ -22,11 +22,10 @@ from axpo_jax.rl import census, credit, recipes
 from axpo_jax.rl.losses import LossConfig
 from axpo_jax.rl.resample import ResampleConfig, prefix_budget
 from axpo_jax.train import build, collect, examples, seeds
-from axpo_jax.train.batch import batch_shards, packing_metrics
+from axpo_jax.train.batch import packing_metrics
 from axpo_jax.train.checkpoint import Checkpoints
 from axpo_jax.train.collect import Group
 from axpo_jax.train.metrics import MetricsWriter, read_metrics
-from axpo_jax.train.packing import pack
 from axpo_jax.train.state import TrainState, copy_params
 from axpo_jax.train.step import Learner, policy_objective
 
@@ -124,11 +123,7 @@ class Loop:
     metrics = census.credit_census(credits)
     updates = []
     for part in _split(trained, config.rl.updates):
-      updates.append(pack(
-        part, rows=config.batch.rows, length=config.batch.length,
-        vision_config=self.bench.model_config.vision, aggregation=self.recipe.loss.aggregation,
-        banned_ids=self.bench.chat.banned_ids,
-        rows_multiple_of=batch_shards(self.bench.mesh, self.bench.rules)))
+      updates.append(build.pack_examples(config, self.bench, part, self.recipe.loss.aggregation))
     metrics |= packing_metrics([batch for batches in updates for batch in batches])
     updates = [self._annotated(batches) for batches in updates]
     logged = []

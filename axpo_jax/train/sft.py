@@ -11,10 +11,9 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from axpo_jax.train import build
-from axpo_jax.train.batch import batch_shards, packing_metrics
+from axpo_jax.train.batch import packing_metrics
 from axpo_jax.train.checkpoint import Checkpoints
 from axpo_jax.train.metrics import MetricsWriter
-from axpo_jax.train.packing import pack
 from axpo_jax.train.step import Learner, supervised_objective
 
 
@@ -43,10 +42,7 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
       for done in range(done + 1, sft.steps + 1):
         start = time.perf_counter()
         examples, counts = next(data)
-        batches = pack(
-          examples, rows=config.batch.rows, length=config.batch.length,
-          vision_config=bench.model_config.vision, banned_ids=bench.chat.banned_ids,
-          rows_multiple_of=batch_shards(bench.mesh, bench.rules))
+        batches = build.pack_examples(config, bench, examples)
         loaded = time.perf_counter()
         state, result = learner.update(state, batches)
         metrics = learner.metrics(result, batches, workdir / "nonfinite")
