@@ -1,0 +1,99 @@
+"""Imports point one way, and what needs no accelerator does not load one.
+
+launch -> train, eval -> rollout, agent, rl, model, data
+"""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import axpo_jax
+
+PACKAGE = pathlib.Path(axpo_jax.__file__).parent
+REPO = PACKAGE.parent
+
+# Room -> what its files may import of ours: rooms, or single modules.
+ALLOWED = {
+  "config": {"config"},
+  "model": {"model"},
+  "rl": {"rl"},
+  "data": {"data", "model"},
+  "rollout": {"rollout", "model", "data"},
+  "agent": {"agent", "model.chat", "model.images", "data.question", "rollout.engine"},
+  "train": {"train", "eval", "rollout", "agent", "rl", "model", "data", "config"},
+  "eval": {"train", "eval", "rollout", "agent", "rl", "model", "data", "config"},
+}
+# Modules that agents, tools and planning are made of: they load in a moment, on any machine.
+WITHOUT_JAX = (
+  "agent.dump", "agent.episode", "agent.rewards", "agent.tools.zoom", "config", "data.question",
+  "data.readers", "data.miniworld.teacher", "eval.passk", "eval.summary", "model.chat",
+  "model.config", "model.images", "rl.advantages", "rl.census", "rl.credit", "rl.recipes",
+  "rl.resample", "rollout.engine", "rollout.teacher_engine", "train.seeds")
+
+
+def imported(path: pathlib.Path) -> set[str]:
+  """Full names of all modules that a file imports, in functions too."""
+  names = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert node.level == 0, f"{path}: relative import"
+      # `from axpo_jax.model import chat` may name a module: count both.
+      names |= {f"{node.module}.{alias.name}" for alias in node.names}
+  return names
+
+
+def ours(path: pathlib.Path) -> set[str]:
+  return {name.removeprefix("axpo_jax.") for name in imported(path) if name.startswith("axpo_jax.")}
+
+
+def allowed(name: str, room: str) -> bool:
+  return any(name == entry or name.startswith(f"{entry}.") for entry in ALLOWED[room])
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(REPO)))
+def test_imports_point_one_way(path):
+  room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+  if room == "__init__":
+    assert not ours(path)
+    return
+  assert not {name for name in ours(path) if not allowed(name, room)}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(REPO)))
+def test_package_does_not_import_torch(path):
+  assert not {name for name in imported(path) if name.split(".")[0] in ("torch", "torchvision")}
+
+
+def test_launch_needs_train_only():
+  assert ours(REPO / "launch" / "main.py") == {"config.ConfigError", "config.validate",
+                                               "train.experiment"}
+
+
+def test_every_room_has_a_rule():
+  rooms = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+  assert rooms == ALLOWED.keys() - {"config"}
+
+
+def test_wrong_import_would_be_noticed(tmp_path):
+  file = tmp_path / "wrong.py"
+  file.write_text("def f():\n  from axpo_jax.agent import rewards\n")
+  assert ours(file) == {"agent.rewards"}
+  assert not allowed("agent.rewards", "rollout")
+  assert not allowed("model.qwen3_vl", "agent")
+  assert allowed("model.chat.Chat", "agent")
+
+
+def test_light_modules_do_not_load_jax():
+  """One process for all of them. (transformers loads torch where it is installed; that is its own.)"""
+  lines = ["import sys"]
+  for name in WITHOUT_JAX:
+    lines += [f"import axpo_jax.{name}",
+              f"assert 'jax' not in sys.modules, {name!r}"]
+  done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=REPO, capture_output=True,
+                        text=True)
+  assert done.returncode == 0, done.stderr
