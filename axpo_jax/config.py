@@ -151,6 +151,7 @@ def _agent() -> ConfigDict:
   return ConfigDict(dict(
     system_prompt="full",     # "full", "short", or the text itself
     tools=("image_zoom_in",),
+    describe_tools=True,      # False leaves the descriptions out of the tools' schemas
     scopes=("read_image",),   # what tools may do; a call outside is refused with an observation
     max_turns=3,              # [paper] in training
     max_new_tokens=4096,      # per turn

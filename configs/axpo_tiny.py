@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
   c.images.min_pixels, c.images.max_pixels = 16 * 16, 25 * 16 * 16
   c.images.zoom_min_pixels, c.images.zoom_max_pixels = 48 * 48, 72 * 72
   c.agent.system_prompt = "short"
+  c.agent.describe_tools = False  # a third of the prompt, and this policy cannot read prose
   c.agent.max_new_tokens = 64
   c.agent.max_response_tokens = 256
   c.agent.max_total_tokens = 512
@@ -31,9 +32,9 @@ def get_config() -> ConfigDict:
   c.rollout.embedded.update(rows=256, length=512, max_running=128, decode_block=16, dtype="float32")
   c.batch.update(rows=8, length=512, image_rows=16, logprob_chunk=4096)
 
-  c.sft.update(source="teacher", steps=150, examples=64, max_length=512, freeze_vision=False)
+  c.sft.update(source="teacher", steps=120, examples=32, max_length=512, freeze_vision=False)
   c.sft.optimizer.update(learning_rate=1e-3, warmup=0.05)
-  c.rl.update(steps=40, questions=16)
+  c.rl.update(steps=30, questions=16)
   c.optimizer.update(learning_rate=1e-4, weight_decay=0.0)
 
   # The policy itself is measured: no temperature or nucleus between it and the figures. A presence

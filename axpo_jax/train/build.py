@@ -96,7 +96,8 @@ def toolbox(config: ConfigDict, bench: Workbench) -> ToolBox:
   known = {"image_zoom_in": lambda: ImageZoomIn(limits, factor=bench.processor.factor)}
   if unknown := [name for name in config.agent.tools if name not in known]:
     raise ConfigError(f"config.agent.tools names {unknown}; there are {sorted(known)}")
-  return ToolBox([known[name]() for name in config.agent.tools], frozenset(config.agent.scopes))
+  return ToolBox([known[name]() for name in config.agent.tools], frozenset(config.agent.scopes),
+                 describe=config.agent.describe_tools)
 
 
 def actor(config: ConfigDict, bench: Workbench, engine: Engine, *, evaluation: bool = False

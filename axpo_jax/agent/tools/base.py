@@ -95,6 +95,14 @@ class Tool:
     raise NotImplementedError
 
 
+def _without_descriptions(schema: Any) -> Any:
+  """A JSON schema without the texts that explain it."""
+  if isinstance(schema, Mapping):
+    return {key: _without_descriptions(value) for key, value in schema.items()
+            if not (key == "description" and isinstance(value, str))}
+  return schema
+
+
 class ToolBox:
   """The tools of a run with their permissions.
 
@@ -105,6 +113,8 @@ class ToolBox:
     audit: receives one JSON-able dict a call, refused and malformed ones included. What it raises
       is not caught: a run whose audit log fails must not go on acting.
     max_text: characters of an observation that are kept.
+    describe: False lists the schemas without their descriptions: a shorter prompt, for policies
+      that learn the tools by training.
 
   Raises:
     ValueError: two tools share a name or an alias.
@@ -112,12 +122,13 @@ class ToolBox:
 
   def __init__(self, tools: Iterable[Tool], granted_scopes: Iterable[str], *,
                dry_run: bool = False, audit: Callable[[dict[str, Any]], None] | None = None,
-               max_text: int = 16_384):
+               max_text: int = 16_384, describe: bool = True):
     self.tools = tuple(tools)
     self.granted_scopes = frozenset(granted_scopes)
     self.dry_run = dry_run
     self._audit = audit
     self._max_text = max_text
+    self._describe = describe
     self._by_name: dict[str, Tool] = {}
     for tool in self.tools:
       for name in (tool.name, *tool.aliases):
@@ -127,7 +138,8 @@ class ToolBox:
 
   def schemas(self) -> list[dict[str, Any]]:
     """The schemas to list in the system message."""
-    return [dict(tool.schema) for tool in self.tools]
+    schemas = [dict(tool.schema) for tool in self.tools]
+    return schemas if self._describe else [_without_descriptions(s) for s in schemas]
 
   async def call(self, name: str, arguments: Mapping[str, Any],
                  episode: EpisodeState) -> Observation:
