@@ -32,8 +32,8 @@ from axpo_jax.rollout.embedded import EmbeddedConfig, EmbeddedEngine
 from axpo_jax.rollout.engine import Engine, SamplingParams
 from axpo_jax.rollout.teacher_engine import TeacherEngine
 from axpo_jax.train import examples, seeds
-from axpo_jax.train.collect import Actor
 from axpo_jax.train.batch import Batch, batch_shards
+from axpo_jax.train.collect import Actor
 from axpo_jax.train.packing import Example, pack
 from axpo_jax.train.state import Optimizer, OptimizerConfig, init_params, make_optimizer
 

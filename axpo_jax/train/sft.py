@@ -36,10 +36,10 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
       state = learner.init(build.load_params(bench, policy, config.seed), config.seed)
     else:
       state = checkpoints.restore(learner.abstract_state(), iterator=data.stream).state
-    done = int(state.step)
-    with (MetricsWriter(root, resume_step=first_step + done, tensorboard=config.log.tensorboard)
-          as writer, tqdm(total=sft.steps, initial=done, desc="sft") as bar):
-      for done in range(done + 1, sft.steps + 1):
+    before = int(state.step)
+    with (MetricsWriter(root, resume_step=first_step + before, tensorboard=config.log.tensorboard)
+          as writer, tqdm(total=sft.steps, initial=before, desc="sft") as bar):
+      for done in range(before + 1, sft.steps + 1):
         start = time.perf_counter()
         examples, counts = next(data)
         batches = build.pack_examples(config, bench, examples)
