@@ -32,9 +32,10 @@ def get_config() -> ConfigDict:
   c.rollout.embedded.update(rows=256, length=512, max_running=128, decode_block=16, dtype="float32")
   c.batch.update(rows=8, length=512, image_rows=16, logprob_chunk=4096)
 
-  c.sft.update(source="teacher", steps=120, examples=32, max_length=512, freeze_vision=False)
-  c.sft.optimizer.update(learning_rate=1e-3, warmup=0.05)
-  c.rl.update(steps=30, questions=16)
+  c.sft.update(source="teacher", steps=200, examples=32, max_length=512, freeze_vision=False)
+  c.sft.teacher.update(p_tool_small=0.15, p_tool_large=0.05)
+  c.sft.optimizer.update(name="muon", learning_rate=3e-3, warmup=0.05, b2=0.98)
+  c.rl.update(steps=20, questions=16)
   c.optimizer.update(learning_rate=1e-4, weight_decay=0.0)
 
   # The policy itself is measured: no temperature or nucleus between it and the figures. A presence
