@@ -33,8 +33,8 @@ class OptimizerConfig:
 
   Attributes:
     name: "adamw", or "muon" (optax.contrib.muon): orthogonalised momentum for the kernels of linear
-      layers, scaled to AdamW's usual step so that learning rates carry over, and AdamW for the
-      rest. Of use for learning from scratch: see configs/warmstart_tiny.py.
+      layers, scaled to AdamW's usual step so that learning rates carry over, and Adam with Nesterov
+      momentum for the rest. Of use for learning from scratch: see configs/warmstart_tiny.py.
     learning_rate: the peak.
     schedule: "constant", or "cosine" to zero at `total_steps`.
     warmup: share of `total_steps` with a linearly rising rate. The first step already moves: step
