@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from axpo_jax.agent.dump import load_rollouts
 from axpo_jax.agent.episode import EpisodeLimits
 from axpo_jax.agent.prompts import SHORT_SYSTEM_PROMPT, SYSTEM_PROMPT
+from axpo_jax.agent.rollout import Rollout
 from axpo_jax.agent.tools.base import ToolBox
 from axpo_jax.agent.tools.zoom import ImageZoomIn
 from axpo_jax.config import ConfigError
@@ -204,12 +205,11 @@ class SftBatches:
   def __next__(self) -> tuple[list[Example], dict[str, float]]:
     kept, seen, dropped = [], 0, 0
     while len(kept) < self.size:
-      example = next(self.stream)
+      found = next(self.stream)
+      kept += found
       seen += 1
-      dropped = dropped + 1 if example is None else 0
-      if example is not None:
-        kept.append(example)
-      elif dropped == _MOST_DROPPED:
+      dropped = 0 if found else dropped + 1
+      if dropped == _MOST_DROPPED:
         raise ConfigError(
           f"{dropped} trajectories in a row were left out: none has the right answer within "
           "config.sft.max_length tokens. For the scripted teacher see config.agent.max_new_tokens "
@@ -233,23 +233,26 @@ def sft_batches(config: ConfigDict, bench: Workbench) -> SftBatches:
                     sft.examples)
 
 
-def _filter(config: ConfigDict, bench: Workbench) -> Callable:
-  """From a rollout to its example, or None for one that SFT leaves out."""
-  def transform(rollout) -> Example | None:
+def _filter(config: ConfigDict, bench: Workbench) -> Callable[[Rollout], list[Example]]:
+  """From a rollout to its example; to none if SFT leaves it out.
+
+  A list, since grain takes None out of a stream by itself: nobody could count it.
+  """
+  def transform(rollout: Rollout) -> list[Example]:
     wrong = rollout.reward <= 0.5 and not config.sft.keep_wrong
     too_long = rollout.transcript.expanded_length > config.sft.max_length
-    return None if wrong or too_long else examples.supervised(
-      rollout, bench.model_config.image_token_id)
+    return [] if wrong or too_long else [
+      examples.supervised(rollout, bench.model_config.image_token_id)]
   return transform
 
 
-def _teacher(config: ConfigDict, bench: Workbench) -> Callable[[Question], Example | None]:
+def _teacher(config: ConfigDict, bench: Workbench) -> Callable[[Question], list[Example]]:
   """From a question to the example of the teacher's episode, by the same loop that rolls out the
   policy. The prompt is the policy's, except for warm starts that leave it out."""
   kept = _filter(config, bench)
   habits = TeacherConfig(**config.sft.teacher)
 
-  def transform(question: Question) -> Example | None:
+  def transform(question: Question) -> list[Example]:
     scripted = TeacherEngine(bench.chat, {question.id: question}, habits)
     teacher = actor(config, bench, scripted)
     episode = teacher.roll(teacher.start(question), question,

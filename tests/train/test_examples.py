@@ -1,0 +1,125 @@
+"""From transcripts with images to what the learner trains on."""
+
+import asyncio
+import pathlib
+
+import numpy as np
+import pytest
+
+import axpo_jax
+from axpo_jax.agent.transcript import Kind
+from axpo_jax.config import ASSETS
+from axpo_jax.data.miniworld import perception
+from axpo_jax.data.miniworld.teacher import TeacherConfig
+from axpo_jax.rl.credit import ALL, CONTINUATION, PREFIX, Credit
+from axpo_jax.rollout.teacher_engine import TeacherEngine
+from axpo_jax.train import build, collect, examples
+from configs.sft_tiny import get_config
+
+TINY = pathlib.Path(axpo_jax.__file__).parent / "assets" / "tiny_tokenizer"
+# A teacher that always looks closer and never errs.
+SURE = {"p_tool_small": 1.0, "p_tool_large": 1.0, "p_wrong_mark": 0.0, "p_off_cell": 0.0,
+        "p_malformed": 0.0, "p_misread_crop": 0.0}
+
+
+@pytest.fixture(scope="module")
+def config():
+  config = get_config()
+  config.model.checkpoint, config.model.preset = "", "tiny"
+  config.model.tokenizer = str(ASSETS / "tiny_tokenizer")
+  config.mesh.update(data=1, fsdp=-1, tensor=1)
+  return config
+
+
+@pytest.fixture(scope="module")
+def bench(config):
+  return build.workbench(config)
+
+
+@pytest.fixture(scope="module")
+def group(config, bench):
+  """A question, two of the teacher's rollouts, and a branch from the first one's call."""
+  question = perception.make_question(0, 3, perception.PerceptionConfig(mix=(("read", 1.0),)), "rl")
+  actor = build.actor(config, bench, TeacherEngine(bench.chat, {question.id: question},
+                                                   TeacherConfig(**SURE)))
+
+  async def roll():
+    start = actor.start(question)
+    rollouts = [await actor.roll(start, question, seed) for seed in (1, 2)]
+    end = rollouts[0].transcript.prefix_end()
+    cut = rollouts[0].transcript.cut(end)
+    branch = collect.Branch(0, end, 0.5, [await actor.roll(cut, question, s) for s in (3, 4)])
+    return collect.Group(question, rollouts, [branch])
+
+  return asyncio.run(roll())
+
+
+def test_supervised_example_is_what_the_teacher_said(group, bench):
+  rollout = group.rollouts[0]
+  assert rollout.reward == 1
+  example = examples.supervised(rollout, bench.model_config.image_token_id)
+  said = bench.chat.decode(example.ids_T[example.loss_mask_T])
+  turns = [bench.chat.decode(rollout.transcript.ids[slice(*t)]) for t in rollout.transcript.turns]
+  assert said == "".join(turns)
+  assert said.count("<|im_end|>") == 2
+  assert "<tool_response>" not in said
+  assert "<|image_pad|>" not in said
+
+
+def test_expanded_arrays_agree(group, bench):
+  transcript = group.rollouts[0].transcript
+  example = examples.supervised(group.rollouts[0], bench.model_config.image_token_id)
+  assert len(example.ids_T) == transcript.expanded_length
+  assert [image.key for image in example.images] == [i.shown.key for i in transcript.images]
+  for number, image in enumerate(example.images):
+    here = example.image_T == number
+    assert here.sum() == image.num_tokens
+    assert example.image_offset_T[here].tolist() == list(range(image.num_tokens))
+    assert (example.ids_T[here] == bench.model_config.image_token_id).all()
+    # The grid's rows and columns count up from one shared start.
+    grid = example.positions_Tx3[here][:, 1:] - example.positions_Tx3[here][0, 1:]
+    height, width = (side // 2 for side in image.grid_hw)
+    assert grid.tolist() == [[r, c] for r in range(height) for c in range(width)]
+
+
+def test_regions_split_a_rollout(group, bench):
+  """The source's prefix and a continuation's tokens: one transcript's tokens, each learnt once."""
+  made = examples.credited(
+    [group], [Credit(0, 0, None, PREFIX, 2.0), Credit(0, 1, None, ALL, -1.0),
+              Credit(0, 0, 0, CONTINUATION, 0.5)], bench.model_config.image_token_id)
+  prefix, whole, continuation = made
+  said = [bench.chat.decode(e.ids_T[e.loss_mask_T]) for e in made]
+  assert said[0].endswith("</think>\n\n<tool_call>")
+  assert said[0].count("<tool_call>") == 1
+  assert said[2].startswith('\n{"name"')
+  assert "</tool_call>" in said[2]
+  assert said[1].startswith(bench.chat.decode(
+    [i for i, kind in zip(group.rollouts[1].transcript.ids, group.rollouts[1].transcript.kinds)
+     if kind == Kind.THINK][:3]))
+  for example, advantage in ((prefix, 2.0), (whole, -1.0), (continuation, 0.5)):
+    assert set(example.advantages_T[example.loss_mask_T].tolist()) == {advantage}
+    assert not example.advantages_T[~example.loss_mask_T].any()
+    assert not example.behaviour_logp_T[~example.loss_mask_T].any()
+    assert np.isfinite(example.behaviour_logp_T).all()
+  # Both cut at the same place: nothing is learnt twice and nothing is left out.
+  last, first = np.flatnonzero(prefix.loss_mask_T)[-1], np.flatnonzero(continuation.loss_mask_T)[0]
+  assert first == last + 1
+
+
+def test_sft_stream_leaves_out_what_is_wrong_and_counts_it(config, bench):
+  local = config.copy_and_resolve_references()
+  with local.unlocked():
+    local.sft.teacher.update(p_misread_large=0.6, p_tool_small=0.0, p_tool_large=0.0)
+  local.sft.examples = 16
+  made, counts = next(build.sft_batches(local, bench))
+  assert len(made) == 16
+  assert counts["data/trajectories_read"] > 20
+  assert counts["data/kept_share"] == 16 / counts["data/trajectories_read"]
+
+
+def test_sft_stream_of_nothing_but_wrong_trajectories_is_an_error(config, bench, monkeypatch):
+  monkeypatch.setattr(build, "_MOST_DROPPED", 5)
+  local = config.copy_and_resolve_references()
+  local.agent.max_new_tokens = 4  # cuts every turn
+  with pytest.raises(build.ConfigError, match="max_new_tokens"):
+    next(build.sft_batches(local, bench))
