@@ -1,0 +1,104 @@
+"""Every file in configs/ loads, is locked, and says how to run it."""
+
+import importlib.util
+import pathlib
+
+import pytest
+
+import axpo_jax
+from axpo_jax.config import ConfigError, base_config, validate
+
+FOLDER = pathlib.Path(axpo_jax.__file__).parents[1] / "configs"
+FILES = sorted(FOLDER.glob("*.py"))
+LARGE = ("axpo_2b", "axpo_4b", "axpo_8b", "grpo_8b", "sft_8b")
+
+
+def load(path: pathlib.Path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+@pytest.fixture
+def ready(tmp_path):
+  """A config whose folders and files exist, as a user's command line would give them."""
+  def fill(config):
+    (tmp_path / "file.jsonl").touch()
+    if not config.model.preset:
+      config.model.checkpoint = str(tmp_path)
+    for section, field in ((config.data, "path"), (config.data, "eval_path"), (config.sft, "path")):
+      section[field] = str(tmp_path / "file.jsonl")
+    return config
+
+  return fill
+
+
+def test_the_promised_configs_are_there():
+  assert {path.stem for path in FILES} >= {*LARGE, "axpo_tiny", "grpo_tiny", "sft_tiny",
+                                           "warmstart_tiny"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_config_loads_locked_and_valid(path, ready):
+  module = load(path)
+  config = module.get_config()
+  assert config.is_locked
+  with pytest.raises((AttributeError, KeyError)):
+    config.rl.rolouts = 16
+  validate(ready(config))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_docstring_holds_its_own_command(path):
+  text = load(path).__doc__
+  assert f"python launch/main.py --config=configs/{path.name} --workdir=" in text
+  assert len(text.splitlines()) >= 5  # and what to expect
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_config_without_checkpoint_names_the_field(name):
+  with pytest.raises(ConfigError, match="config.model.checkpoint"):
+    validate(load(FOLDER / f"{name}.py").get_config())
+
+
+def test_values_of_the_paper():
+  c = load(FOLDER / "axpo_8b.py").get_config()
+  assert c.rl.algorithm == "axpo"
+  assert (c.rl.num_rollouts, c.rl.resample.k, c.rl.resample.ratio) == (8, 4, 0.25)
+  assert (c.rl.loss.clip_low, c.rl.loss.clip_high, c.rl.loss.kl_coef) == (0.2, 0.4, 1e-3)
+  assert (c.agent.max_turns, c.rollout.temperature) == (3, 1.0)
+  e = c.eval
+  assert (e.rollouts, e.max_turns, e.max_response_tokens) == (4, 5, 32_768)
+  assert (e.temperature, e.top_p, e.top_k, e.presence_penalty) == (0.7, 0.8, 20, 1.5)
+  assert load(FOLDER / "grpo_8b.py").get_config().rl.algorithm == "grpo"
+  assert load(FOLDER / "sft_8b.py").get_config().stages == ("sft",)
+
+
+@pytest.mark.parametrize("field, value, named", [
+  ("model.preset", "8b", "config.model.checkpoint"),
+  ("model.checkpoint", "/no/such/folder", "config.model.checkpoint"),
+  ("model.tokenizer", "/no/such/folder", "config.model.tokenizer"),
+  ("stages", ("sft", "dpo"), "dpo"),
+  ("data.source", "csv", "config.data.source"),
+  ("data.path", "", "config.data.path"),
+  ("data.path", "/no/such/file", "config.data.path"),
+  ("data.eval_path", "", "config.data.eval_path"),
+  ("rl.algorithm", "ppo", "config.rl.algorithm"),
+  ("agent.max_total_tokens", 100_000, "config.batch.length"),
+])
+def test_what_cannot_work_names_its_field(ready, field, value, named):
+  config = ready(base_config())
+  validate(config)
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(ConfigError, match=named):
+    validate(config)
+
+
+def test_sft_alone_needs_no_questions(ready):
+  config = ready(load(FOLDER / "sft_8b.py").get_config())
+  config.data.path = config.data.eval_path = ""
+  validate(config)
+  config.sft.path = ""
+  with pytest.raises(ConfigError, match="config.sft.path"):
+    validate(config)
