@@ -2,6 +2,10 @@
 
   python launch/main.py --config=configs/axpo_tiny.py --workdir=runs/axpo_tiny
 
+Expect about eight minutes on two cores: 200 SFT steps, then 20 AXPO steps of 16 questions x 8
+rollouts. After SFT about half of the answers are right, tools are used in 20 to 45 % of the rollouts
+and in most of the groups that try them every tool-using rollout is wrong: the Thinking-Acting Gap.
+
 A policy of about one million parameters that has learnt to see (the warm start that ships with the
 package; `configs/warmstart_tiny.py` makes it) learns the agent's format from a scripted teacher, and
 then by AXPO when to zoom and where. The run ends with a table, start against end, and curves.png.
@@ -33,7 +37,7 @@ def get_config() -> ConfigDict:
   c.batch.update(rows=8, length=512, image_rows=16, logprob_chunk=4096)
 
   c.sft.update(source="teacher", steps=200, examples=32, max_length=512, freeze_vision=False)
-  c.sft.teacher.update(p_tool_small=0.15, p_tool_large=0.05)
+  c.sft.teacher.update(p_tool_small=0.40, p_tool_large=0.08)
   c.sft.optimizer.update(name="muon", learning_rate=3e-3, warmup=0.05, b2=0.98)
   c.rl.update(steps=20, questions=16)
   c.optimizer.update(learning_rate=1e-4, weight_decay=0.0)
