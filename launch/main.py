@@ -7,6 +7,7 @@ command run again resumes: finished stages are skipped, an unfinished one goes o
 checkpoint. `--help` lists the flags, `--print_config` the whole configuration.
 """
 
+import os
 import pathlib
 import sys
 
@@ -44,5 +45,17 @@ def main(argv: list[str]) -> None:
     sys.exit(f"configuration error: {error}")
 
 
+def _with_huge_pages() -> None:
+  """Starts the process again with huge pages for malloc, which reads the setting at its start.
+
+  On a CPU, XLA takes and returns hundreds of megabytes a step; in small pages that was 40 % of the
+  time of a tiny model's step.
+  """
+  if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    os.execv(sys.executable, sys.orig_argv)
+
+
 if __name__ == "__main__":
+  _with_huge_pages()
   app.run(main)
