@@ -1,6 +1,6 @@
 """The main job's speed against plain PyTorch, in miniature.
 
-  python benchmarks/main_job.py [--policy FOLDER] [--repetitions 5] [--parts sampling,prefill,training]
+  python benchmarks/main_job.py [--policy FOLDER] [--repetitions 5] [--parts sampling,training]
 
 Three measurements, each a median with its smallest and largest value:
 
@@ -9,10 +9,11 @@ Three measurements, each a median with its smallest and largest value:
   training  trajectory tokens per second: the Learner's packed step against a padded PyTorch step
 
 Both sides hold the same weights in float32, use all cores, and take turns (A B A B ...), so that a
-machine that drifts slows both. Their first call, which compiles, is reported apart. What each side
-is given is said at its class; where there was a choice PyTorch has the faster option.
+machine that drifts slows both. Run it on an idle machine all the same: next to other work the gains
+mean nothing. The first calls, which compile, are reported apart. What PyTorch is given is said in
+`torch_side.py`.
 
-Legend: B rows, T tokens, P patches, C values of a patch.
+Legend: B rows, T tokens.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ import jax
 import numpy as np
 import torch
 from ml_collections import ConfigDict
-from transformers import GenerationConfig, Qwen3VLForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
 from axpo_jax.agent.transcript import Transcript
@@ -54,6 +54,7 @@ from axpo_jax.train.batch import batch_shards, packing_metrics
 from axpo_jax.train.packing import Example, pack
 from axpo_jax.train.rl import Recipe
 from axpo_jax.train.step import Learner, supervised_objective
+from benchmarks.torch_side import PyTorch
 from configs import axpo_tiny
 
 PARTS = ("sampling", "prefill", "training")
@@ -64,6 +65,7 @@ TRAJECTORIES = 64
 def main() -> None:
   args = _arguments()
   transformers_logging.set_verbosity_error()
+  transformers_logging.disable_progress_bar()
   torch.set_num_threads(os.cpu_count())
   with tempfile.TemporaryDirectory() as scratch:
     config = axpo_tiny.get_config()
@@ -71,14 +73,14 @@ def main() -> None:
     bench = build.workbench(config)
     params = build.load_params(bench, policy, config.seed)
     _print_machine(config, params, args, policy)
-    rows, notes = [], []
+    _print_line("median (min-max)", "ours", "compared with", "gain", "aim")
     for part in args.parts.split(","):
       row, note = {"sampling": sampling, "prefill": prefill, "training": training}[part](
         config, bench, params, policy, args.repetitions)
-      rows.append(row)
-      notes.append(note)
-  _print_table(rows)
-  print("\n".join(notes))
+      # At once: a run that is cut short keeps what it has measured.
+      _print_line(row.name, _spread(row.ours), _spread(row.theirs), _spread(row.gains, 2),
+                  f">={row.aim:g}")
+      print(f"  {note}", flush=True)
 
 
 def _arguments() -> argparse.Namespace:
@@ -121,22 +123,24 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-  """Seconds of the first call, and of every later one."""
+  """Seconds of the first call and of the later ones; CPU seconds (all threads) of the later."""
 
   first: float
   later: list[float]
+  cpu: list[float]
 
 
 def take_turns(sides: Sequence[Side], repetitions: int) -> list[Times]:
   """A first call of each side, then A B A B ..."""
-  seconds: list[list[float]] = [[] for _ in sides]
+  wall, cpu = [[] for _ in sides], [[] for _ in sides]
   for _ in range(repetitions + 1):
-    for side, measured in zip(sides, seconds, strict=True):
+    for number, side in enumerate(sides):
       side.prepare()
-      start = time.perf_counter()
+      start, cpu_start = time.perf_counter(), time.process_time()
       side.run()
-      measured.append(time.perf_counter() - start)
-  return [Times(measured[0], measured[1:]) for measured in seconds]
+      wall[number].append(time.perf_counter() - start)
+      cpu[number].append(time.process_time() - cpu_start)
+  return [Times(w[0], w[1:], c[1:]) for w, c in zip(wall, cpu, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,12 +165,8 @@ def _spread(values: Sequence[float], digits: int = 0) -> str:
   return f"{text(statistics.median(values))} ({text(min(values))}-{text(max(values))})"
 
 
-def _print_table(rows: Sequence[Row]) -> None:
-  line = "{:<40} {:>26} {:>26} {:>20} {:>7}"
-  print(line.format("median (min-max)", "ours", "compared with", "gain", "aim"))
-  for row in rows:
-    print(line.format(row.name, _spread(row.ours), _spread(row.theirs),
-                      _spread(row.gains, 2), f">={row.aim:g}"))
+def _print_line(*cells: str) -> None:
+  print("{:<40} {:>26} {:>26} {:>20} {:>7}".format(*cells), flush=True)
 
 
 def _print_machine(config: ConfigDict, params, args: argparse.Namespace, policy: pathlib.Path
@@ -179,78 +179,17 @@ def _print_machine(config: ConfigDict, params, args: argparse.Namespace, policy:
   made = "random parameters" if str(policy) != args.policy else args.policy
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   text = hf.load_config(policy).text
-  print(f"machine   {models[0]}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start")
-  print(f"versions  Python {platform.python_version()}, {versions}; backend {jax.default_backend()}")
+  load, backend = os.getloadavg()[0], jax.default_backend()
+  print(f"machine   {models[0]}, {os.cpu_count()} cores, load {load:.1f} at the start")
+  print(f"versions  Python {platform.python_version()}, {versions}; backend {backend}")
   print(f"policy    {made}: {count:,} parameters, {text.num_layers} layers of {text.hidden_size}, "
         f"vocabulary {text.vocab_size}, {config.model.dtype}")
   print(f"sizes     {PROMPTS} prompts x {NEW_TOKENS} new tokens; {config.rl.questions} questions x "
         f"{config.rl.num_rollouts} rollouts; {TRAJECTORIES} trajectories; "
         f"{args.repetitions} repetitions\n", flush=True)
-
-
-# PyTorch --------------------------------------------------------------------------------------
-
-
-class PyTorch:
-  """transformers' own model and `generate`, SDPA attention, all cores.
-
-  Sampling: inference mode, dynamic KV cache, left padding, temperature 1, top-k and top-p off (no
-  logits processor at all), no end token.
-  Training: right padding, one trajectory a row, all rows in one pass; cross-entropy of the same
-  targets, gradient clipping, fused AdamW. Positions, as usual, are the model's own business.
-  """
-
-  def __init__(self, policy: pathlib.Path):
-    # SDPA beats the eager attention here, and float32 beats bfloat16 at these sizes.
-    self.model = Qwen3VLForConditionalGeneration.from_pretrained(
-      policy, dtype=torch.float32, attn_implementation="sdpa")
-    self._image_id = self.model.config.image_token_id
-
-  def inputs(self, rows: Sequence[tuple[Sequence[int], Sequence[ProcessedImage]]], *,
-             left: bool) -> dict[str, torch.Tensor]:
-    """Expanded ids and images of every row as the model's arguments."""
-    longest = max(len(ids) for ids, _ in rows)
-    ids_BxT = np.zeros((len(rows), longest), np.int64)
-    mask_BxT = np.zeros_like(ids_BxT)
-    for row, (ids, _) in enumerate(rows):
-      here = slice(longest - len(ids), None) if left else slice(len(ids))
-      ids_BxT[row, here], mask_BxT[row, here] = ids, 1
-    images = [image for _, images in rows for image in images]
-    arrays = {
-      "input_ids": ids_BxT, "attention_mask": mask_BxT,
-      "mm_token_type_ids": (ids_BxT == self._image_id).astype(np.int64),
-      "pixel_values": np.concatenate([image.patches_PxC for image in images]),
-      "image_grid_thw": np.array([(1, *image.grid_hw) for image in images]),
-    }
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-  def generate(self, inputs: dict[str, torch.Tensor], new_tokens: int) -> None:
-    options = GenerationConfig(
-      do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens,
-      use_cache=True, eos_token_id=None, pad_token_id=0)
-    self.model.eval()
-    with torch.inference_mode():
-      out = self.model.generate(**inputs, generation_config=options)
-    assert out.shape[1] == inputs["input_ids"].shape[1] + new_tokens
-
-  def trainer(self, section: ConfigDict) -> Callable[[dict, torch.Tensor], float]:
-    """The function (inputs, labels_BxT, -100 = no target) -> loss, one optimizer step."""
-    model = self.model.train()
-    optimizer = torch.optim.AdamW(
-      model.parameters(), lr=section.learning_rate, betas=(section.b1, section.b2),
-      eps=section.eps, weight_decay=section.weight_decay, fused=True)
-
-    def step(inputs, labels_BxT):
-      logits_BxTxV = model(**inputs, use_cache=False).logits
-      loss = torch.nn.functional.cross_entropy(
-        logits_BxTxV[:, :-1].flatten(0, 1), labels_BxT[:, 1:].flatten())
-      optimizer.zero_grad(set_to_none=True)
-      loss.backward()
-      torch.nn.utils.clip_grad_norm_(model.parameters(), section.clip_norm)
-      optimizer.step()
-      return loss.item()
-
-    return step
+  if load > 0.5 * os.cpu_count():
+    print("BUSY MACHINE: the speeds and their gains below are not results. A thread that waits for\n"
+          "a core holds up its whole pool, which can slow one side tenfold and not the other.\n")
 
 
 # (a) Sampling ---------------------------------------------------------------------------------
@@ -283,7 +222,7 @@ def sampling(config, bench, params, policy, repetitions) -> tuple[Row, str]:
   row = _speed_row(f"sampling, new tokens/s, batch {PROMPTS}", PROMPTS * NEW_TOKENS, *times, aim=10)
   return row, (
     f"sampling: prompts of {min(map(_length, starts))}-{max(map(_length, starts))} tokens; time "
-    f"includes images and prefill; {_first_calls(times)}")
+    f"includes images and prefill; {_calls(times)}")
 
 
 def _expanded(transcript: Transcript) -> tuple[np.ndarray, list[ProcessedImage]]:
@@ -294,9 +233,10 @@ def _length(transcript: Transcript) -> int:
   return transcript.expanded_length
 
 
-def _first_calls(times: Sequence[Times]) -> str:
+def _calls(times: Sequence[Times]) -> str:
   ours, theirs = times
-  return f"first call, compilation included: ours {ours.first:.1f} s, PyTorch {theirs.first:.1f} s"
+  return (f"CPU s a call: ours {_spread(ours.cpu, 2)}, PyTorch {_spread(theirs.cpu, 2)}; first "
+          f"call, compilation included: ours {ours.first:.1f} s, PyTorch {theirs.first:.1f} s")
 
 
 @contextlib.contextmanager
@@ -315,8 +255,8 @@ def _engine(config, bench, params) -> Iterator[tuple[build.Engine, asyncio.Runne
 def prefill(config, bench, params, _policy, repetitions) -> tuple[Row, str]:
   """Steps of AXPO on different questions: rollouts, then the continuations of frozen prefixes.
 
-  Without sharing every request computes its whole prompt but the last token, which is decode's; that
-  is what was computed and what came from the cache, added up.
+  Without sharing every request computes its whole prompt but the last token, which is decode's:
+  what was computed and what came from the cache, added up.
   """
   batches = build.question_batches(config)
   computed, whole, forced, branches = [], [], 0, 0
@@ -331,8 +271,8 @@ def prefill(config, bench, params, _policy, repetitions) -> tuple[Row, str]:
       computed.append(stats.prefill_tokens_computed)
       whole.append(stats.prefill_tokens_computed + stats.cached_tokens)
   gains = [b / a for a, b in zip(computed, whole, strict=True)]
-  note = (f"prefill: {repetitions} steps on different questions, {branches / repetitions:g} prefixes "
-          f"a step with {config.rl.resample.k} continuations each")
+  note = (f"prefill: {repetitions} steps on different questions, {branches / repetitions:g} "
+          f"prefixes a step with {config.rl.resample.k} continuations each")
   if forced:
     note += (f"; in {forced} of the steps no group triggered, and prefixes of the scripted teacher "
              "took their place (their thinking is not in the cache as a rollout's own would be)")
@@ -358,7 +298,8 @@ async def _step(config, bench, actor: collect.Actor, questions: list[Question], 
 
 async def _teacher_prefix(config, bench, actor: collect.Actor, question: Question) -> Transcript:
   """The teacher's transcript up to and including its first opening tool-call tag."""
-  habits = build.TeacherConfig(**config.sft.teacher | {"p_tool_small": 1.0, "p_tool_large": 1.0})
+  always = {"p_tool_small": 1.0, "p_tool_large": 1.0}
+  habits = build.TeacherConfig(**dict(config.sft.teacher) | always)
   teacher = dataclasses.replace(
     actor, engine=TeacherEngine(bench.chat, {question.id: question}, habits))
   rollout = await teacher.roll(teacher.start(question), question, seed=0)
@@ -380,10 +321,10 @@ def training(config, bench, params, policy, repetitions) -> tuple[Row, str]:
   row = _speed_row("training, trajectory tokens/s", tokens, *times, aim=1.5)
   longest, packed = max(map(len, examples)), packing_metrics(batches)
   return row, (
-    f"training: {tokens:,} tokens in trajectories of {min(map(len, examples))}-{longest}; fill: ours "
-    f"{packed['pack/fill']:.0%} of {len(batches)} x {config.batch.rows} x {config.batch.length}, "
+    f"training: {tokens:,} tokens in trajectories of {min(map(len, examples))}-{longest}; fill: "
+    f"ours {packed['pack/fill']:.0%} of {len(batches)} x {config.batch.rows} x {config.batch.length}, "
     f"PyTorch {tokens / len(examples) / longest:.0%} of {len(examples)} x {longest}; first loss "
-    f"{our_losses[0]:.5f} and {their_losses[0]:.5f}; {_first_calls(times)}")
+    f"{our_losses[0]:.5f} and {their_losses[0]:.5f}; {_calls(times)}")
 
 
 def _with_examples(config, bench) -> build.SftBatches:
