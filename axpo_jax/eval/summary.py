@@ -69,6 +69,7 @@ def plot(lines: Sequence[Mapping], path: pathlib.Path, title: str = "") -> None:
   import matplotlib
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt
+  from matplotlib.ticker import MaxNLocator
 
   figure, axes = plt.subplots(2, 2, figsize=(10, 6), sharex=True, layout="constrained")
   for axis, (name, curves) in zip(axes.flat, _PANELS):
@@ -83,7 +84,8 @@ def plot(lines: Sequence[Mapping], path: pathlib.Path, title: str = "") -> None:
     if axis.has_data():
       axis.legend(fontsize=8)
   for axis in axes[1]:
-    axis.set_xlabel("optimizer step")
+    axis.set_xlabel("step (SFT steps counted)")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
   figure.suptitle(title)
   figure.savefig(path, dpi=120)
   plt.close(figure)
