@@ -9,7 +9,8 @@ _HERE = pathlib.Path(__file__).parent
 
 def _requirements() -> list[str]:
   lines = (_HERE / "requirements.txt").read_text().splitlines()
-  return [line for line in map(str.strip, lines) if line and line[0] not in "#-"]
+  names = (line.partition("#")[0].strip() for line in lines)
+  return [name for name in names if name and not name.startswith("-")]
 
 
 setup(
