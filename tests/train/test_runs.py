@@ -1,0 +1,356 @@
+"""Whole runs through the one entry: what a user of the package does, at its smallest.
+
+The policy is a checkpoint written by `transformers` whose weights are rigged: each token says how the
+next one is drawn, so that a policy that nobody trained calls tools, fails, and is sometimes right.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import axpo_jax
+from axpo_jax.config import ConfigError
+from axpo_jax.model.chat import Chat
+from axpo_jax.model.config import PRESETS
+from axpo_jax.train import build, experiment, rl
+from axpo_jax.train.metrics import read_metrics
+
+REPO = pathlib.Path(axpo_jax.__file__).parents[1]
+TOKENIZER = REPO / "axpo_jax" / "assets" / "tiny_tokenizer"
+MAIN = REPO / "launch" / "main.py"
+MICRO = REPO / "tests" / "train" / "micro_config.py"
+
+# Token -> the tokens that may follow and their probabilities. Every other token is followed by any.
+NEXT = {
+  "\n": {"</think>": 0.8, "T": 0.2},
+  "T": {"</think>": 1.0},
+  "</think>": {"<tool_call>": 0.45, "\\boxed{": 0.55},
+  "<tool_call>": {"</tool_call>": 0.6, "T": 0.1, "\\boxed{": 0.3},
+  "</tool_call>": {"<|im_end|>": 0.8, "\\boxed{": 0.2},
+  "\\boxed{": {"A": 0.5, "B": 0.5},
+  "A": {"}": 1.0},
+  "B": {"}": 1.0},
+  "}": {"<|im_end|>": 1.0},
+}
+SURE = 14.0  # logit above all other tokens
+STRENGTH = 8.0  # of a token's own direction in its embedding; makes the norm 1 at width 64
+
+
+def model_config(chat: Chat):
+  """Two layers; widths that two devices can share."""
+  tiny = PRESETS["tiny"]
+  text = dataclasses.replace(
+    tiny.text, vocab_size=chat.vocab_size, hidden_size=64, intermediate_size=96, num_layers=2,
+    num_heads=4, num_kv_heads=2, head_dim=16, mrope_section=(4, 2, 2), tie_word_embeddings=False)
+  vision = dataclasses.replace(
+    tiny.vision, depth=2, hidden_size=32, intermediate_size=48, out_hidden_size=64, num_heads=2,
+    deepstack_layers=(0,))
+  return dataclasses.replace(
+    tiny, text=text, vision=vision, image_token_id=chat.image_pad_id,
+    video_token_id=chat.video_pad_id, vision_start_token_id=chat.vision_start_id,
+    vision_end_token_id=chat.vision_end_id)
+
+
+def rig(embedding, head, chat: Chat, rng) -> None:
+  """Sets both tables (float arrays [vocab, width]) so that NEXT holds."""
+  def token(text):
+    (only,) = chat.encode(text)
+    return only
+
+  embedding[:] = rng.normal(size=embedding.shape, scale=0.05)
+  head[:] = rng.normal(size=head.shape, scale=0.01)
+  for place, (text, follows) in enumerate(NEXT.items()):
+    embedding[token(text), place] = STRENGTH
+    for following, probability in follows.items():
+      head[token(following), place] = (SURE + np.log(probability)) / STRENGTH
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> pathlib.Path:
+  """A Hugging Face folder as `transformers` writes it, with the tiny tokenizer."""
+  import torch
+  from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+  folder = tmp_path_factory.mktemp("policy")
+  chat = Chat.from_pretrained(TOKENIZER)
+  model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**model_config(chat).to_hf())).float()
+  rng = np.random.default_rng(0)
+  with torch.no_grad():
+    for _, weight in sorted(model.named_parameters()):
+      if weight.ndim > 1:
+        weight.copy_(torch.tensor(rng.normal(size=weight.shape, scale=0.05)))
+    rig(model.get_input_embeddings().weight.numpy(), model.get_output_embeddings().weight.numpy(),
+        chat, rng)
+  model.save_pretrained(folder)
+  for file in TOKENIZER.iterdir():
+    shutil.copy(file, folder)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> pathlib.Path:
+  """Questions with images as JSON lines."""
+  folder = tmp_path_factory.mktemp("data")
+  rng = np.random.default_rng(0)
+  lines = []
+  for i in range(12):
+    name = f"{i}.png"
+    Image.fromarray(rng.integers(0, 256, (48, 32, 3), np.uint8)).save(folder / name)
+    lines.append({"id": f"q{i}", "question": f"Read the mark {i}.", "answer": "AB"[i % 2],
+                  "images": [name]})
+  path = folder / "questions.jsonl"
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  return path
+
+
+@pytest.fixture(scope="module")
+def overrides(checkpoint, questions) -> list[str]:
+  return [f"--config.model.checkpoint={checkpoint}", f"--config.data.path={questions}",
+          f"--config.data.eval_path={questions}"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+  """One store of compiled programs for this process and those it starts; or the user's own."""
+  folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.mktemp("compiled"))
+  settings = {"jax_compilation_cache_dir": folder,
+              "jax_persistent_cache_min_compile_time_secs": 0.2}
+  with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+    for name, value in settings.items():
+      patch.setenv(name.upper(), str(value))
+      stack.callback(jax.config.update, name, getattr(jax.config, name))
+      jax.config.update(name, value)
+    yield
+
+
+def micro(overrides, **changes):
+  """The micro config in this process; `changes` are overrides with "__" for dots."""
+  import importlib.util
+  spec = importlib.util.spec_from_file_location("micro_config", MICRO)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config()
+  for flag in overrides:
+    name, value = flag.removeprefix("--config.").split("=")
+    config.update_from_flattened_dict({name: value})
+  config.update_from_flattened_dict({name.replace("__", "."): v for name, v in changes.items()})
+  return config
+
+
+def untimed(lines):
+  return [{name: value for name, value in line.items() if not name.startswith("time/")}
+          for line in lines]
+
+
+# Runs launch/main.py with sys.argv[2:]; kills itself as soon as step sys.argv[1] is on the disk.
+DYING = f"""
+import os, runpy, signal, sys
+sys.path.insert(0, {str(REPO)!r})
+from axpo_jax.train.metrics import MetricsWriter
+last, write = int(sys.argv.pop(1)), MetricsWriter.write
+
+def write_and_die(self, step, values):
+  write(self, step, values)
+  if step == last:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+MetricsWriter.write = write_and_die
+sys.argv[0] = {str(MAIN)!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def launch(workdir, flags, *, config=MICRO, die_at=None) -> subprocess.CompletedProcess:
+  """What a user does, on one device. With `die_at`, the run is killed (-9) after that step."""
+  program = [str(MAIN)] if die_at is None else ["-c", DYING, str(die_at)]
+  return subprocess.run(
+    [sys.executable, *program, f"--config={config}", f"--workdir={workdir}", *flags],
+    env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=3600)
+
+
+@pytest.fixture(scope="module")
+def unbroken(overrides, tmp_path_factory) -> pathlib.Path:
+  folder = tmp_path_factory.mktemp("unbroken")
+  done = launch(folder, overrides)
+  assert done.returncode == 0, done.stderr[-4000:]
+  (folder / "printed.txt").write_text(done.stdout)
+  return folder
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+  """Runs in this process see one of its eight devices."""
+  monkeypatch.setattr(build.sharding, "make_mesh", functools.partial(
+    build.sharding.make_mesh, devices=jax.devices()[:1]))
+
+
+def test_run_leaves_what_it_promises(unbroken):
+  for stage in ("sft", "rl"):
+    for file in ("model.safetensors", "config.json", "tokenizer.json", "preprocessor_config.json"):
+      assert (unbroken / stage / "policy" / file).exists()
+    assert (unbroken / stage / "checkpoints" / "4").exists()
+  assert (unbroken / "rl" / "rollouts" / "step_000002.txt").read_text()
+  assert (unbroken / "curves.png").stat().st_size > 10_000
+  table = (unbroken / "summary.md").read_text()
+  assert "tool-attempt rate" in table
+  assert table in (unbroken / "printed.txt").read_text()
+
+
+def test_metrics_of_a_run(unbroken):
+  lines = read_metrics(unbroken)
+  assert [line["step"] for line in lines] == [1, 2, 3, 4, 4, 5, 6, 7, 8]  # SFT, evaluation, RL
+  sft, (start, *rl) = lines[:4], lines[4:]
+  assert sft[-1]["sft/nll"] < sft[0]["sft/nll"]
+  assert ["eval/pass_at_1" in line for line in (start, *rl)] == [True, False, True, False, True]
+  # The rigged policy triggers, and some of its failed calls are recovered.
+  assert sum(line["axpo/recovered"] for line in rl) > 0
+  for line in rl:
+    assert line["axpo/budget"] == 4  # floor(0.5 * 4 * 4 / 2)
+    assert line["axpo/prefixes"] <= 4
+    assert line["axpo/continuations"] == 2 * line["axpo/prefixes"]
+    assert line["train/sequences"] == 16 + line["axpo/continuations"]
+    assert line["train/logp_gap_abs_max"] < 1e-4  # sampler and trainer are one policy
+    assert line["rollout/failed"] == 0
+  assert rl[0]["train/kl"] < 1e-9 < rl[1]["train/kl"]  # the first step's policy is the reference
+
+
+def test_killed_and_resumed_run_repeats_the_unbroken_one(unbroken, overrides, tmp_path):
+  # In SFT; in RL before its first checkpoint (the evaluation stays); in RL between two.
+  for die_at in (3, 5, 7):
+    died = launch(tmp_path, overrides, die_at=die_at)
+    assert died.returncode == -signal.SIGKILL, died.stderr[-4000:]
+    assert read_metrics(tmp_path)[-1]["step"] == die_at
+  assert launch(tmp_path, overrides).returncode == 0
+  assert untimed(read_metrics(tmp_path)) == untimed(read_metrics(unbroken))
+  for stage in ("sft", "rl"):
+    file = pathlib.Path(stage) / "policy" / "model.safetensors"
+    assert (tmp_path / file).read_bytes() == (unbroken / file).read_bytes()
+
+
+def test_finished_run_is_not_run_again(unbroken, overrides, one_device, capsys):
+  before = (unbroken / "metrics.jsonl").read_bytes()
+  experiment.run(micro(overrides), unbroken)
+  assert "rl: done before" in capsys.readouterr().out
+  assert (unbroken / "metrics.jsonl").read_bytes() == before
+
+
+def test_workdir_of_another_config_is_refused(unbroken, overrides):
+  before = (unbroken / "config.json").read_bytes()
+  with pytest.raises(ConfigError, match="another configuration"):
+    experiment.run(micro(overrides, seed=1), unbroken)
+  assert (unbroken / "config.json").read_bytes() == before
+
+
+def test_axpo_without_budget_is_grpo_bit_for_bit(overrides, one_device, tmp_path):
+  common = {"stages": ("rl",), "rl__steps": 2}
+  experiment.run(micro(overrides, rl__resample__ratio=0.0, **common), tmp_path / "axpo")
+  experiment.run(micro(overrides, rl__algorithm="grpo", **common), tmp_path / "grpo")
+  axpo, grpo = (untimed(read_metrics(tmp_path / name)) for name in ("axpo", "grpo"))
+  assert axpo == grpo
+  assert axpo[1]["axpo/triggered"] > 0
+  assert axpo[1]["axpo/prefixes"] == 0
+
+
+def test_eight_devices_give_the_numbers_of_one(unbroken, overrides, tmp_path):
+  """RL step 1 again, from the same SFT policy, on a mesh of 2 x 2 x 2."""
+  flags = [f"--config.model.checkpoint={unbroken / 'sft' / 'policy'}", *overrides[1:]]
+  experiment.run(micro(flags, stages=("rl",), rl__steps=1, eval__questions=1, mesh__data=2,
+                       mesh__fsdp=2, mesh__tensor=2), tmp_path)
+  one, eight = untimed(read_metrics(unbroken))[5], untimed(read_metrics(tmp_path))[1]
+  names = [name for name in one if not name.startswith(("pack/", "eval/")) and name != "step"]
+  assert len(names) > 60
+  for name in names:
+    if name.startswith("train/logp_gap"):  # sampler against trainer: rounding itself, on any mesh
+      assert abs(eight[name]) < 1e-5 and abs(one[name]) < 1e-5, name
+    else:
+      assert eight[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+
+
+def test_config_of_the_8b_trains_any_checkpoint(overrides, tmp_path):
+  """The paper's config with smaller numbers, through the command line."""
+  micro_sizes = micro(overrides)
+  flags = [*overrides, "--config.model.dtype=float32", "--config.agent.system_prompt=short",
+           "--config.rl.steps=1", "--config.rl.questions=4", "--config.rl.num_rollouts=4",
+           "--config.eval.questions=2", "--config.eval.rollouts=2",
+           "--config.log.tensorboard=False"]
+  flags += [f"--config.{section}.{name}={value}" for section, values in (
+    ("batch", micro_sizes.batch), ("rollout.embedded", micro_sizes.rollout.embedded))
+    for name, value in values.items()]
+  flags += [f"--config.agent.{name}={micro_sizes.agent[name]}"
+            for name in ("max_new_tokens", "max_response_tokens", "max_total_tokens")]
+  done = launch(tmp_path, flags, config=REPO / "configs" / "axpo_8b.py")
+  assert done.returncode == 0, done.stderr[-4000:]
+  start, step = read_metrics(tmp_path)
+  assert start["eval/pass_at_1"] >= 0
+  assert step["train/grad_norm"] > 0
+  assert (tmp_path / "rl" / "policy" / "model.safetensors").exists()
+
+
+class FlakyEngine:
+  """Fails for every request of one question, and for the first of every other."""
+
+  def __init__(self, engine):
+    self._engine, self.met = engine, set()
+
+  async def generate(self, request):
+    if request.session == "q0" or request.session not in self.met:
+      self.met.add(request.session)
+      raise RuntimeError("out of order")
+    return await self._engine.generate(request)
+
+  def __getattr__(self, name):
+    return getattr(self._engine, name)
+
+
+def test_what_fails_is_counted_and_the_run_goes_on(
+    overrides, questions, one_device, tmp_path, monkeypatch):
+  data = tmp_path / "data"
+  shutil.copytree(questions.parent, data)
+  cut = (data / "1.png").read_bytes()[:60]  # the header is whole, the pixels are not
+  (data / "1.png").write_bytes(cut)
+  lines = questions.read_text().splitlines(keepends=True)
+  (data / "questions.jsonl").write_text("".join(lines[i] for i in (0, 1, 3, 4)))
+  make = build.engine
+  monkeypatch.setattr(build, "engine", lambda *args: FlakyEngine(make(*args)))
+  config = micro(overrides, stages=("rl",), rl__steps=1, data__path=str(data / "questions.jsonl"))
+  experiment.run(config, tmp_path / "run")
+  start, step = read_metrics(tmp_path / "run")
+  assert start["eval/failed"] == 2 + 1  # q0 whole, one of q1
+  # q0's four (the engine), q1's four (its image); q3 and q4 lose one rollout each.
+  assert step["rollout/failed"] == 4 + 4 + 1 + 1
+  assert step["rollout/rollouts"] == 3 + 3
+  assert np.isfinite(step["train/loss"])
+
+
+def test_step_without_any_rollout_changes_nothing(
+    overrides, one_device, tmp_path, monkeypatch):
+  make = build.engine
+
+  def broken(*args):
+    engine = make(*args)
+    engine.generate = FlakyEngine(engine).generate
+    return engine
+
+  monkeypatch.setattr(build, "engine", broken)
+  config = micro(overrides, stages=("rl",), rl__steps=1, rl__num_rollouts=1, rl__questions=2)
+  policy = config.model.checkpoint
+  loop = rl.Loop(config, build.workbench(config), policy, tmp_path)
+  before = jax.tree.map(np.asarray, loop.state.params)
+  groups, metrics = asyncio.run(loop.step())
+  assert [len(group.rollouts) for group in groups] == [0, 0]
+  assert metrics["rollout/failed"] == 2
+  assert loop.steps_done == 1
+  jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, loop.state.params))
