@@ -58,7 +58,7 @@ def test_docstring_holds_its_own_command(path):
 
 @pytest.mark.parametrize("name", LARGE)
 def test_large_config_without_checkpoint_names_the_field(name):
-  with pytest.raises(ConfigError, match="config.model.checkpoint"):
+  with pytest.raises(ConfigError, match=r"config.model.checkpoint"):
     validate(load(FOLDER / f"{name}.py").get_config())
 
 
@@ -100,5 +100,5 @@ def test_sft_alone_needs_no_questions(ready):
   config.data.path = config.data.eval_path = ""
   validate(config)
   config.sft.path = ""
-  with pytest.raises(ConfigError, match="config.sft.path"):
+  with pytest.raises(ConfigError, match=r"config.sft.path"):
     validate(config)
