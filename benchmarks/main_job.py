@@ -188,7 +188,7 @@ def _print_machine(config: ConfigDict, params, args: argparse.Namespace, policy:
         f"{config.rl.num_rollouts} rollouts; {TRAJECTORIES} trajectories; "
         f"{args.repetitions} repetitions\n", flush=True)
   if load > 0.5 * os.cpu_count():
-    print("BUSY MACHINE: the speeds and their gains below are not results. A thread that waits for\n"
+    print("BUSY MACHINE: the speeds and gains below are not results. A thread that waits for\n"
           "a core holds up its whole pool, which can slow one side tenfold and not the other.\n")
 
 
@@ -322,9 +322,9 @@ def training(config, bench, params, policy, repetitions) -> tuple[Row, str]:
   longest, packed = max(map(len, examples)), packing_metrics(batches)
   return row, (
     f"training: {tokens:,} tokens in trajectories of {min(map(len, examples))}-{longest}; fill: "
-    f"ours {packed['pack/fill']:.0%} of {len(batches)} x {config.batch.rows} x {config.batch.length}, "
-    f"PyTorch {tokens / len(examples) / longest:.0%} of {len(examples)} x {longest}; first loss "
-    f"{our_losses[0]:.5f} and {their_losses[0]:.5f}; {_calls(times)}")
+    f"ours {packed['pack/fill']:.0%} of {len(batches)} x {config.batch.rows} x "
+    f"{config.batch.length}, PyTorch {tokens / len(examples) / longest:.0%} of {len(examples)} x "
+    f"{longest}; first loss {our_losses[0]:.5f} and {their_losses[0]:.5f}; {_calls(times)}")
 
 
 def _with_examples(config, bench) -> build.SftBatches:
