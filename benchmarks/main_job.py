@@ -8,10 +8,10 @@ Three measurements, each a median with its smallest and largest value:
   prefill   prompt tokens computed in an AXPO step, with and without prefix sharing
   training  trajectory tokens per second: the Learner's packed step against a padded PyTorch step
 
-Both sides hold the same weights in float32, use all cores, and take turns (A B A B ...), so that a
-machine that drifts slows both. Run it on an idle machine all the same: next to other work the gains
-mean nothing. The first calls, which compile, are reported apart. What PyTorch is given is said in
-`torch_side.py`.
+Both sides hold the same weights in float32 and may use all cores (PyTorch uses one where that is
+faster for it). They take turns (A B A B ...), so that a machine that drifts slows both. Run it on an
+idle machine all the same: next to other work the gains mean nothing. Our first call, which compiles,
+is reported apart. What PyTorch is given is said in `torch_side.py`.
 
 Legend: B rows, T tokens.
 """
@@ -54,7 +54,7 @@ from axpo_jax.train.batch import batch_shards, packing_metrics
 from axpo_jax.train.packing import Example, pack
 from axpo_jax.train.rl import Recipe
 from axpo_jax.train.step import Learner, supervised_objective
-from benchmarks.torch_side import PyTorch
+from benchmarks.torch_side import PyTorch, choose_threads
 from configs import axpo_tiny
 
 PARTS = ("sampling", "prefill", "training")
@@ -66,7 +66,6 @@ def main() -> None:
   args = _arguments()
   transformers_logging.set_verbosity_error()
   transformers_logging.disable_progress_bar()
-  torch.set_num_threads(os.cpu_count())
   with tempfile.TemporaryDirectory() as scratch:
     config = axpo_tiny.get_config()
     policy = _policy(config, args.policy, pathlib.Path(scratch))
@@ -218,11 +217,12 @@ def sampling(config, bench, params, policy, repetitions) -> tuple[Row, str]:
       # An update of the weights drops the cached prompts, as every training step does.
       Side(lambda: runner.run(sample()), lambda: runner.run(engine.update_weights(params, 0))),
       Side(lambda: theirs.generate(inputs, NEW_TOKENS))]
+    threads = choose_threads(sides[1].run)
     times = take_turns(sides, repetitions)
   row = _speed_row(f"sampling, new tokens/s, batch {PROMPTS}", PROMPTS * NEW_TOKENS, *times, aim=10)
   return row, (
     f"sampling: prompts of {min(map(_length, starts))}-{max(map(_length, starts))} tokens; time "
-    f"includes images and prefill; {_calls(times)}")
+    f"includes images and prefill; {_calls(times, threads)}")
 
 
 def _expanded(transcript: Transcript) -> tuple[np.ndarray, list[ProcessedImage]]:
@@ -233,10 +233,11 @@ def _length(transcript: Transcript) -> int:
   return transcript.expanded_length
 
 
-def _calls(times: Sequence[Times]) -> str:
+def _calls(times: Sequence[Times], threads: int) -> str:
   ours, theirs = times
-  return (f"CPU s a call: ours {_spread(ours.cpu, 2)}, PyTorch {_spread(theirs.cpu, 2)}; first "
-          f"call, compilation included: ours {ours.first:.1f} s, PyTorch {theirs.first:.1f} s")
+  return (f"PyTorch with {threads} threads of {os.cpu_count()}; CPU s a call: ours "
+          f"{_spread(ours.cpu, 2)}, PyTorch {_spread(theirs.cpu, 2)}; our first call, compilation "
+          f"included: {ours.first:.1f} s")
 
 
 @contextlib.contextmanager
@@ -314,7 +315,9 @@ def training(config, bench, params, policy, repetitions) -> tuple[Row, str]:
   examples, _ = next(iter(_with_examples(config, bench)))
   ours, our_losses, batches = _learner_side(config, bench, params, examples)
   theirs, their_losses = _pytorch_side(config, policy, examples)
+  threads = choose_threads(theirs.run)
   times = take_turns([ours, theirs], repetitions)
+  # Both lists begin with the loss of the initial weights.
   np.testing.assert_allclose(our_losses[0], their_losses[0], rtol=1e-4,
                              err_msg="the sides do not compute the same loss")
   tokens = sum(map(len, examples))
@@ -324,7 +327,8 @@ def training(config, bench, params, policy, repetitions) -> tuple[Row, str]:
     f"training: {tokens:,} tokens in trajectories of {min(map(len, examples))}-{longest}; fill: "
     f"ours {packed['pack/fill']:.0%} of {len(batches)} x {config.batch.rows} x "
     f"{config.batch.length}, PyTorch {tokens / len(examples) / longest:.0%} of {len(examples)} x "
-    f"{longest}; first loss {our_losses[0]:.5f} and {their_losses[0]:.5f}; {_calls(times)}")
+    f"{longest}; first loss {our_losses[0]:.5f} and {their_losses[0]:.5f}; "
+    f"{_calls(times, threads)}")
 
 
 def _with_examples(config, bench) -> build.SftBatches:

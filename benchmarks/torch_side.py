@@ -8,7 +8,9 @@ Legend: B rows, T tokens, P patches, C values of a patch, V vocabulary.
 
 from __future__ import annotations
 
+import os
 import pathlib
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,8 +21,26 @@ from transformers import GenerationConfig, Qwen3VLForConditionalGeneration
 from axpo_jax.model.images import ProcessedImage
 
 
+def choose_threads(call: Callable[[], object]) -> int:
+  """Sets one thread or all cores, whichever runs `call` faster: small matrices can lose by threads.
+
+  Two timed calls each, in turns, after one that warms up; the better one of each counts.
+  """
+  call()
+  seconds = {1: [], os.cpu_count(): []}
+  for _ in range(2):
+    for threads, measured in seconds.items():
+      torch.set_num_threads(threads)
+      start = time.perf_counter()
+      call()
+      measured.append(time.perf_counter() - start)
+  best = min(seconds, key=lambda threads: min(seconds[threads]))
+  torch.set_num_threads(best)
+  return best
+
+
 class PyTorch:
-  """transformers' own model and `generate`, SDPA attention, all cores.
+  """transformers' own model and `generate`, SDPA attention; threads: see `choose_threads`.
 
   Sampling: inference mode, dynamic KV cache, left padding, temperature 1, top-k and top-p off (no
   logits processor at all), no end token.
