@@ -7,7 +7,8 @@ made once outside of the layer scan; long ones are done in blocks of queries, re
 backward pass, and a full [T, S] array never exists.
 
 Keys and values may come in several blocks (a cache, then the new tokens) which share one softmax,
-so that a cache need not be copied to append to it.
+so that a cache need not be copied to append to it. A block has the cache's order of axes: keys
+[B, K, D, S], values [B, K, S, D].
 
 Legend: B batch, T queries, S keys, H heads, K kv heads, G = H / K, D head size.
 """
@@ -55,13 +56,18 @@ def visibility(queries: Tags, keys: Sequence[Tags], chunk: int) -> Visibility:
   return Visibility(queries, tuple(keys), masks, chunk)
 
 
+def block(k_BxSxKxD: jax.Array, v_BxSxKxD: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Keys and values of tokens, as projections give them, in the order of axes of `attend`."""
+  return k_BxSxKxD.transpose(0, 2, 3, 1), v_BxSxKxD.transpose(0, 2, 1, 3)
+
+
 def attend(
   q_BxTxHxD: jax.Array, blocks: Sequence[tuple[jax.Array, jax.Array]], sees: Visibility
 ) -> jax.Array:
   """Grouped-query attention over the joined key blocks, softmax in float32.
 
   Args:
-    blocks: (keys, values), each [B, S, K, D], in the order of `sees.keys`.
+    blocks: (keys, values), see `block`, in the order of `sees.keys`.
   Returns: [B, T, H, D] in q's dtype.
   """
   if sees.masks is not None:
@@ -95,21 +101,26 @@ def _chunks(x_BxTxX: jax.Array, chunk: int) -> jax.Array:
 
 def _attend(q_BxTxHxD, blocks, masks) -> jax.Array:
   B, T, H, D = q_BxTxHxD.shape
-  K = blocks[0][0].shape[2]
-  q_BxTxKxGxD = q_BxTxHxD.reshape(B, T, K, H // K, D)
+  K = blocks[0][0].shape[1]
+  # Plain batches of matrices (M = all queries that share a head's keys): CPU back ends are fast at
+  # these and at no other order of axes.
+  q_BxKxGxTxD = q_BxTxHxD.reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
+  q_BxKxMxD = q_BxKxGxTxD.reshape(B, K, -1, D)
   scores = []
-  for (k_BxSxKxD, _), mask_BxTxS in zip(blocks, masks, strict=True):
-    s_BxKxGxTxS = jnp.einsum(
-      "btkgd,bskd->bkgts", q_BxTxKxGxD, k_BxSxKxD, preferred_element_type=jnp.float32
-    )
-    scores.append(jnp.where(mask_BxTxS[:, None, None], s_BxKxGxTxS * D**-0.5, _HIDDEN))
+  for (k_BxKxDxS, _), mask_BxTxS in zip(blocks, masks, strict=True):
+    s_BxKxMxS = _matmul(q_BxKxMxD, k_BxKxDxS) * D**-0.5
+    s_BxKxGxTxS = s_BxKxMxS.reshape(B, K, H // K, T, -1)
+    scores.append(jnp.where(mask_BxTxS[:, None, None], s_BxKxGxTxS, _HIDDEN))
   probs = jax.nn.softmax(jnp.concatenate(scores, -1) if len(scores) > 1 else scores[0], axis=-1)
   out, at = 0, 0
-  for _, v_BxSxKxD in blocks:
-    S = v_BxSxKxD.shape[1]
-    p_BxKxGxTxS = probs[..., at : at + S].astype(v_BxSxKxD.dtype)
-    out += jnp.einsum(
-      "bkgts,bskd->btkgd", p_BxKxGxTxS, v_BxSxKxD, preferred_element_type=jnp.float32
-    )
+  for _, v_BxKxSxD in blocks:
+    S = v_BxKxSxD.shape[2]
+    p_BxKxMxS = probs[..., at : at + S].astype(v_BxKxSxD.dtype).reshape(B, K, -1, S)
+    out += _matmul(p_BxKxMxS, v_BxKxSxD)
     at += S
-  return out.reshape(B, T, H, D).astype(q_BxTxHxD.dtype)
+  out_BxTxKxGxD = out.reshape(B, K, H // K, T, D).transpose(0, 3, 1, 2, 4)
+  return out_BxTxKxGxD.reshape(B, T, H, D).astype(q_BxTxHxD.dtype)
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.matmul(a, b, preferred_element_type=jnp.float32)

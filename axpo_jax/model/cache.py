@@ -1,6 +1,9 @@
 """The key/value cache: one array for all layers, so that it can be donated and gathered as one.
 
-Legend: L layers, B rows, S slots, K kv heads, H head size.
+Keys stand slots-last and values slots-before-last, which is how a single query's two products read
+them: a cache in the order of the tokens is transposed anew in every decode step.
+
+Legend: L layers, B rows, S slots, T new tokens, K kv heads, H head size.
 """
 
 from __future__ import annotations
@@ -18,38 +21,101 @@ from axpo_jax.model.config import ModelConfig
 class KVCache:
   """Keys (already rotated) and values of the tokens seen so far.
 
-  k_LxBxSxKxH, v_LxBxSxKxH: slots from `lengths_B` on hold nothing of meaning.
+  k_LxBxKxHxS, v_LxBxKxSxH: slots from `lengths_B` on hold nothing of meaning.
   lengths_B: int32, real tokens in each row.
   """
 
-  k_LxBxSxKxH: jax.Array
-  v_LxBxSxKxH: jax.Array
+  k_LxBxKxHxS: jax.Array
+  v_LxBxKxSxH: jax.Array
   lengths_B: jax.Array
 
   @classmethod
   def empty(cls, config: ModelConfig, batch: int, length: int, dtype=None) -> KVCache:
     """An empty cache of `batch` rows and `length` slots; dtype defaults to the compute dtype."""
     text = config.text
-    shape = (text.num_layers, batch, length, text.num_kv_heads, text.head_dim)
+    head = (text.num_layers, batch, text.num_kv_heads)
     dtype = dtype or config.dtype
-    return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+    return cls(jnp.zeros((*head, text.head_dim, length), dtype),
+               jnp.zeros((*head, length, text.head_dim), dtype), jnp.zeros(batch, jnp.int32))
 
-  def append(self, k_LxBxTxKxH: jax.Array, v_LxBxTxKxH: jax.Array, real_BxT: jax.Array) -> KVCache:
+  @property
+  def blocks(self) -> tuple[tuple[jax.Array, jax.Array], ...]:
+    """(keys, values) of every block of slots, layers in front."""
+    return ((self.k_LxBxKxHxS, self.v_LxBxKxSxH),)
+
+  @property
+  def filled(self) -> tuple[jax.Array, ...]:
+    """bool [B, S] for every block: the slots that hold a token."""
+    return (jnp.arange(self.v_LxBxKxSxH.shape[3]) < self.lengths_B[:, None],)
+
+  def append(self, k_LxBxKxHxT: jax.Array, v_LxBxKxTxH: jax.Array, real_BxT: jax.Array) -> KVCache:
     """Writes each row's real tokens (a prefix of its T) behind its length.
 
     Pads are dropped, and so are tokens beyond the last slot: the caller keeps
     lengths + T <= S.
     """
-    rows_B, slots = self.k_LxBxSxKxH.shape[1], self.k_LxBxSxKxH.shape[2]
+    slots = self.v_LxBxKxSxH.shape[3]
     at_BxT = self.lengths_B[:, None] + jnp.arange(real_BxT.shape[1])
     at_BxT = jnp.where(real_BxT, at_BxT, slots)  # out of bounds: the scatter drops it
-
-    def write(cache, new):
-      index = (slice(None), jnp.arange(rows_B)[:, None], at_BxT)
-      return cache.at[index].set(new.astype(cache.dtype), mode="drop")
-
+    rows_Bx1 = jnp.arange(len(at_BxT))[:, None]
     return KVCache(
-      write(self.k_LxBxSxKxH, k_LxBxTxKxH),
-      write(self.v_LxBxSxKxH, v_LxBxTxKxH),
+      write_slots(self.k_LxBxKxHxS, rows_Bx1, at_BxT, k_LxBxKxHxT, slots_axis=4),
+      write_slots(self.v_LxBxKxSxH, rows_Bx1, at_BxT, v_LxBxKxTxH, slots_axis=3),
       self.lengths_B + real_BxT.sum(1, dtype=jnp.int32),
     )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeCache:
+  """A cache that stays as it is, and a short block that takes what is decoded after it.
+
+  Rows advance together: step t writes slot t of every row. A loop over steps then carries only the
+  short block, and its writes are plain slices; a row that has stopped writes what no one reads.
+
+  recent_k_LxBxKxHxT, recent_v_LxBxKxTxH: the first `steps` of T slots are written.
+  """
+
+  past: KVCache
+  recent_k_LxBxKxHxT: jax.Array
+  recent_v_LxBxKxTxH: jax.Array
+  steps: jax.Array
+
+  @classmethod
+  def after(cls, past: KVCache, slots: int) -> DecodeCache:
+    """Room for `slots` tokens a row behind `past`."""
+    layers, rows, heads, size, _ = past.k_LxBxKxHxS.shape
+    dtype = past.k_LxBxKxHxS.dtype
+    return cls(past, jnp.zeros((layers, rows, heads, size, slots), dtype),
+               jnp.zeros((layers, rows, heads, slots, size), dtype), jnp.int32(0))
+
+  @property
+  def blocks(self) -> tuple[tuple[jax.Array, jax.Array], ...]:
+    return (*self.past.blocks, (self.recent_k_LxBxKxHxT, self.recent_v_LxBxKxTxH))
+
+  @property
+  def filled(self) -> tuple[jax.Array, ...]:
+    rows, slots = self.past.lengths_B.shape[0], self.recent_v_LxBxKxTxH.shape[3]
+    written_T = jnp.arange(slots) < self.steps
+    return (*self.past.filled, jnp.broadcast_to(written_T, (rows, slots)))
+
+  def append(self, k_LxBxKxHx1: jax.Array, v_LxBxKx1xH: jax.Array, _real_Bx1) -> DecodeCache:
+    """Writes one token of every row."""
+    def put(recent, new, axis):
+      return jax.lax.dynamic_update_slice_in_dim(
+        recent, new.astype(recent.dtype), self.steps, axis)
+
+    return DecodeCache(
+      self.past, put(self.recent_k_LxBxKxHxT, k_LxBxKxHx1, 4),
+      put(self.recent_v_LxBxKxTxH, v_LxBxKx1xH, 3), self.steps + 1)
+
+
+def write_slots(cache: jax.Array, rows_Bx1: jax.Array, at_BxT: jax.Array, new: jax.Array, *,
+                slots_axis: int) -> jax.Array:
+  """`cache` with the T slots of `new` at slots `at_BxT` of rows `rows_Bx1`; those out of bounds are
+  dropped. Both arrays have rows on axis 1 and slots on `slots_axis`."""
+  index = [slice(None)] * cache.ndim
+  index[1], index[slots_axis] = rows_Bx1, at_BxT
+  # Indexed axes that do not stand together come out in front.
+  new_BxTxLxX = jnp.moveaxis(new, (1, slots_axis), (0, 1))
+  return cache.at[tuple(index)].set(new_BxTxLxX.astype(cache.dtype), mode="drop")

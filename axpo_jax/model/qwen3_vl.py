@@ -22,13 +22,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from axpo_jax.model.cache import KVCache
+from axpo_jax.model.cache import DecodeCache, KVCache
 from axpo_jax.model.config import ModelConfig
-from axpo_jax.model.text import DeepStack, Intermediates, TextDecoder, gather_image
+from axpo_jax.model.text import Cache, DeepStack, Intermediates, TextDecoder, gather_image
 from axpo_jax.model.vision import VisionFeatures, VisionTower
 from axpo_jax.model.vision_inputs import VisionInputs
 
-__all__ = ["KVCache", "Qwen3VL", "VisionFeatures"]
+__all__ = ["DecodeCache", "KVCache", "Qwen3VL", "VisionFeatures"]
 
 
 class Qwen3VL(nnx.Module):
@@ -51,9 +51,9 @@ class Qwen3VL(nnx.Module):
     *,
     vision: VisionInputs | VisionFeatures | None = None,
     image_index_BxT: jax.Array | None = None,
-    cache: KVCache | None = None,
+    cache: Cache | None = None,
     taps: Intermediates | None = None,
-  ) -> tuple[jax.Array, KVCache | None]:
+  ) -> tuple[jax.Array, Cache | None]:
     """Hidden states of every token, after the final norm.
 
     Args:

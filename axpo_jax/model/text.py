@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from axpo_jax.model import attention, rope
-from axpo_jax.model.cache import KVCache
+from axpo_jax.model.cache import DecodeCache, KVCache
 from axpo_jax.model.config import ModelConfig, TextConfig
 from axpo_jax.model.layers import Linear, Maker, RMSNorm, remat, scan_layers
 from axpo_jax.model.sharding import constrain
 
+Cache = KVCache | DecodeCache
 Intermediates = MutableMapping[str, jax.Array]
 
 
@@ -43,7 +44,7 @@ class DecoderLayer(nnx.Module):
     self.down = Linear(make, (config.intermediate_size, D), ("mlp", "embed"))
 
   def __call__(self, x_BxTxD, angles, sees, cached):
-    """cached: this layer's (keys, values), or None. Returns x and the new (keys, values)."""
+    """cached: this layer's blocks of (keys, values). Returns x and the new (keys, values)."""
     out_BxTxHxD, new = self._attention(self.attn_norm(x_BxTxD), angles, sees, cached)
     x_BxTxD = constrain(x_BxTxD + self.o(out_BxTxHxD), ("batch", "length", "act_embed"))
     y_BxTxD = self.mlp_norm(x_BxTxD)
@@ -58,8 +59,8 @@ class DecoderLayer(nnx.Module):
     q_BxTxHxD = constrain(q_BxTxHxD, ("batch", "length", "act_heads", None))
     k_BxTxKxD = constrain(k_BxTxKxD, ("batch", "length", "act_kv_heads", None))
     v_BxTxKxD = constrain(self.v(y_BxTxD), ("batch", "length", "act_kv_heads", None))
-    new = (k_BxTxKxD, v_BxTxKxD)
-    out = attention.attend(q_BxTxHxD, [new] if cached is None else [cached, new], sees)
+    new = attention.block(k_BxTxKxD, v_BxTxKxD)
+    out = attention.attend(q_BxTxHxD, [*cached, new], sees)
     return constrain(out, ("batch", "length", "act_heads", None)), new
 
 
@@ -117,9 +118,9 @@ class TextDecoder(nnx.Module):
     segments_BxT: jax.Array,
     *,
     deepstack: DeepStack | None = None,
-    cache: KVCache | None = None,
+    cache: Cache | None = None,
     taps: Intermediates | None = None,
-  ) -> tuple[jax.Array, KVCache | None]:
+  ) -> tuple[jax.Array, Cache | None]:
     """See `Qwen3VL.__call__`. `taps` collects named intermediates."""
     text = self.config.text
     x_BxTxD = constrain(x_BxTxD, ("batch", "length", "act_embed"))
@@ -135,8 +136,7 @@ class TextDecoder(nnx.Module):
         x_BxTxD = jax.checkpoint(deepstack.add, prevent_cse=False)(x_BxTxD, number)
       return x_BxTxD, (new if cache is not None else None, None if taps is None else x_BxTxD)
 
-    cached = None if cache is None else (cache.k_LxBxSxKxH, cache.v_LxBxSxKxH)
-    xs = (jnp.arange(text.num_layers), cached)
+    xs = (jnp.arange(text.num_layers), () if cache is None else cache.blocks)
     x_BxTxD, (new, hidden_LxBxTxD) = scan_layers(self.layers, step, x_BxTxD, xs)
     x_BxTxD = self.norm(x_BxTxD)
     if taps is not None:
@@ -148,14 +148,13 @@ class TextDecoder(nnx.Module):
     return (self.embedding if self.head is None else self.head)[...]
 
 
-def _visibility(segments_BxT, cache: KVCache | None, chunk: int) -> attention.Visibility:
+def _visibility(segments_BxT, cache: Cache | None, chunk: int) -> attention.Visibility:
   order_BxT = jnp.broadcast_to(jnp.arange(segments_BxT.shape[1]), segments_BxT.shape)
   if cache is None:
     tags = attention.Tags(segments_BxT, order_BxT)
     return attention.visibility(tags, [tags], chunk)
   # With a cache a row is one sequence: its filled slots are all earlier than the new tokens.
   new = attention.Tags((segments_BxT > 0).astype(jnp.int32), order_BxT)
-  slots = jnp.arange(cache.k_LxBxSxKxH.shape[2])
-  filled_BxS = (slots < cache.lengths_B[:, None]).astype(jnp.int32)
-  old = attention.Tags(filled_BxS, jnp.zeros_like(filled_BxS))
-  return attention.visibility(new, [old, new], chunk)
+  old = [attention.Tags(filled_BxS.astype(jnp.int32), jnp.zeros(filled_BxS.shape, jnp.int32))
+         for filled_BxS in cache.filled]
+  return attention.visibility(new, [*old, new], chunk)

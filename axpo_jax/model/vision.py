@@ -59,7 +59,8 @@ class VisionBlock(nnx.Module):
       constrain(qkv_RxPx3xHxD[:, :, i], ("vision_rows", "patches", "act_heads", None))
       for i in range(3)
     )
-    out_RxPxHxD = attention.attend(rope.rotate(q, angles), [(rope.rotate(k, angles), v)], sees)
+    out_RxPxHxD = attention.attend(
+      rope.rotate(q, angles), [attention.block(rope.rotate(k, angles), v)], sees)
     x_RxPxD = constrain(x_RxPxD + self.proj(out_RxPxHxD), _ROW)
     y_RxPxF = jax.nn.gelu(self.fc1(self.norm2(x_RxPxD)), approximate=True)
     y_RxPxF = constrain(y_RxPxF, ("vision_rows", "patches", "act_mlp"))

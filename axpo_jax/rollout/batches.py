@@ -142,7 +142,8 @@ def prefill_batches(
     for start in range(0, len(group), most):
       part = group[start : start + most]
       # A bucket that pads beyond the budget would defeat it: a full call is its own bucket.
-      padded = min(batch(len(part)), max(most, len(part)))
+      # So is a prompt alone: after new weights, the one whose beginning all others wait for.
+      padded = min(batch(len(part)), max(most, len(part))) if len(part) > 1 else 1
       yield _prefill_inputs(part, place, padded, size, rows), slots(
         max(prompt.length - 1 for prompt, _ in part)
       )

@@ -26,61 +26,59 @@ import numpy as np
 from flax import nnx
 
 from axpo_jax.model import sharding
-from axpo_jax.model.cache import KVCache
+from axpo_jax.model.cache import DecodeCache, KVCache, write_slots
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.qwen3_vl import VisionFeatures
 from axpo_jax.model.vision_inputs import VisionInputs
 from axpo_jax.rollout import sampling
 
-_POOL_AXES = ("layers", None, "length", "act_kv_heads", None)
+_KEY_AXES = ("layers", None, "act_kv_heads", None, "length")
+_VALUE_AXES = ("layers", None, "act_kv_heads", "length", None)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pool:
-  """Keys and values of all rows."""
+  """Keys and values of all rows, in the order of axes of `KVCache`."""
 
-  k_LxRxSxKxH: jax.Array
-  v_LxRxSxKxH: jax.Array
+  k_LxRxKxHxS: jax.Array
+  v_LxRxKxSxH: jax.Array
 
   def read(self, rows_B: jax.Array, lengths_B: jax.Array, slots: int) -> KVCache:
     """The first `slots` slots of the given rows, as a cache that the model takes."""
-
-    layers, rows, _, *tail = self.k_LxRxSxKxH.shape
+    layers, rows = self.k_LxRxKxHxS.shape[:2]
     rows_B = jnp.minimum(rows_B, rows - 1)
     # One gather over (layer, row) pairs: one over rows alone comes out rows-first on CPU, and is
     # then copied once more to stand layers-first.
     pairs = (jnp.arange(layers)[:, None] * rows + rows_B).reshape(-1)
 
     def take(x):
-      flat = x.reshape(layers * rows, -1, *tail)[:, :slots]
-      taken = flat.at[pairs].get(mode="promise_in_bounds")
-      return taken.reshape(layers, len(rows_B), slots, *tail)
+      taken = x.reshape(layers * rows, *x.shape[2:]).at[pairs].get(mode="promise_in_bounds")
+      return taken.reshape(layers, len(rows_B), *taken.shape[1:])
 
-    return KVCache(take(self.k_LxRxSxKxH), take(self.v_LxRxSxKxH), lengths_B)
+    return KVCache(take(self.k_LxRxKxHxS[..., :slots]), take(self.v_LxRxKxSxH[..., :slots, :]),
+                   lengths_B)
 
   def write(self, rows_B: jax.Array, cache: KVCache) -> Pool:
     """Writes whole rows back, as many slots as the cache has."""
-    slots = cache.k_LxBxSxKxH.shape[2]
+    slots = cache.v_LxBxKxSxH.shape[3]
+    k = self.k_LxRxKxHxS.at[:, rows_B, :, :, :slots].set(cache.k_LxBxKxHxS, mode="drop")
+    v = self.v_LxRxKxSxH.at[:, rows_B, :, :slots].set(cache.v_LxBxKxSxH, mode="drop")
+    return Pool._constrained(k, v)
 
-    def put(x, new):
-      return sharding.constrain(x.at[:, rows_B, :slots].set(new, mode="drop"), _POOL_AXES)
+  def write_recent(self, rows_B: jax.Array, cache: DecodeCache, count_B: jax.Array) -> Pool:
+    """Writes the first `count_B` tokens decoded in a block behind each row's past."""
+    slot_T = jnp.arange(cache.recent_v_LxBxKxTxH.shape[3])
+    at_BxT = cache.past.lengths_B[:, None] + slot_T
+    at_BxT = jnp.where(slot_T < count_B[:, None], at_BxT, self.v_LxRxKxSxH.shape[3])  # or dropped
+    to = (rows_B[:, None], at_BxT)
+    return Pool._constrained(
+      write_slots(self.k_LxRxKxHxS, *to, cache.recent_k_LxBxKxHxT, slots_axis=4),
+      write_slots(self.v_LxRxKxSxH, *to, cache.recent_v_LxBxKxTxH, slots_axis=3))
 
-    return Pool(put(self.k_LxRxSxKxH, cache.k_LxBxSxKxH), put(self.v_LxRxSxKxH, cache.v_LxBxSxKxH))
-
-  def write_new(self, rows_B: jax.Array, start_B: jax.Array, cache: KVCache, count: int) -> Pool:
-    """Writes back only the `count` slots from `start_B` on that the cache has gained."""
-    at_BxT = start_B[:, None] + jnp.arange(count)
-    new_BxT = at_BxT < cache.lengths_B[:, None]
-    to_BxT = jnp.where(new_BxT, at_BxT, self.k_LxRxSxKxH.shape[2])
-    batch_Bx1 = jnp.arange(len(rows_B))[:, None]
-
-    def put(x, new):
-      gained = new.at[:, batch_Bx1, at_BxT].get(mode="clip")
-      x = x.at[:, rows_B[:, None], to_BxT].set(gained, mode="drop")
-      return sharding.constrain(x, _POOL_AXES)
-
-    return Pool(put(self.k_LxRxSxKxH, cache.k_LxBxSxKxH), put(self.v_LxRxSxKxH, cache.v_LxBxSxKxH))
+  @classmethod
+  def _constrained(cls, k, v) -> Pool:
+    return cls(sharding.constrain(k, _KEY_AXES), sharding.constrain(v, _VALUE_AXES))
 
 
 @jax.tree_util.register_dataclass
@@ -180,13 +178,17 @@ class Device:
     """Allocates the pool anew (its content is lost): at the start, and after a failed call."""
     self._pool = None
     text = self._config.text
-    shape = (text.num_layers, self._rows, self._length, text.num_kv_heads, text.head_dim)
-    place = None
-    if self._mesh is not None:
-      place = sharding.sharding_for(
-        _POOL_AXES, shape, self._mesh, self._rules, label="rollout KV pool"
-      )
-    self._pool = Pool(*(jnp.zeros(shape, self._dtype, device=place) for _ in range(2)))
+    heads = (text.num_layers, self._rows, text.num_kv_heads)
+
+    def empty(axes, *shape):
+      place = None
+      if self._mesh is not None:
+        place = sharding.sharding_for(
+          axes, (*heads, *shape), self._mesh, self._rules, label="rollout KV pool")
+      return jnp.zeros((*heads, *shape), self._dtype, device=place)
+
+    self._pool = Pool(empty(_KEY_AXES, text.head_dim, self._length),
+                      empty(_VALUE_AXES, self._length, text.head_dim))
 
   def free(self) -> None:
     """Drops the parameters and the pool."""
@@ -258,10 +260,9 @@ def _programs(
   def decode(params, pool, inputs, *, slots, block):
     with sharding.use(mesh, rules):
       model = nnx.merge(graphdef, params)
-      cache, out = _decode_block(
-        model, pool.read(inputs.row_B, inputs.length_B, slots), inputs, block
-      )
-      return pool.write_new(inputs.row_B, inputs.length_B, cache, block), out
+      past = pool.read(inputs.row_B, inputs.length_B, slots)
+      cache, out = _decode_block(model, DecodeCache.after(past, block), inputs, block)
+      return pool.write_recent(inputs.row_B, cache, out.count_B), out
 
   return _Programs(
     encode=jax.jit(encode),
@@ -274,13 +275,14 @@ def _programs(
 def _decode_block(model, cache, inputs, block):
   """Steps until `block` tokens are drawn or every row has stopped.
 
-  A row that has stopped goes on as padding: it writes no cache and its draws are not counted.
+  A row that has stopped goes on, but nothing that it draws is counted or kept.
   """
   vocab = model.config.text.vocab_size
   params, batch = inputs.sampling, len(inputs.row_B)
   banned_BxV = sampling.id_mask(params.banned_BxN, vocab)
   generated = inputs.generated_BxG
   seen_BxV = None if generated is None else sampling.id_mask(generated, vocab)
+  noise_TxBxN = sampling.noise(params.seed_Bx2, inputs.drawn_B, block, vocab)
 
   def step(state):
     t, cache, token_B, running_B, seen_BxV, out = state
@@ -290,7 +292,7 @@ def _decode_block(model, cache, inputs, block):
     )
     logits_BxV = model.logits(hidden_BxTxD[:, 0])
     token_B, logprob_B = sampling.sample(
-      logits_BxV, params, banned_BxV, inputs.drawn_B + t, seen_BxV
+      logits_BxV, params, banned_BxV, noise_TxBxN[t], seen_BxV
     )
     if seen_BxV is not None:
       seen_BxV = seen_BxV.at[jnp.arange(batch), token_B].set(True)

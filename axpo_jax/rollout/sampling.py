@@ -94,7 +94,7 @@ def sample(
   logits_BxV: jax.Array,
   params: RowParams,
   banned_BxV: jax.Array,
-  index_B: jax.Array,
+  noise_BxN: jax.Array,
   seen_BxV: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Draws one id per row.
@@ -103,7 +103,7 @@ def sample(
     logits_BxV: float32.
     params: B rows of parameters.
     banned_BxV: `id_mask(params.banned_BxN, V)`; apart, so that a loop builds it once.
-    index_B: how many tokens the row has drawn before this one: the counter of its random stream.
+    noise_BxN: of this draw, from `noise`.
     seen_BxV: ids generated before, for the presence penalty; None where no row asks for it.
 
   Returns:
@@ -117,7 +117,7 @@ def sample(
   if seen_BxV is not None:
     penalty_B = params.presence_B / divisor_B
     draw_BxV = draw_BxV - jnp.where(seen_BxV, penalty_B[:, None], 0.0)
-  ids_B = _draw(_keep_likely(draw_BxV, params), params.seed_Bx2, index_B, greedy_B)
+  ids_B = _draw(_keep_likely(draw_BxV, params), noise_BxN, greedy_B)
   return ids_B, _policy_logprobs(allowed_BxV, tempered_BxV, ids_B, params)
 
 
@@ -170,28 +170,41 @@ def _cut_tail(z_BxV, params, asks_B, *, ranks):
   return jnp.where(keep_BxV, z_BxV, -jnp.inf)
 
 
-def _draw(z_BxV, seed_Bx2, index_B, greedy_B):
+def noise(seed_Bx2: jax.Array, index_B: jax.Array, draws: int, vocab: int) -> jax.Array:
+  """Gumbel noise [draws, B, N] for the rows' next draws.
+
+  Made for several draws at once: one threefry call costs as much for one draw as for many.
+
+  Args:
+    index_B: how many tokens the row has drawn before: the counter of its random stream.
+  """
+  count = sum(_blocks(vocab))
+
+  def one(seed_2, index):
+    key = jax.random.wrap_key_data(seed_2, impl="threefry2x32")
+    return jax.random.gumbel(jax.random.fold_in(key, index), (count,), jnp.float32)
+
+  return jax.vmap(lambda t: jax.vmap(one)(seed_Bx2, index_B + t))(jnp.arange(draws))
+
+
+def _blocks(vocab: int) -> tuple[int, int]:
+  """G blocks of W ids, both about sqrt(vocab)."""
+  width = 1 << (max(vocab - 1, 1).bit_length() + 1) // 2
+  return -(-vocab // width), width
+
+
+def _draw(z_BxV, noise_BxN, greedy_B):
   """Two-level Gumbel-max; greedy rows take the plain maximum (first id among equals)."""
   rows, vocab = z_BxV.shape
-  width = 1 << (max(vocab - 1, 1).bit_length() + 1) // 2
-  groups = -(-vocab // width)
+  groups, width = _blocks(vocab)
   z_BxGxW = jnp.pad(
     z_BxV, ((0, 0), (0, groups * width - vocab)), constant_values=-jnp.inf
   ).reshape(rows, groups, width)
   best_BxG = jnp.max(z_BxGxW, axis=2)
   best_B = jnp.max(best_BxG, axis=1)
   mass_BxG = jnp.sum(jnp.exp(z_BxGxW - best_B[:, None, None]), axis=2)
-  noise_BxN = _gumbel(seed_Bx2, index_B, groups + width)
   score_BxG = jnp.where(greedy_B[:, None], best_BxG, jnp.log(mass_BxG) + noise_BxN[:, :groups])
   group_B = jnp.argmax(score_BxG, axis=1)
   inside_BxW = jnp.take_along_axis(z_BxGxW, group_B[:, None, None], axis=1)[:, 0]
   inside_BxW += jnp.where(greedy_B[:, None], 0.0, noise_BxN[:, groups:])
   return (group_B * width + jnp.argmax(inside_BxW, axis=1)).astype(jnp.int32)
-
-
-def _gumbel(seed_Bx2, index_B, count):
-  def row(seed_2, index):
-    key = jax.random.wrap_key_data(seed_2, impl="threefry2x32")
-    return jax.random.gumbel(jax.random.fold_in(key, index), (count,), jnp.float32)
-
-  return jax.vmap(row)(seed_Bx2, index_B)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from axpo_jax.model.attention import Tags, attend, visibility
+from axpo_jax.model.attention import Tags, attend, block, visibility
 
 B, T, S, H, K, D = 2, 13, 6, 6, 2, 8
 
@@ -39,7 +39,7 @@ def test_segments(arrays, chunk, causal):
   q, k, v = arrays[:3]
   order = np.tile(np.arange(T) if causal else np.zeros(T, int), (B, 1)).astype(np.int32)
   tags = Tags(jnp.asarray(SEGMENTS), jnp.asarray(order))
-  got = jax.jit(lambda: attend(q, [(k, v)], visibility(tags, [tags], chunk)))()
+  got = jax.jit(lambda: attend(q, [block(k, v)], visibility(tags, [tags], chunk)))()
   sees = np.zeros((B, T, T), bool)
   for b, t, s in np.ndindex(B, T, T):
     sees[b, t, s] = SEGMENTS[b, t] == SEGMENTS[b, s] > 0 and (s <= t or not causal)
@@ -56,7 +56,7 @@ def test_two_blocks_share_one_softmax(arrays, chunk):
   ones, order = np.ones((B, T), np.int32), np.tile(np.arange(T), (B, 1)).astype(np.int32)
   new = Tags(jnp.asarray(ones), jnp.asarray(order))
   keys = [Tags(jnp.asarray(old), jnp.zeros((B, S), jnp.int32)), new]
-  got = jax.jit(lambda: attend(q, [(old_k, old_v), (k, v)], visibility(new, keys, chunk)))()
+  got = jax.jit(lambda: attend(q, [block(old_k, old_v), block(k, v)], visibility(new, keys, chunk)))()
   causal = np.tile(np.tril(np.ones((T, T), bool)), (B, 1, 1))
   sees = np.concatenate([np.repeat(old[:, None] > 0, T, 1), causal], -1)
   want = naive(q, np.concatenate([old_k, k], 1), np.concatenate([old_v, v], 1), sees)
@@ -70,7 +70,7 @@ def test_gradient_in_chunks(arrays):
   def gradient(chunk):
     def loss(qkv):
       q, k, v = qkv
-      out = attend(q, [(k, v)], visibility(tags, [tags], chunk))
+      out = attend(q, [block(k, v)], visibility(tags, [tags], chunk))
       return (jnp.sin(out) * (SEGMENTS > 0)[..., None, None]).sum()
 
     return jax.jit(jax.grad(loss))(arrays[:3])
@@ -86,7 +86,7 @@ def test_softmax_is_float32_for_bfloat16(arrays):
   """With bfloat16 inputs the only loss is that of the inputs and of the rounded weights."""
   q, k, v = (jnp.asarray(a, jnp.bfloat16) for a in arrays[:3])
   tags = Tags(jnp.ones((B, T), jnp.int32), jnp.tile(jnp.arange(T), (B, 1)))
-  got = attend(q, [(k, v)], visibility(tags, [tags], 0))
+  got = attend(q, [block(k, v)], visibility(tags, [tags], 0))
   assert got.dtype == jnp.bfloat16
   causal = np.tile(np.tril(np.ones((T, T), bool)), (B, 1, 1))
   want = naive(*(np.asarray(a, np.float64) for a in (q, k, v)), causal)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from axpo_jax.model.cache import KVCache
+from axpo_jax.model.cache import DecodeCache, KVCache
 
 TOLERANCE = 1e-5
 
@@ -97,7 +97,7 @@ def test_rows_of_different_lengths(untied, make_case, step, full):
   for row, n in enumerate(prefill):
     assert worst(got[row, :n], want[row][:n]) < TOLERANCE
   active = np.asarray([1, 0, 1], np.int32)
-  resting = np.asarray(cache.k_LxBxSxKxH[:, 1])
+  resting = np.asarray(cache.k_LxBxKxHxS[:, 1])
   for _ in range(more):
     at = np.asarray(cache.lengths_B)
     rows = np.arange(3)
@@ -107,7 +107,7 @@ def test_rows_of_different_lengths(untied, make_case, step, full):
     for row in (0, 2):
       assert worst(got[row, 0], want[row][at[row]]) < TOLERANCE
   assert cache.lengths_B.tolist() == [9, 2, 6]
-  np.testing.assert_array_equal(cache.k_LxBxSxKxH[:, 1], resting)
+  np.testing.assert_array_equal(cache.k_LxBxKxHxS[:, 1], resting)
 
 
 def test_decode_compiles_once(untied, make_case, step):
@@ -140,8 +140,25 @@ def _two_prefills(untied, case, chunk):
 
 
 def test_cache_dtype_follows_the_compute_dtype(untied):
-  assert KVCache.empty(untied.config, 2, 8).k_LxBxSxKxH.dtype == jnp.float32
+  assert KVCache.empty(untied.config, 2, 8).k_LxBxKxHxS.dtype == jnp.float32
   cache = KVCache.empty(untied.config, 2, 8, jnp.bfloat16)
   text = untied.config.text
-  assert cache.v_LxBxSxKxH.dtype == jnp.bfloat16
-  assert cache.k_LxBxSxKxH.shape == (text.num_layers, 2, 8, text.num_kv_heads, text.head_dim)
+  assert cache.v_LxBxKxSxH.dtype == jnp.bfloat16
+  assert cache.k_LxBxKxHxS.shape == (text.num_layers, 2, text.num_kv_heads, text.head_dim, 8)
+
+
+def test_decode_block_behind_a_cache(untied, make_case, step, full):
+  """Tokens in the short block of a DecodeCache count like those in the cache itself."""
+  cases = [make_case(seed=i, text=9) for i in range(2)]
+  want = [np.asarray(full(untied.params, (c.ids_T, c.positions_Tx3, None, None))) for c in cases]
+  ids, positions = (np.stack([getattr(c, f) for c in cases]) for f in ("ids_T", "positions_Tx3"))
+  prefill = np.asarray([6, 3])
+  real = (np.arange(6) < prefill[:, None]).astype(np.int32)
+  past = KVCache.empty(untied.config, 2, 8)
+  _, past = step(untied.params, past, ids[:, :6], positions[:, :6], real)
+  cache, rows = DecodeCache.after(past, 4), np.arange(2)
+  for t in range(3):
+    at = prefill + t
+    got, cache = step(untied.params, cache, ids[rows, at][:, None], positions[rows, at][:, None],
+                      np.ones((2, 1), np.int32))
+    assert max(worst(got[r, 0], want[r][at[r]]) for r in rows) < TOLERANCE

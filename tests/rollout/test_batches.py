@@ -46,10 +46,11 @@ def test_only_what_lacks_tokens_is_prefilled_and_only_what_moves_is_copied(promp
   ((source, row, slots),) = copy_batches(jobs, BATCH, SLOTS, 9)
   assert (source.tolist(), row.tolist(), slots) == ([3, 9], [1, 9], 16)
   ((inputs, slots),) = _prefills(jobs)
-  assert (inputs.source_B.tolist(), inputs.row_B.tolist()) == ([5, 9], [4, 9])
-  assert inputs.start_B.tolist() == [2, 0] and slots == 16
-  assert inputs.tokens_BxT.tolist() == [[22, 23, 24, 25], [0] * 4]
-  assert inputs.real_BxT.tolist() == [[1] * 4, [0] * 4]
+  # Alone, so without padding rows.
+  assert (inputs.source_B.tolist(), inputs.row_B.tolist()) == ([5], [4])
+  assert inputs.start_B.tolist() == [2] and slots == 16
+  assert inputs.tokens_BxT.tolist() == [[22, 23, 24, 25]]
+  assert inputs.real_BxT.tolist() == [[1] * 4]
   assert inputs.positions_BxTx3[0, :, 0].tolist() == [2, 3, 4, 5]
   assert inputs.image_index_BxT is None
 
@@ -57,7 +58,7 @@ def test_only_what_lacks_tokens_is_prefilled_and_only_what_moves_is_copied(promp
 def test_prefills_are_grouped_by_length_within_the_budget(prompt):
   jobs = [(prompt(range(10, 10 + n)), Move(n, n, 0)) for n in (4, 5, 3, 8, 3, 2, 4)]
   shapes = [inputs.tokens_BxT.shape for inputs, _ in _prefills(jobs)]
-  assert shapes == [(4, 4), (2, 4), (2, 8)]
+  assert shapes == [(4, 4), (2, 4), (1, 8)]
   assert [i.tokens_BxT.shape for i, _ in _prefills(jobs, most_tokens=4)] == [(1, 4)] * 6 + [(1, 8)]
 
 

@@ -18,7 +18,8 @@ def _sample(logits_BxV, params, seeds, index=0, seen=None):
   banned = sampling.id_mask(arrays.banned_BxN, logits_BxV.shape[1])
   index_B = np.broadcast_to(np.asarray(index, np.int32), (rows,))
   seen = None if seen is None else jnp.asarray(seen)
-  ids, logprobs = jax.jit(sampling.sample)(jnp.asarray(logits_BxV), arrays, banned, index_B, seen)
+  [noise_BxN] = sampling.noise(arrays.seed_Bx2, index_B, 1, logits_BxV.shape[1])
+  ids, logprobs = jax.jit(sampling.sample)(jnp.asarray(logits_BxV), arrays, banned, noise_BxN, seen)
   return np.asarray(ids), np.asarray(logprobs)
 
 
