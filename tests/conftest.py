@@ -6,8 +6,33 @@ file imports nothing that imports jax.
 
 import os
 
+import pytest
+
 os.environ["JAX_PLATFORMS"] = "cpu"
 _COUNT = "--xla_force_host_platform_device_count"
 if _COUNT not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COUNT}=8".strip()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_NO_SIDECAR = pytest.StashKey[str]()
+
+
+@pytest.fixture(scope="session")
+def sidecar_python(pytestconfig):
+  """A Python that has SGLang for CPUs; without one the test is skipped, and the summary says so.
+
+  Tests that ask for it start real servers: `with Sidecar(SidecarSpec(...), folder) as sidecar`.
+  """
+  from axpo_jax.rollout.sidecar import SidecarError
+  from axpo_jax.rollout.sidecar.environment import find_python
+
+  try:
+    return find_python("cpu")
+  except SidecarError as error:
+    pytestconfig.stash[_NO_SIDECAR] = str(error)
+    pytest.skip(str(error))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  if reason := config.stash.get(_NO_SIDECAR, ""):
+    terminalreporter.section("NOTHING WAS TESTED AGAINST A REAL SGLANG SERVER", sep="!", red=True)
+    terminalreporter.line(reason)
