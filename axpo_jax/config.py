@@ -84,6 +84,8 @@ def validate(config: ConfigDict) -> None:
   if "rl" in config.stages and longest > config.batch.length:
     raise ConfigError(f"an episode of config.agent.max_total_tokens={longest} tokens does not fit a "
                       f"row of config.batch.length={config.batch.length}: raise the latter")
+  if config.rollout.staleness < 0:
+    raise ConfigError(f"config.rollout.staleness={config.rollout.staleness} must be 0 or more")
   if config.rl.algorithm not in ALGORITHMS:
     raise ConfigError(f"config.rl.algorithm={config.rl.algorithm!r}; choose one of {ALGORITHMS}")
 
@@ -169,6 +171,9 @@ def _rollout() -> ConfigDict:
     top_p=1.0,
     top_k=0,                  # 0 = off
     presence_penalty=0.0,
+    # Steps that rollouts may run ahead of training; 0 = every token is drawn by the weights that
+    # are about to be trained. Above 0 runs are no longer repeatable bit for bit.
+    staleness=0,
     embedded=ConfigDict(dict(
       # KV rows: running sequences and cached prefixes together. A row is a fixed block of memory:
       # 3.6 GB for 24,576 tokens of the 8B model in bfloat16, spread over the mesh.

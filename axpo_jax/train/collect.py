@@ -220,6 +220,17 @@ def group_stats(groups: Sequence[Group], config: ResampleConfig, chat: Chat
   return out
 
 
+def lag_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
+  """How many versions older than `version`, which is about to be trained, the sampling weights
+  were: mean and largest over the sampled tokens."""
+  rollouts = [r for g in groups for r in (*g.rollouts, *(r for b in g.branches for r in b.rollouts))]
+  versions = np.array([v for r in rollouts for v in r.transcript.versions[r.start:] if v >= 0])
+  if not versions.size:
+    return {}
+  return {"rollout/lag_mean": float(version - versions.mean()),
+          "rollout/lag_max": float(version - versions.min())}
+
+
 def _rollout_stats(rollout: Rollout, chat: Chat) -> census.RolloutStats:
   transcript = rollout.transcript
   return census.RolloutStats(

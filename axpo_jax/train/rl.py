@@ -3,6 +3,11 @@
 In: a policy folder, which is also the fixed reference. Out: a trained policy folder. GRPO is the same
 loop with a budget of zero. The loop holds no state of its own beyond what a checkpoint stores, and
 all randomness comes from (seed, step), so a resumed run repeats an unbroken one bit for bit.
+
+With `rollout.staleness` = s, the rollouts of up to s steps are collected while earlier ones are
+trained. New weights reach the sampler between two of its turns; every token keeps the version and the
+log-probability that it was drawn with, which the loss corrects for. What was collected but not
+trained on is collected anew after a resume: checkpoints hold the trained frontier of the questions.
 """
 
 import asyncio
@@ -10,6 +15,8 @@ import contextlib
 import dataclasses
 import pathlib
 import time
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -22,6 +29,7 @@ from axpo_jax.rl import census, credit, recipes
 from axpo_jax.rl.losses import LossConfig
 from axpo_jax.rl.resample import ResampleConfig, prefix_budget
 from axpo_jax.train import build, collect, examples, seeds
+from axpo_jax.train.ahead import Ahead
 from axpo_jax.train.batch import packing_metrics
 from axpo_jax.train.checkpoint import Checkpoints
 from axpo_jax.train.collect import Group
@@ -49,6 +57,18 @@ class Recipe:
                  recipes.ShapingConfig(**rl.shaping))
     recipes.check(recipe.resample, recipe.credit)
     return recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+  """The rollout phase of one step.
+
+  position: state of the question iterator behind the step's questions.
+  """
+
+  groups: list[Group]
+  metrics: dict[str, float]
+  position: Any
 
 
 class Loop:
@@ -80,24 +100,39 @@ class Loop:
     await self.sync()
     return await evaluate.run(self.config, self.bench, self.engine)
 
-  async def step(self) -> tuple[list[Group], dict[str, float]]:
-    """Rollouts, resampling, update; returns the groups and the step's metrics."""
-    rl, clock, seed = self.config.rl, Clock(), seeds.derive(self.config.seed, "rl", self.steps_done)
-    with clock("weights"):
-      await self.sync()
+  async def collect(self, step: int) -> Collected:
+    """Rollouts and continuations of one step, by whatever weights the sampler holds."""
+    rl, clock, seed = self.config.rl, Clock(), seeds.derive(self.config.seed, "rl", step)
     self.engine.stats(reset=True)
     questions = next(self.questions)
+    position = self.questions.get_state()
     with clock("rollout"):
       groups = await collect.sample_groups(self.actor, questions, rl.num_rollouts, seed,
                                            progress="rollouts")
     with clock("resample"):
       await collect.resample(self.actor, groups, self.recipe.resample, seed,
                              progress="continuations")
-    metrics = self.rollout_metrics(groups)
+    metrics = self.rollout_metrics(groups) | clock.metrics()
+    sampling = clock.seconds["rollout"] + clock.seconds["resample"]
+    metrics["time/sampled_tokens_per_s"] = metrics["engine/decode_tokens"] / sampling
+    return Collected(groups, metrics, position)
+
+  async def step(self, collected: Callable[[], Awaitable[Collected]]
+                 ) -> tuple[Collected, dict[str, float]]:
+    """Current weights to the sampler, the next rollouts, the update; also the step's metrics."""
+    clock, start = Clock(), time.perf_counter()
+    with clock("weights"):
+      await self.sync()
+    with clock("wait"):
+      batch = await collected()
+    metrics = batch.metrics | collect.lag_metrics(batch.groups, self.steps_done)
     with clock("update"):
-      metrics |= self.update(groups)
+      # In a thread, so that episodes of the steps ahead go on.
+      metrics |= await asyncio.to_thread(self.update, batch.groups)
     self.steps_done += 1
-    return groups, metrics | clock.metrics(metrics)
+    metrics |= clock.metrics() | {"time/step_s": time.perf_counter() - start}
+    metrics["time/trained_tokens_per_s"] = metrics["pack/tokens"] / clock.seconds["update"]
+    return batch, metrics
 
   def rollout_metrics(self, groups: list[Group]) -> dict[str, float]:
     """The census of the step, before anything is learnt from it."""
@@ -176,13 +211,8 @@ class Clock:
     yield
     self.seconds[phase] = time.perf_counter() - start
 
-  def metrics(self, counted: dict[str, float]) -> dict[str, float]:
-    out = {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
-    out["time/step_s"] = sum(self.seconds.values())
-    sampling = self.seconds["rollout"] + self.seconds["resample"]
-    out["time/sampled_tokens_per_s"] = counted["engine/decode_tokens"] / sampling
-    out["time/trained_tokens_per_s"] = counted["pack/tokens"] / self.seconds["update"]
-    return out
+  def metrics(self) -> dict[str, float]:
+    return {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
 
 
 def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.Path,
@@ -213,23 +243,35 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer: MetricsWriter, fi
   config = loop.config
   if not evaluate.measured(read_metrics(writer.path), first_step):
     writer.write(first_step, await loop.evaluate())
+  trained = build.question_batches(config)  # what a checkpoint holds: see Collected.position
+  ahead = Ahead(loop.collect, loop.steps_done, config.rl.steps)
+
+  def collected():
+    ahead.allow(loop.steps_done + config.rollout.staleness)
+    return ahead.next()
+
   with tqdm(total=config.rl.steps, initial=loop.steps_done, desc=config.rl.algorithm) as bar:
-    while loop.steps_done < config.rl.steps:
-      groups, metrics = await loop.step()
-      done = loop.steps_done
-      last = done == config.rl.steps
-      if last or _due(done, config.eval.every):
-        metrics |= await loop.evaluate()
-      _watch(metrics, config.log)
-      writer.write(first_step + done, metrics)
-      if _due(done, config.log.dump_every):
-        dump(groups, loop.workdir / "rollouts" / f"step_{done:06d}.jsonl", loop.bench.chat)
-      if last or _due(done, config.checkpoint.every):
-        checkpoints.save(done, loop.state, host={"stage": "rl"}, iterator=loop.questions)
-      bar.set_postfix(reward=f"{metrics.get('rollout/reward_mean', 0):.2f}",
-                      tools=f"{metrics.get('rollout/tool_attempt_rate', 0):.2f}",
-                      prefixes=int(metrics["axpo/prefixes"]))
-      bar.update()
+    try:
+      while loop.steps_done < config.rl.steps:
+        batch, metrics = await loop.step(collected)
+        done = loop.steps_done
+        last = done == config.rl.steps
+        if last or _due(done, config.eval.every):
+          await ahead.settle()
+          metrics |= await loop.evaluate()
+        _watch(metrics, config.log)
+        writer.write(first_step + done, metrics)
+        if _due(done, config.log.dump_every):
+          dump(batch.groups, loop.workdir / "rollouts" / f"step_{done:06d}.jsonl", loop.bench.chat)
+        if last or _due(done, config.checkpoint.every):
+          trained.set_state(batch.position)
+          checkpoints.save(done, loop.state, host={"stage": "rl"}, iterator=trained)
+        bar.set_postfix(reward=f"{metrics.get('rollout/reward_mean', 0):.2f}",
+                        tools=f"{metrics.get('rollout/tool_attempt_rate', 0):.2f}",
+                        prefixes=int(metrics["axpo/prefixes"]))
+        bar.update()
+    finally:
+      await ahead.close()
 
 
 def _due(step: int, every: int) -> bool:

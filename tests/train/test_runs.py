@@ -349,8 +349,41 @@ def test_step_without_any_rollout_changes_nothing(
   policy = config.model.checkpoint
   loop = rl.Loop(config, build.workbench(config), policy, tmp_path)
   before = jax.tree.map(np.asarray, loop.state.params)
-  groups, metrics = asyncio.run(loop.step())
-  assert [len(group.rollouts) for group in groups] == [0, 0]
+  batch, metrics = asyncio.run(loop.step(lambda: loop.collect(0)))
+  assert [len(group.rollouts) for group in batch.groups] == [0, 0]
   assert metrics["rollout/failed"] == 2
   assert loop.steps_done == 1
   jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, loop.state.params))
+
+
+def test_rollouts_ahead_are_bounded_and_a_resume_skips_no_question(
+    overrides, one_device, tmp_path, monkeypatch):
+  """With staleness 2: lag at most 2; died between checkpoints, each question is trained on once."""
+  ahead = {"stages": ("rl",), "rollout__staleness": 2, "log__dump_every": 1}
+  strict = {"stages": ("rl",), "log__dump_every": 1}
+  experiment.run(micro(overrides, **strict), tmp_path / "strict")
+  update = rl.Loop.update
+
+  def dying(self, groups):
+    if self.steps_done == 3:
+      raise InterruptedError("the machine is gone")
+    return update(self, groups)
+
+  monkeypatch.setattr(rl.Loop, "update", dying)
+  with pytest.raises(InterruptedError):
+    experiment.run(micro(overrides, **ahead), tmp_path / "ahead")
+  assert [line["step"] for line in read_metrics(tmp_path / "ahead")] == [0, 1, 2, 3]
+  monkeypatch.setattr(rl.Loop, "update", update)
+  experiment.run(micro(overrides, **ahead), tmp_path / "ahead")
+  lines = read_metrics(tmp_path / "ahead")
+  assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+  assert max(line["rollout/lag_max"] for line in lines[1:]) in (1, 2)
+  assert all(line["rollout/lag_max"] <= 2 for line in lines[1:])
+  for step in range(1, 5):
+    assert _asked(tmp_path / "ahead", step) == _asked(tmp_path / "strict", step)
+  assert all(line["rollout/lag_max"] == 0 for line in read_metrics(tmp_path / "strict")[1:])
+
+
+def _asked(workdir, step) -> list[str]:
+  lines = (workdir / "rl" / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()
+  return list(dict.fromkeys(json.loads(line)["question_id"] for line in lines))
