@@ -154,15 +154,15 @@ def save_checkpoint_hf(
   if leader and path.exists() and any(path.iterdir()):
     raise FileExistsError(f"{path} is not empty; save to a new folder or remove it first")
   state = nnx.state(params, nnx.Param) if isinstance(params, nnx.Module) else params
-  leaves = {_names(p): v for p, v in jax.tree_util.tree_flatten_with_path(state)[0]}
+  leaves = by_path(state)
   table = name_table(config)
-  shards = _plan_shards(table, jnp.dtype(dtype), max_shard_bytes)
+  shards = plan_shards(table, jnp.dtype(dtype), max_shard_bytes)
   staging = path.with_name(path.name + ".partial")
   if leader:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
   for file, members in shards.items():
-    tensors = {e.name: e.to_hf(_fetch(leaves[e.path], e.layer, dtype)) for e in members}
+    tensors = {e.name: e.to_hf(fetch(leaves[e.path], e.layer, dtype)) for e in members}
     if leader:
       save_file(tensors, staging / file, metadata={"format": "pt"})
   if leader:
@@ -349,11 +349,31 @@ def _names(path) -> Path_:
 # Saving ---------------------------------------------------------------------------------------
 
 
-def _fetch(leaf: jax.Array, layer: int | None, dtype: str) -> np.ndarray:
+def by_path(params: nnx.State) -> dict[Path_, jax.Array]:
+  """The parameters by the paths that `Entry.path` names."""
+  return {_names(p): v for p, v in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+
+def fetch(leaf: jax.Array, layer: int | None, dtype: str) -> np.ndarray:
+  """One layer of a parameter (all of it if it is not stacked), whole, on this host.
+
+  In a run of several processes all of them must call this, in the same order.
+  """
   value = leaf.astype(dtype) if layer is None else _take_layer(leaf, layer, dtype)
   if not value.is_fully_addressable:
     return multihost_utils.process_allgather(value, tiled=True)
   return np.asarray(value)
+
+
+def gather(leaf: jax.Array, layer: int | None, dtype: str) -> jax.Array:
+  """`fetch`, left on the devices: each of them holds all of it."""
+  value = leaf.astype(dtype) if layer is None else _take_layer(leaf, layer, dtype)
+  whole = jax.sharding.NamedSharding(value.sharding.mesh, jax.sharding.PartitionSpec())
+  return jax.jit(_same, out_shardings=whole)(value)
+
+
+def _same(x: jax.Array) -> jax.Array:
+  return x
 
 
 # The layer is traced: as a Python integer in an index it would be one compilation a layer.
@@ -362,7 +382,7 @@ def _take_layer(stacked: jax.Array, layer: int, dtype: str) -> jax.Array:
   return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False).astype(dtype)
 
 
-def _plan_shards(table: list[Entry], dtype: np.dtype, limit: int) -> dict[str, list[Entry]]:
+def plan_shards(table: list[Entry], dtype: np.dtype, limit: int) -> dict[str, list[Entry]]:
   """File name -> its tensors, filled in order; a tensor larger than the limit has its own file."""
   groups: list[list[Entry]] = [[]]
   room = limit
@@ -395,7 +415,7 @@ def _write_rest(folder: Path, config, dtype, shards, tokenizer_from) -> None:
 
 def iter_hf(params: nnx.State, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
   """(checkpoint name, tensor) of every parameter, in its own dtype; also fits gradients."""
-  leaves = {_names(p): v for p, v in jax.tree_util.tree_flatten_with_path(params)[0]}
+  leaves = by_path(params)
   for entry in name_table(config):
     leaf = leaves[entry.path]
-    yield entry.name, entry.to_hf(_fetch(leaf, entry.layer, str(leaf.dtype)))
+    yield entry.name, entry.to_hf(fetch(leaf, entry.layer, str(leaf.dtype)))

@@ -1,25 +1,36 @@
 """A very small random policy, a plain reference for it, and the engines that must agree with both.
 
-`engine` is what every engine implementation is held to: another one joins by a new value of its
-parameter, serving the same weights.
+`subject` is what every engine implementation is held to: another one joins by a new value of
+`_served`'s parameter, serving the same weights. The SGLang engine is tested against a real server.
 """
 
 import asyncio
 import dataclasses
-import hashlib
+import json
+import pathlib
+import warnings
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
+from PIL import Image
 
+from axpo_jax.model import hf
 from axpo_jax.model.config import ModelConfig, TextConfig, VisionConfig
-from axpo_jax.model.images import ProcessedImage
+from axpo_jax.model.images import ImageLimits, ImageProcessor, ProcessedImage
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.model.vision_inputs import mrope_positions, pack_images
 from axpo_jax.rollout.embedded import EmbeddedConfig, EmbeddedEngine
 from axpo_jax.rollout.engine import Engine, SampleRequest, SamplingParams
+from axpo_jax.rollout.fleet import FleetConfig
+from axpo_jax.rollout.sglang_engine import SGLangConfig, SGLangEngine
+from axpo_jax.rollout.sidecar import Sidecar, SidecarError, SidecarSpec
+from axpo_jax.rollout.sidecar.environment import find_python
+from axpo_jax.rollout.weight_push import PushConfig
 
 PAD, START, END = 2, 0, 1
 BANNED = (PAD, 3)  # no policy may draw image or video pads
@@ -97,10 +108,19 @@ class Reference:
 
 @dataclasses.dataclass
 class Subject:
-  """An engine under test with a cache that starts empty, and the reference it must agree with."""
+  """An engine under test with a cache that starts empty, and the reference it must agree with.
+
+  Attributes:
+    seeded: whether a sample depends on its seed alone.
+    recomputed: prompt tokens that every sample computes although they are cached.
+    batches_share: whether different prompts that arrive together share their beginnings.
+  """
 
   engine: Engine
   reference: Reference
+  seeded: bool = True
+  recomputed: int = 0
+  batches_share: bool = True
   length: int = LENGTH
   picture: tuple[int, ...] = (START, PAD, END)  # how an image stands in a prompt
 
@@ -122,12 +142,76 @@ def reference() -> Reference:
   return Reference()
 
 
-@pytest.fixture(scope="session", params=["embedded"])
-def _served(request, reference) -> Subject:
-  assert request.param == "embedded"
-  return Subject(
-    EmbeddedEngine(CONFIG, reference.graphdef, reference.params, config=ENGINE), reference
-  )
+@pytest.fixture(scope="session", params=["embedded", "sglang"])
+def _served(request, reference):
+  if request.param == "embedded":
+    engine = EmbeddedEngine(CONFIG, reference.graphdef, reference.params, config=ENGINE)
+    yield Subject(engine, reference)
+    return
+  connect, server = request.getfixturevalue("connect"), request.getfixturevalue("server")
+  engine = connect(server.urls)
+  # SGLang's CPU server has no deterministic inference, and always computes a prompt's last token.
+  yield Subject(engine, reference, seeded=False, recomputed=1, batches_share=False)
+  asyncio.run(engine.close())
+
+
+@pytest.fixture(scope="session")
+def start_servers(reference, tmp_path_factory) -> Callable[..., Sidecar]:
+  """start_servers(count): real SGLang servers of the reference's weights, not started yet."""
+  try:
+    find_python("cpu")
+  except SidecarError as error:
+    warnings.warn(f"NO TEST RAN AGAINST A REAL SGLANG SERVER: {error}", stacklevel=1)
+    pytest.skip(str(error))
+  checkpoint = tmp_path_factory.mktemp("served") / "checkpoint"
+  hf.save_checkpoint_hf(checkpoint, reference.params, CONFIG)
+  _write_processor(checkpoint)
+
+  def make(count: int = 1, **fields) -> Sidecar:
+    spec = SidecarSpec(
+      model=str(checkpoint), device="cpu", servers=count, port=0, context_length=128, max_running=8,
+      max_total_tokens=4096, extra_env={"OMP_NUM_THREADS": "1"}, **fields)
+    return Sidecar(spec, tmp_path_factory.mktemp("sidecar"))
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def server(start_servers):
+  """One server that all tests share; they leave it running."""
+  with start_servers() as sidecar:
+    yield sidecar
+
+
+@pytest.fixture(scope="session")
+def connect(tmp_path_factory):
+  """connect(urls, push={}, fleet={}, **fields): an SGLang engine."""
+  def make(urls, push=None, fleet=None, **fields) -> SGLangEngine:
+    push = PushConfig(**{"folder": str(tmp_path_factory.mktemp("push")), "dtype": "float32",
+                         "shard_bytes": 50_000, **(push or {})})
+    fleet = FleetConfig(**{"probe_s": 0.5, "deadline_s": 60.0, **(fleet or {})})
+    return SGLangEngine(urls, CONFIG, SGLangConfig(push=push, fleet=fleet, length=LENGTH, **fields))
+
+  return make
+
+
+def _write_processor(folder: pathlib.Path) -> None:
+  """What a server needs beside the weights: a tokenizer of as many words, and image sizes."""
+  special = {"<|vision_start|>": START, "<|vision_end|>": END, "<|image_pad|>": PAD, "<|video_pad|>": 3}
+  words = {f"w{i}": i for i in range(CONFIG.text.vocab_size) if i not in special.values()} | special
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w9"))
+  tokenizer.add_special_tokens(list(special))
+  tokenizer.save(str(folder / "tokenizer.json"))
+  files = {
+    "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast",
+                              "chat_template": "{{ messages[0]['content'] }}"},
+    "preprocessor_config.json": {
+      "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4, "temporal_patch_size": 2,
+      "merge_size": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+      "size": {"shortest_edge": 64, "longest_edge": 65536}},
+  }
+  for name, fields in files.items():
+    (folder / name).write_text(json.dumps(fields))
 
 
 @pytest.fixture
@@ -149,11 +233,12 @@ def embedded(reference):
 
 @pytest.fixture(scope="session")
 def image():
-  """image(seed, h, w): random patches on an h x w grid."""
+  """image(seed, h, w): random pixels on an h x w grid of patches."""
+  processor = ImageProcessor(4, 2, 2, [0.5] * 3, [0.5] * 3)
+
   def make(seed: int, h: int = 4, w: int = 6) -> ProcessedImage:
-    patches = np.random.default_rng([seed, h, w]).normal(size=(h * w, CONFIG.vision.patch_dim))
-    patches = patches.astype(np.float32)
-    return ProcessedImage(patches, (h, w), None, hashlib.sha256(patches.tobytes()).hexdigest())
+    pixels = np.random.default_rng([seed, h, w]).integers(0, 256, (4 * h, 4 * w, 3), np.uint8)
+    return processor(Image.fromarray(pixels), ImageLimits(16, 16 * h * w))
 
   return make
 

@@ -1,0 +1,389 @@
+"""The engine whose samples come from SGLang servers.
+
+In: sample requests and, now and then, the trainer's weights. Out: samples drawn by servers that
+hold exactly these weights. Starting and restarting servers is somebody else's work (see sidecar.py):
+here a server is a base URL.
+
+What goes wrong with one server is not the caller's business: the request is asked again elsewhere,
+a few times and within a deadline. What cannot be mended is a typed error: `RequestError` for a request
+that no server can serve, `ServerError` when several tries failed, `NoServer` when there was nobody to
+ask. A sample that was returned was counted as we count and drawn from one known version.
+
+Seeds: each sample is a request with its own `sampling_seed`, which SGLang heeds only with
+--enable-deterministic-inference. Without it samples differ from run to run.
+
+Shared prompts: requests with one prompt that arrive together (the rollouts of a question, the
+resamples of a prefix) would each compute it, since none has left it in the cache yet. The first of
+them lets the server prefill the prompt, then all are sent. `cached_tokens` of the first tells what
+that prefill found in the cache, so sums over samples are what was really saved.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from axpo_jax.model.config import ModelConfig
+from axpo_jax.rollout import sglang_wire as wire
+from axpo_jax.rollout import weight_push
+from axpo_jax.rollout.background import LoopThread
+from axpo_jax.rollout.engine import (
+  EngineClosed,
+  EngineStats,
+  RequestError,
+  Sample,
+  SampleRequest,
+  check_request,
+)
+from axpo_jax.rollout.fleet import Fleet, FleetConfig, Member
+from axpo_jax.rollout.image_sender import ImageSender
+from axpo_jax.rollout.sglang_api import LoadError, Server, ServerError
+from axpo_jax.rollout.weight_push import Push, PushConfig, PushFolder
+
+# Requests with one prompt that arrive within so many seconds share its prefill.
+_GATHER_S = 0.003
+_CONTROL_S = 60.0  # limit of calls that do next to nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class SGLangConfig:
+  """How servers are used. All times in seconds.
+
+  Attributes:
+    length: expanded tokens of the longest sequence; at most the servers' --context-length.
+    push: how weights get to the servers.
+    fleet: deadlines, health checks and concurrency.
+    request_s: limit of one request to one server.
+    attempts: servers that a request is tried on before it fails.
+    drain_s: how long an update waits for running samples before it aborts them; they are then drawn
+      again from the new weights. 0 aborts at once.
+    load_s: limit of one server's loading.
+    verify: compare checksums of the servers' tensors after each push. Switch it off for servers that
+      quantise their weights.
+    api_key: bearer token of the servers; empty for none.
+    image_folder: folder that the servers see under the same path: images are sent as paths into it.
+      Empty: they are sent with each request.
+    image_cache_bytes: encoded images that are kept.
+  """
+
+  push: PushConfig
+  length: int = 24_576
+  fleet: FleetConfig = FleetConfig()  # noqa: RUF009 - frozen
+  request_s: float = 600.0
+  attempts: int = 3
+  drain_s: float = 120.0
+  load_s: float = 600.0
+  verify: bool = True
+  api_key: str = ""
+  image_folder: str = ""
+  image_cache_bytes: int = 1 << 30
+
+  def __post_init__(self):
+    for name in ("length", "request_s", "attempts", "load_s"):
+      if getattr(self, name) <= 0:
+        raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+    if self.drain_s < 0:
+      raise ValueError(f"drain_s must be 0 or more, got {self.drain_s}")
+
+
+class SGLangEngine:
+  """See the module docstring. Implements `rollout.engine.Engine`; use it from any event loop.
+
+  Nothing can be sampled before the first `update_weights`: whatever checkpoint a server was
+  started with, only weights that the trainer pushed count.
+
+  Args:
+    urls: base URLs of the servers; they may come up later.
+    model_config: sizes and token ids.
+    config: see SGLangConfig.
+  """
+
+  def __init__(self, urls: Sequence[str], model_config: ModelConfig, config: SGLangConfig):
+    self.config, self._model = config, model_config
+    self._folder = PushFolder(config.push, model_config)
+    self._images = ImageSender(config.image_folder, config.image_cache_bytes)
+    self._stats = EngineStats()
+    self._push: Push | None = None
+    self._sums: dict[frozenset[str], dict[str, str]] = {}  # of the current push, by tensor names
+    self._closed = False
+    self.retries = 0  # requests asked again because a server failed
+    servers = [Server(url, config.api_key) for url in urls]
+    self._fleet = Fleet(servers, config.fleet, self._install,
+                        lambda: self._push.tag if self._push else None)
+    self._locks = {member: asyncio.Lock() for member in self._fleet.members}
+    self._updating = asyncio.Lock()
+    self._loop = LoopThread("sglang-client")
+    self._loop.start(self._begin()).result()
+
+  async def _begin(self) -> None:
+    self._fleet.watch()
+
+  # ---- the protocol ----
+
+  async def generate(self, request: SampleRequest) -> list[Sample]:
+    """See `Engine.generate`.
+
+    Raises:
+      ServerError: `attempts` servers failed; the last one's error.
+      NoServer: there was no server to ask within the fleet's deadline.
+    """
+    self._check_open()
+    check_request(request, self._model.image_token_id, self.config.length)
+    wire.check_ids(request, self._model.text.vocab_size)
+    if self._push is None:
+      raise RequestError("there are no weights to sample from: call update_weights first")
+    self._stats.requests += 1
+    return await self._run(self._generate(request))
+
+  async def update_weights(self, params: Any, version: int) -> None:
+    """See `Engine.update_weights`. All processes of a run call it; the first talks to the servers.
+
+    Raises:
+      WrongParameters: `params` do not belong to the model; the old ones stay.
+      NoServer: no server took the weights within the fleet's deadline.
+    """
+    self._check_open()
+    await self._run(self._update(params, version))
+
+  async def health(self) -> bool:
+    return not self._closed and await self._run(self._healthy())
+
+  def stats(self, *, reset: bool = False) -> EngineStats:
+    stats = dataclasses.replace(self._stats)
+    if reset:
+      self._stats = EngineStats()
+    return stats
+
+  async def close(self) -> None:
+    """See `Engine.close`. The servers go on; the files of the pushed weights are removed."""
+    if not self._closed:
+      self._closed = True
+      await asyncio.to_thread(self._loop.stop)
+      self._folder.remove_all()
+      self._images.close()
+
+  @property
+  def last_push(self) -> Push | None:
+    """What `update_weights` wrote last: its size, the share that changed, the time it took."""
+    return self._push
+
+  def fleet_metrics(self) -> dict[str, float]:
+    """For a step's log: servers in, how often one went out, requests that were asked again."""
+    return {
+      "servers_in": float(sum(map(self._fleet.is_in, self._fleet.members))),
+      "servers_lost": float(self._fleet.times_out),
+      "retries": float(self.retries),
+    }
+
+  def _check_open(self) -> None:
+    if self._closed:
+      raise EngineClosed("the engine is closed; build a new one")
+
+  async def _run(self, coroutine) -> Any:
+    """On the engine's loop; what `close` cancels there fails with EngineClosed here."""
+    async def guarded():
+      try:
+        return await coroutine
+      except asyncio.CancelledError:
+        if self._closed:
+          raise EngineClosed("the engine was closed while the request waited or ran") from None
+        raise
+
+    return await self._loop.run(guarded())
+
+  async def _healthy(self) -> bool:
+    members = self._fleet.members
+    if any(map(self._fleet.is_in, members)):
+      return True
+    checks = [m.server.healthy(self.config.fleet.probe_timeout_s) for m in members]
+    return any(await asyncio.gather(*checks))
+
+  # ---- samples ----
+
+  async def _generate(self, request: SampleRequest) -> list[Sample]:
+    images = await self._images.encode(request.images)
+    tasks = [asyncio.create_task(self._sample(request, seed, images)) for seed in request.seeds]
+    try:
+      return [await task for task in tasks]
+    except BaseException:
+      for task in tasks:
+        task.cancel()
+      await asyncio.gather(*tasks, return_exceptions=True)
+      raise
+
+  async def _sample(self, request: SampleRequest, seed: int, images: Sequence[str]) -> Sample:
+    """One sample, from whichever server gives a sound one."""
+    failures = 0
+    while True:
+      async with self._fleet.lease(request.session) as member:
+        try:
+          return await self._draw(member, self._push, request, seed, images)
+        except ServerError as error:
+          # An abort while weights change is our own doing.
+          if not (isinstance(error, wire.Aborted) and not self._fleet.gate_is_open):
+            self._fleet.take_out(member, error)
+            failures += 1
+          if failures >= self.config.attempts:
+            raise
+          self.retries += 1
+
+  async def _draw(self, member: Member, push: Push, request: SampleRequest, seed: int,
+                  images: Sequence[str]) -> Sample:
+    found = await self._share_prefill(member, push, request, images)
+    reply = wire.read(await self._ask(member, wire.payload(
+      request, seed, images, self.config.length)), request, push.tag)
+    logprobs = reply.logprobs
+    if wire.needs_score(request.params):
+      score = await self._ask(member, wire.score_payload(request, reply, images))
+      logprobs = wire.corrected(score, request, reply, push.tag)
+    cached = reply.cached_tokens if found is None else min(found, reply.cached_tokens)
+    sample = wire.sample(request, reply, logprobs, cached, push.version)
+    self._count(request, sample)
+    return sample
+
+  async def _ask(self, member: Member, payload: dict[str, Any]) -> dict[str, Any]:
+    return await member.call(member.server.generate(payload, self.config.request_s))
+
+  async def _share_prefill(self, member: Member, push: Push, request: SampleRequest,
+                           images: Sequence[str]) -> int | None:
+    """Waits for the prefill of a prompt that other requests bring at this moment.
+
+    Returns what was cached before it to the request that led, None to all others.
+    """
+    key = (request.ids, tuple(image.key for image in request.images))
+    group = member.prefills.get(key)
+    if group is not None:
+      group.size += 1
+      await group.done.wait()
+      return None
+    group = member.prefills[key] = _Group()
+    try:
+      await asyncio.sleep(_GATHER_S)
+      if group.size == 1:
+        return None
+      reply = await self._ask(member, wire.prefill_payload(request, images))
+      return wire.read_prefill(reply, request, push.tag)
+    finally:
+      del member.prefills[key]
+      group.done.set()
+
+  def _count(self, request: SampleRequest, sample: Sample) -> None:
+    stats = self._stats
+    stats.samples += 1
+    stats.prompt_tokens += sample.prompt_tokens
+    stats.cached_tokens += sample.cached_tokens
+    stats.prefill_tokens_computed += sample.prompt_tokens - sample.cached_tokens
+    stats.decode_tokens += len(sample.ids)
+    stats.images_encoded += wire.images_to_encode(
+      request, sample.cached_tokens, self._model.image_token_id)
+
+  # ---- weights ----
+
+  async def _update(self, params: Any, version: int) -> None:
+    async with self._updating:
+      self._fleet.close_gate()
+      try:
+        # Meanwhile the last samples under the old weights are drawn.
+        push = await asyncio.to_thread(self._folder.write, params, version)
+        await self._fleet.drain(self.config.drain_s)
+        await asyncio.to_thread(weight_push.barrier, "samples drained")
+        self._push, self._sums = push, {}
+        await self._fleet.install_all()
+      finally:
+        if self._push is not None:
+          await self._fleet.open_gate()
+      await asyncio.to_thread(weight_push.barrier, "weights installed")
+      self._folder.remove_old()
+      self._images.trim()
+
+  async def _install(self, member: Member) -> None:
+    """Loads the current push into a server and verifies it. A server that fails stays paused: it
+    answers nobody until it holds weights that we know."""
+    async with self._locks[member]:
+      push, server = self._push, member.server
+      if jax.process_index():
+        await self._wait_for_first_process(member, push)
+        return
+      before = (member.tag, member.sums)
+      member.tag = member.sums = None
+      await self._check_flags(server)
+      await server.pause(_CONTROL_S)
+      if before[0] == push.tag:
+        await server.flush(_CONTROL_S)
+        sums = before[1]
+      else:
+        await self._load(server, push, before[0])
+        sums = await self._verify(server, push, *before) if self.config.verify else None
+      await server.resume(_CONTROL_S)
+      member.tag, member.sums = push.tag, sums
+
+  async def _load(self, server: Server, push: Push, held: str | None) -> None:
+    """Base and delta, or the delta alone where the base is there already."""
+    folders = [push.base, *([push.delta] if push.delta else [])]
+    if push.delta and held in push.tags_of_base:
+      folders = [push.delta]
+    for folder in folders:
+      tag = push.tag if folder == folders[-1] else f"{push.tag}/base"
+      await server.load(str(folder), tag, self.config.load_s)
+    found = await server.weight_tag(_CONTROL_S)
+    if found != push.tag:
+      raise LoadError(f"{server.url} reports weights {found!r} after loading {push.tag!r}")
+
+  async def _check_flags(self, server: Server) -> None:
+    """Raises LoadError for a server that was started with flags that cannot work."""
+    info, length, dtype = await server.info(_CONTROL_S), self.config.length, self.config.push.dtype
+    room = info.get("context_length") or length + 1
+    if room <= length:
+      raise LoadError(f"{server.url} has a context of {room} tokens, sequences have up to {length}: "
+                      "start it with a larger --context-length")
+    if dtype == "float32" and info.get("dtype") != "float32":
+      raise LoadError(f"{server.url} runs in {info.get('dtype')} and weights come in float32: start "
+                      "it with --dtype float32, or push bfloat16")
+
+  async def _verify(self, server: Server, push: Push, tag: str | None,
+                    before: dict[str, str] | None) -> dict[str, str]:
+    """The server's checksums, if they say that it holds the push.
+
+    `/update_weights_from_disk` skips what it does not know and still succeeds. So: the server's
+    tensors are those of the model, exactly those that the push changed have changed, and servers
+    with one layout agree in all of them.
+    """
+    sums = await server.checksums(self.config.load_s)
+    found = frozenset(key.partition("/")[2] for key in sums if key.endswith((".weight", ".bias")))
+    _agree(f"{server.url} holds other tensors than the model", found, self._folder.server_names)
+    if before is not None and tag == push.previous:
+      changed = frozenset(key.partition("/")[2] for key in sums if sums[key] != before.get(key))
+      _agree(f"{server.url} did not take the push as written", changed,
+             weight_push.server_names(push.changed))
+    first = self._sums.setdefault(frozenset(sums), sums)
+    _agree(f"{server.url} and another server hold different weights",
+           frozenset(sums.items()), frozenset(first.items()))
+    return sums
+
+  async def _wait_for_first_process(self, member: Member, push: Push) -> None:
+    """The first process of a run loads the weights; the others look until they are there."""
+    try:
+      async with asyncio.timeout(self.config.load_s):
+        while await member.server.weight_tag(_CONTROL_S) != push.tag:
+          await asyncio.sleep(self.config.fleet.probe_s / 10)
+    except TimeoutError as error:
+      raise LoadError(f"{member.server.url} has no {push.tag!r} after {self.config.load_s:g} s") from error
+    member.tag = push.tag
+
+
+@dataclasses.dataclass
+class _Group:
+  """Requests with one prompt that arrived together."""
+
+  size: int = 1
+  done: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+
+
+def _agree(what: str, found: frozenset, wanted: frozenset) -> None:
+  if wrong := found ^ wanted:
+    some = ", ".join(map(str, sorted(wrong)[:5]))
+    raise LoadError(f"{what}: {len(wrong)} differ ({some})")

@@ -1,0 +1,326 @@
+"""The trainer's weights as files in a folder that the servers read.
+
+In: the trainer's parameters, sharded over devices and perhaps over processes. Out: a `Push`: folders
+of safetensors shards under Hugging Face's names, and what changed since the push before. The folder
+lies where trainer and servers both see it: tmpfs on one machine, NFS or a bucket mount on several.
+
+A push is a base (every tensor) and perhaps a delta (the tensors that differ from the base). The
+next push compares each tensor with what was written last, in the written dtype, and writes those
+that differ: with a frozen tower, or a few trained layers, that is a part of the model; when all
+of them differ, which is usual for full training, the delta is complete and becomes the new base. A
+server that holds any push of this base loads the delta alone; a new one loads base, then delta. No
+tensor is split: SGLang's `/update_weights_from_disk` takes some of the tensors, never a part of one.
+
+Shards are written by a few threads, each of which holds one shard: there is no second copy of
+the model in host memory. In a run of several processes all of them call `write`; a tensor is gathered
+on the devices and each shard fetched and written by one process.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import pathlib
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from axpo_jax.model import hf
+from axpo_jax.model.config import ModelConfig
+
+_PREFIX = "weights-"
+
+
+class WrongParameters(ValueError):
+  """Parameters that do not belong to the engine's model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PushConfig:
+  """How weights are written.
+
+  Attributes:
+    folder: a folder of its own for this run, which trainer and servers see under this path. What an
+      earlier run left in it is removed.
+    dtype: of the written tensors. "bfloat16" unless the servers run in float32.
+    skip_vision: leave the vision tower out: it is frozen, and the servers started with it.
+    delta: compare with the last push and write only what changed (reads that push once more).
+    shard_bytes: size of a file.
+    writers: files written at once; each holds `shard_bytes` (for a moment twice) of host memory.
+  """
+
+  folder: str
+  dtype: str = "bfloat16"
+  skip_vision: bool = False
+  delta: bool = True
+  shard_bytes: int = 1 << 30
+  writers: int = 4
+
+  def __post_init__(self):
+    if not self.folder:
+      raise ValueError("folder is empty: name one that trainer and servers both see")
+    if self.dtype not in ("bfloat16", "float32"):
+      raise ValueError(f"dtype={self.dtype!r}: servers load 'bfloat16' or 'float32'")
+    if self.shard_bytes < 1 or self.writers < 1:
+      raise ValueError(f"shard_bytes={self.shard_bytes} and writers={self.writers} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Push:
+  """Weights on disk.
+
+  Attributes:
+    version: the trainer's number.
+    tag: what the servers call them; no two different weights share one, over restarts too.
+    base: folder with every tensor.
+    delta: folder with the tensors that differ from the base; None: none does.
+    previous: tag of the push before; None for the first.
+    tags_of_base: of the pushes that have this base: a server that holds one needs only the delta.
+    changed: names of the tensors that changed since the push before; all of them if unknown.
+    changed_share: share of their values that changed since then.
+    bytes_written: by all processes.
+    seconds: that writing took.
+  """
+
+  version: int
+  tag: str
+  base: pathlib.Path
+  delta: pathlib.Path | None
+  previous: str | None
+  tags_of_base: frozenset[str]
+  changed: frozenset[str]
+  changed_share: float
+  bytes_written: int
+  seconds: float
+
+
+class PushFolder:
+  """Writes pushes, and removes those that nobody needs any more.
+
+  Args:
+    config: see PushConfig.
+    model_config: sizes; what the tensors are called.
+  """
+
+  def __init__(self, config: PushConfig, model_config: ModelConfig):
+    self.config, self._model = config, model_config
+    self._root = pathlib.Path(config.folder)
+    self._table = [entry for entry in hf.name_table(model_config)
+                   if not (config.skip_vision and entry.path[0] == "vision")]
+    self._shards = hf.plan_shards(self._table, jnp.dtype(config.dtype), config.shard_bytes)
+    self._shapes = {path: leaf.shape
+                    for path, leaf in hf.by_path(hf.abstract_params(model_config)).items()}
+    # What a server must hold, in its own names; the tower too where pushes leave it out.
+    self.server_names = server_names(entry.name for entry in hf.name_table(model_config))
+    self._latest: dict[str, pathlib.Path] = {}  # tensor -> the file that holds it
+    self._last: Push | None = None
+    self._begun = False
+
+  def write(self, params: nnx.State, version: int) -> Push:
+    """Writes `params` and returns what servers must load. Blocks; call it in all processes.
+
+    The folders appear complete or not at all. Weights that equal the last push in every tensor
+    write nothing and keep its tag.
+
+    Raises:
+      WrongParameters: paths or shapes are not those of the model.
+      OSError: the folder cannot be written.
+    """
+    begin = time.perf_counter()
+    leaves = self._checked(params)
+    self._begin_run()
+    tag = f"{version}-{_shared_nonce()}"
+    staging = self._root / f"{_PREFIX}{tag}.partial"
+    staging.mkdir(parents=True, exist_ok=True)
+    written = self._write_shards(leaves, staging)
+    barrier("weights written")
+    parts = [_Part.from_json(file.read_text()) for file in sorted(staging.glob("*.json"))]
+    barrier("weights listed")
+    push = self._finish(staging, tag, version, parts, time.perf_counter() - begin)
+    assert written <= push.bytes_written
+    self._last = push
+    return push
+
+  def remove_old(self) -> None:
+    """Removes every push but the last, once no server reads them."""
+    if self._last is None or jax.process_index():
+      return
+    kept = {self._last.base, self._last.delta}
+    for folder in self._root.glob(f"{_PREFIX}*"):
+      if folder not in kept:
+        shutil.rmtree(folder, ignore_errors=True)
+
+  def remove_all(self) -> None:
+    """Removes what this run wrote."""
+    if self._begun and not jax.process_index():
+      for folder in self._root.glob(f"{_PREFIX}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+  def _begin_run(self) -> None:
+    if not self._begun:
+      self._root.mkdir(parents=True, exist_ok=True)
+      self._begun = True
+      self.remove_all()  # of a run that ended without cleaning up
+      barrier("push folder empty")
+
+  def _checked(self, params: nnx.State) -> dict:
+    leaves = hf.by_path(params)
+    found = {path: leaf.shape for path, leaf in leaves.items()}
+    if found != self._shapes:
+      wrong = [f"{'.'.join(path)}: {found.get(path)} instead of {self._shapes.get(path)}"
+               for path in sorted(found.keys() | self._shapes.keys())
+               if found.get(path) != self._shapes.get(path)]
+      raise WrongParameters(f"{len(wrong)} parameters are not the model's: {'; '.join(wrong[:5])}")
+    return leaves
+
+  def _write_shards(self, leaves: dict, staging: pathlib.Path) -> int:
+    """Writes this process's shards; returns their bytes."""
+    places = threading.Semaphore(self.config.writers)  # shards in host memory
+    with concurrent.futures.ThreadPoolExecutor(self.config.writers) as pool:
+      jobs = []
+      for number, (file, entries) in enumerate(self._shards.items()):
+        mine = number % jax.process_count() == jax.process_index()
+        if mine:
+          places.acquire()
+        values = [_fetch(leaves[entry.path], entry.layer, self.config.dtype, mine)
+                  for entry in entries]
+        if mine:
+          job = pool.submit(self._write_shard, staging / file, entries, values)
+          job.add_done_callback(lambda _: places.release())
+          jobs.append(job)
+        del values
+      return sum(job.result() for job in jobs)
+
+  def _write_shard(self, file: pathlib.Path, entries: list[hf.Entry], values: list) -> int:
+    """The tensors of one shard that changed, and beside them what changed, as JSON."""
+    part, kept = _Part(), {}
+    for place, entry in enumerate(entries):
+      tensor = entry.to_hf(values[place])
+      values[place] = None  # the shard's memory moves over, tensor by tensor
+      different = self._different(entry.name, tensor)
+      part.values += tensor.size
+      part.changed_values += different
+      if different:
+        part.changed.append(entry.name)
+      if different or self._in_delta(entry.name):
+        kept[entry.name] = tensor
+        part.kept.append(entry.name)
+        part.bytes += tensor.nbytes
+    if kept:
+      save_file(kept, file, metadata={"format": "pt"})
+    file.with_suffix(".json").write_text(part.to_json())
+    return part.bytes
+
+  def _different(self, name: str, tensor: np.ndarray) -> int:
+    """Number of values that differ from the last push, bit by bit; all of them without one."""
+    if not (self.config.delta and name in self._latest):
+      return tensor.size
+    with safe_open(self._latest[name], framework="numpy") as handle:
+      before = handle.get_tensor(name)
+    bits = np.dtype(f"u{tensor.itemsize}")
+    return int(np.count_nonzero(tensor.view(bits) != before.view(bits)))
+
+  def _in_delta(self, name: str) -> bool:
+    """What once left the base stays in the delta, even if it equals the base again: servers may
+    hold the other value."""
+    delta = self._last.delta if self._last else None
+    return delta is not None and self._latest[name].parent == delta
+
+  def _finish(self, staging, tag, version, parts, seconds) -> Push:
+    """From the staged shards to the push; the same in all processes."""
+    last = self._last
+    changed = frozenset(name for part in parts for name in part.changed)
+    kept = frozenset(name for part in parts for name in part.kept)
+    numbers = dict(
+      version=version, previous=last.tag if last else None, changed=changed, seconds=seconds,
+      changed_share=sum(p.changed_values for p in parts) / sum(p.values for p in parts),
+      bytes_written=sum(part.bytes for part in parts))
+    if last is not None and not changed:
+      if not jax.process_index():
+        shutil.rmtree(staging, ignore_errors=True)
+      return dataclasses.replace(last, **numbers)
+    folder = self._root / f"{_PREFIX}{tag}"
+    if not jax.process_index():
+      staging.rename(folder)
+    barrier("weights in place")
+    for file, entries in self._shards.items():
+      self._latest |= {entry.name: folder / file for entry in entries if entry.name in kept}
+    if len(kept) == len(self._table):
+      return Push(tag=tag, base=folder, delta=None, tags_of_base=frozenset({tag}), **numbers)
+    return Push(tag=tag, base=last.base, delta=folder, tags_of_base=last.tags_of_base | {tag},
+                **numbers)
+
+
+@dataclasses.dataclass
+class _Part:
+  """What one shard of a push holds; travels between processes as JSON beside the shard."""
+
+  values: int = 0
+  changed_values: int = 0
+  bytes: int = 0
+  changed: list[str] = dataclasses.field(default_factory=list)
+  kept: list[str] = dataclasses.field(default_factory=list)
+
+  def to_json(self) -> str:
+    return json.dumps(dataclasses.asdict(self))
+
+  @classmethod
+  def from_json(cls, text: str) -> _Part:
+    return cls(**json.loads(text))
+
+
+def _fetch(leaf: jax.Array, layer: int | None, dtype: str, mine: bool) -> np.ndarray | None:
+  """One layer of a parameter on this host if it is `mine`; all processes must ask."""
+  if leaf.is_fully_addressable:
+    return hf.fetch(leaf, layer, dtype) if mine else None
+  gathered = hf.gather(leaf, layer, dtype)
+  return np.asarray(gathered.addressable_data(0)) if mine else None
+
+
+def _shared_nonce() -> str:
+  """Random hexadecimal digits, the same in all processes."""
+  number = secrets.randbits(31)
+  if jax.process_count() > 1:
+    number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+  return f"{number:08x}"
+
+
+def barrier(name: str) -> None:
+  """Waits for all processes of the run."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+# What a server calls them ----------------------------------------------------------------------
+
+# SGLang fuses these matrices; a fused tensor changes when any of its parts does.
+_FUSED = {
+  "self_attn.q_proj": "self_attn.qkv_proj", "self_attn.k_proj": "self_attn.qkv_proj",
+  "self_attn.v_proj": "self_attn.qkv_proj", "mlp.gate_proj": "mlp.gate_up_proj",
+  "mlp.up_proj": "mlp.gate_up_proj", "attn.qkv": "attn.qkv_proj",
+}  # fmt: skip
+
+
+def server_name(name: str) -> str:
+  """The parameter of SGLang's model that the checkpoint's tensor `name` ends up in."""
+  name = name.removeprefix("model.").replace("language_model.", "model.", 1)
+  head, _, kind = name.rpartition(".")
+  for part, whole in _FUSED.items():
+    if head.endswith(f".{part}"):
+      head = head.removesuffix(part) + whole
+  return f"{head}.{kind}"
+
+
+def server_names(names: Iterable[str]) -> frozenset[str]:
+  return frozenset(map(server_name, names))
