@@ -4,9 +4,10 @@ In: servers, the weights they must hold, and sessions that ask for one. Out: lea
 is up and holds those weights. Everything runs on one event loop.
 
 A server is *in* while it answers and its weights were verified by us. It goes out when a call or two
-health checks in a row fail; calls that it still owes an answer are ended, so that a frozen process
-delays a request by seconds and not by its whole time limit. Its watcher then looks every
-`probe_s` whether it is back (whoever restarted it), gives it the current weights and lets it in.
+health checks in a row fail. If it does not answer at all, calls that it owes an answer are ended, so
+that a frozen process delays a request by seconds and not by its whole time limit. Its watcher then
+looks every `probe_s` whether it is back (whoever restarted it), gives it the current weights and lets
+it in.
 
 Routing is sticky: a session stays where its first request went, since there its prefix is cached;
 new sessions go to the server with the fewest sessions at work. The episode's session is its
@@ -25,7 +26,7 @@ from typing import Any
 
 from absl import logging
 
-from axpo_jax.rollout.sglang_api import Server, ServerError
+from axpo_jax.rollout.sglang_api import Server, ServerError, Unreachable
 
 _SESSIONS_KEPT = 65_536
 
@@ -90,16 +91,12 @@ class Member:
     try:
       return await asyncio.shield(task)
     except asyncio.CancelledError:
-      if task.cancelled():  # by `drop_calls`; else our caller gave up
+      if task.cancelled():  # by `Fleet.take_out`; else our caller gave up
         raise ServerError(f"{self.server.url} went out: {self.why_out}") from None
       task.cancel()
       raise
     finally:
       self.calls.discard(task)
-
-  def drop_calls(self) -> None:
-    for task in self.calls:
-      task.cancel()
 
 
 class Fleet:
@@ -136,13 +133,15 @@ class Fleet:
     wanted = self._wanted()
     return member.why_out is None and wanted is not None and member.tag == wanted
 
-  def take_out(self, member: Member, error: BaseException | str) -> None:
-    """The member gets no more requests and owes no more answers, until its watcher lets it in."""
+  def take_out(self, member: Member, error: Exception) -> None:
+    """The member gets no more requests until its watcher lets it in again."""
     if member.why_out is None:
       member.why_out = str(error)
       self.times_out += 1
       logging.warning("server %s is out: %s", member.server.url, error)
-    member.drop_calls()
+    if isinstance(error, Unreachable):  # else the answers to others may be sound
+      for task in member.calls:
+        task.cancel()
 
   async def let_in(self, member: Member) -> None:
     member.why_out = None
@@ -265,9 +264,25 @@ class Fleet:
     try:
       await self._install(member)
     except ServerError as error:
-      self.take_out(member, f"weights: {error}")
+      self.take_out(member, error)
 
   # ---- watching ----
+
+  async def while_alive(self, member: Member, coroutine: Coroutine) -> Any:
+    """Awaits a long call, and ends it with Unreachable if the server freezes meanwhile."""
+    task, misses = asyncio.ensure_future(coroutine), 0
+    try:
+      while not (await asyncio.wait([task], timeout=self.config.probe_s))[0]:
+        try:
+          await member.server.weight_tag(self.config.probe_timeout_s)
+          misses = 0
+        except ServerError as error:
+          misses += 1
+          if misses >= self.config.misses:
+            raise Unreachable(f"{member.server.url} froze: {error}") from error
+      return task.result()
+    finally:
+      task.cancel()
 
   async def _watch(self, member: Member) -> None:
     misses = 0
@@ -277,16 +292,26 @@ class Fleet:
           await self._try_revive(member)
           misses = 0
         elif self.is_in(member):
-          misses = 0 if await member.server.healthy(self.config.probe_timeout_s) else misses + 1
-          # Weights may have begun to load while the check ran: paused servers do not answer.
-          if misses >= self.config.misses and self.is_in(member) and self.gate_is_open:
-            self.take_out(member, f"{misses} health checks failed")
+          misses = 0 if await self._looks_well(member) else misses + 1
+        elif self.gate_is_open and self._wanted() is not None:
+          await self._try_revive(member)  # an update was cancelled before it came to this one
       except Exception as error:  # a watcher must outlive whatever its server does
         logging.exception("watcher of %s", member.server.url)
-        self.take_out(member, repr(error))
+        self.take_out(member, error)
+      if misses >= self.config.misses:
+        self.take_out(member, Unreachable(f"{misses} health checks failed"))
       with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(member.look.wait(), self.config.probe_s)
       member.look.clear()
+
+  async def _looks_well(self, member: Member) -> bool:
+    """Whether it answers and holds what we gave it. A restarted server that lost it goes out."""
+    wanted, well = self._wanted(), await member.server.healthy(self.config.probe_timeout_s)
+    if not (self.is_in(member) and self.gate_is_open):
+      return True  # weights began to load meanwhile: a paused server does not answer
+    if well and await member.server.weight_tag(self.config.probe_timeout_s) != wanted == member.tag:
+      self.take_out(member, ServerError("it was restarted and lost its weights"))
+    return well
 
   async def _try_revive(self, member: Member) -> None:
     try:

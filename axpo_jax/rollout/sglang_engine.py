@@ -64,7 +64,9 @@ class SGLangConfig:
     load_s: limit of one server's loading.
     verify: compare checksums of the servers' tensors after each push. Switch it off for servers that
       quantise their weights.
-    api_key: bearer token of the servers; empty for none.
+    router_url: SGLang's router in front of the servers, if one runs: it chooses who samples, and
+      weights still go to each server. Empty: requests go to the servers, sticky by session.
+    api_key: bearer token of the servers and the router; empty for none.
     image_folder: folder that the servers see under the same path: images are sent as paths into it.
       Empty: they are sent with each request.
     image_cache_bytes: encoded images that are kept.
@@ -78,6 +80,7 @@ class SGLangConfig:
   drain_s: float = 120.0
   load_s: float = 600.0
   verify: bool = True
+  router_url: str = ""
   api_key: str = ""
   image_folder: str = ""
   image_cache_bytes: int = 1 << 30
@@ -114,6 +117,7 @@ class SGLangEngine:
     servers = [Server(url, config.api_key) for url in urls]
     self._fleet = Fleet(servers, config.fleet, self._install,
                         lambda: self._push.tag if self._push else None)
+    self._router = Server(config.router_url, config.api_key) if config.router_url else None
     self._locks = {member: asyncio.Lock() for member in self._fleet.members}
     self._updating = asyncio.Lock()
     self._loop = LoopThread("sglang-client")
@@ -224,9 +228,10 @@ class SGLangEngine:
           return await self._draw(member, self._push, request, seed, images)
         except ServerError as error:
           # An abort while weights change is our own doing.
-          if not (isinstance(error, wire.Aborted) and not self._fleet.gate_is_open):
-            self._fleet.take_out(member, error)
+          if self._fleet.gate_is_open or not isinstance(error, wire.Aborted):
             failures += 1
+            if self._router is None:  # else nobody knows which server it was
+              self._fleet.take_out(member, error)
           if failures >= self.config.attempts:
             raise
           self.retries += 1
@@ -246,7 +251,8 @@ class SGLangEngine:
     return sample
 
   async def _ask(self, member: Member, payload: dict[str, Any]) -> dict[str, Any]:
-    return await member.call(member.server.generate(payload, self.config.request_s))
+    server = self._router or member.server
+    return await member.call(server.generate(payload, self.config.request_s))
 
   async def _share_prefill(self, member: Member, push: Push, request: SampleRequest,
                            images: Sequence[str]) -> int | None:
@@ -316,13 +322,13 @@ class SGLangEngine:
         await server.flush(_CONTROL_S)
         sums = before[1]
       else:
-        await self._load(server, push, before[0])
-        sums = await self._verify(server, push, *before) if self.config.verify else None
+        sums = await self._fleet.while_alive(member, self._load(server, push, *before))
       await server.resume(_CONTROL_S)
       member.tag, member.sums = push.tag, sums
 
-  async def _load(self, server: Server, push: Push, held: str | None) -> None:
-    """Base and delta, or the delta alone where the base is there already."""
+  async def _load(self, server: Server, push: Push, held: str | None,
+                  before: dict[str, str] | None) -> dict[str, str] | None:
+    """Loads base and delta, or the delta alone where the base is there already; then verifies."""
     folders = [push.base, *([push.delta] if push.delta else [])]
     if push.delta and held in push.tags_of_base:
       folders = [push.delta]
@@ -332,10 +338,12 @@ class SGLangEngine:
     found = await server.weight_tag(_CONTROL_S)
     if found != push.tag:
       raise LoadError(f"{server.url} reports weights {found!r} after loading {push.tag!r}")
+    return await self._verify(server, push, held, before) if self.config.verify else None
 
   async def _check_flags(self, server: Server) -> None:
     """Raises LoadError for a server that was started with flags that cannot work."""
-    info, length, dtype = await server.info(_CONTROL_S), self.config.length, self.config.push.dtype
+    info = await server.info(self.config.fleet.probe_timeout_s)  # and a first sign of life
+    length, dtype = self.config.length, self.config.push.dtype
     room = info.get("context_length") or length + 1
     if room <= length:
       raise LoadError(f"{server.url} has a context of {room} tokens, sequences have up to {length}: "

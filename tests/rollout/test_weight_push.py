@@ -1,0 +1,225 @@
+"""Pushes on disk: what is written, what is left out, and who writes it."""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from axpo_jax.model import hf, sharding
+from axpo_jax.rollout.sidecar.spec import free_port
+from axpo_jax.rollout.weight_push import PushConfig, PushFolder, WrongParameters, server_name
+
+LAST = ("text", "layers", "down", "kernel")  # a stacked parameter: one tensor a layer
+DOWN = frozenset(f"model.language_model.layers.{i}.mlp.down_proj.weight" for i in range(3))
+
+
+def tensors(*folders) -> dict[str, np.ndarray]:
+  """Of all files in the folders; later ones win, as on a server."""
+  out = {}
+  for folder in filter(None, folders):
+    for file in sorted(pathlib.Path(folder).glob("*.safetensors")):
+      with safe_open(file, framework="numpy") as handle:
+        out |= {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+  return out
+
+
+def expected(params, model_config, dtype) -> dict[str, np.ndarray]:
+  return {name: tensor.astype(dtype) for name, tensor in hf.iter_hf(params, model_config)}
+
+
+def assert_equal(found, wanted):
+  assert found.keys() == wanted.keys()
+  for name, tensor in wanted.items():
+    np.testing.assert_array_equal(found[name], tensor, err_msg=name)
+
+
+def changed(params, path, change):
+  """`params` with one parameter changed."""
+  target = hf.by_path(params)[path]
+  return jax.tree.map(lambda leaf: change(leaf) if leaf is target else leaf, params)
+
+
+@pytest.fixture
+def folder(tmp_path, model_config):
+  """folder(**PushConfig fields): a PushFolder in a fresh place."""
+  def make(**fields) -> PushFolder:
+    fields = {"dtype": "float32", "shard_bytes": 30_000, "writers": 2, **fields}
+    return PushFolder(PushConfig(str(tmp_path / "pushed"), **fields), model_config)
+
+  return make
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_push_holds_every_tensor_under_its_name(folder, reference, model_config, dtype):
+  push = folder(dtype=dtype).write(reference.params, 4)
+  wanted = expected(reference.params, model_config, np.dtype(dtype))
+  assert_equal(tensors(push.base), wanted)
+  assert (push.version, push.delta, push.previous, push.changed_share) == (4, None, None, 1.0)
+  assert push.changed == wanted.keys() and push.tag.startswith("4-")
+  assert push.bytes_written == sum(tensor.nbytes for tensor in wanted.values())
+  files = sorted(push.base.glob("*.safetensors"))
+  assert len(files) > 3 and not list(push.base.parent.glob("*.partial"))
+  biggest = max(tensor.nbytes for tensor in wanted.values())
+  assert max(file.stat().st_size for file in files) < max(30_000, biggest) + 10_000
+
+
+def test_sharded_parameters_are_written_whole(folder, reference, model_config):
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+  shardings = sharding.param_shardings(
+    hf.abstract_params(model_config), mesh, sharding.DEFAULT_RULES)
+  spread = jax.device_put(reference.params, shardings)
+  assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(spread))
+  push = folder().write(spread, 0)
+  assert_equal(tensors(push.base), expected(reference.params, model_config, np.float32))
+
+
+def test_what_did_not_change_is_not_written_again(folder, reference, model_config):
+  pushes = folder()
+  first = pushes.write(reference.params, 0)
+  params = changed(reference.params, LAST, lambda x: x.at[1, :5, 0].add(1.0))
+  second = pushes.write(params, 1)
+  name = "model.language_model.layers.1.mlp.down_proj.weight"
+  assert second.base == first.base and tensors(second.delta).keys() == {name} == second.changed
+  total = sum(leaf.size for leaf in jax.tree.leaves(params))
+  assert second.changed_share == pytest.approx(5 / total)
+  assert second.previous == first.tag and second.tags_of_base == {first.tag, second.tag}
+  assert_equal(tensors(second.base, second.delta), expected(params, model_config, np.float32))
+
+
+def test_a_tensor_that_returns_to_the_base_is_sent_once_more(folder, reference, model_config):
+  """A server may hold the value in between."""
+  pushes = folder()
+  pushes.write(reference.params, 0)
+  pushes.write(changed(reference.params, LAST, lambda x: x + 1), 1)
+  back = pushes.write(reference.params, 2)
+  assert back.changed == DOWN == tensors(back.delta).keys()
+  still = pushes.write(changed(reference.params, ("text", "norm", "scale"), lambda x: x * 2), 3)
+  assert still.changed == {"model.language_model.norm.weight"}
+  assert tensors(still.delta).keys() == DOWN | still.changed
+  pushes.remove_old()
+  assert set(still.base.parent.iterdir()) == {still.base, still.delta}
+  assert tensors(still.base, still.delta).keys() == expected(
+    reference.params, model_config, np.float32).keys()
+
+
+def test_a_delta_of_everything_is_the_new_base(folder, reference):
+  pushes = folder()
+  pushes.write(reference.params, 0)
+  push = pushes.write(jax.tree.map(lambda x: x * 2 + 1, reference.params), 1)
+  assert push.delta is None and push.changed_share == 1 and push.tags_of_base == {push.tag}
+  pushes.remove_old()
+  assert list(push.base.parent.iterdir()) == [push.base]
+
+
+def test_equal_weights_keep_their_tag(folder, reference, model_config):
+  pushes = folder()
+  first = pushes.write(reference.params, 0)
+  again = pushes.write(reference.params, 1)
+  assert (again.version, again.tag, again.base) == (1, first.tag, first.base)
+  assert again.changed_share == again.bytes_written == 0
+  whole = dataclasses.replace(pushes.config, delta=False)
+  pushes = PushFolder(whole, model_config)
+  assert pushes.write(reference.params, 0).tag != pushes.write(reference.params, 0).tag
+
+
+def test_changes_below_the_written_resolution_do_not_count(folder, reference):
+  """bfloat16 has 8 bits of mantissa: of values that grow by 2^-12, one in 16 changes its rounding."""
+  pushes = folder(dtype="bfloat16")
+  pushes.write(reference.params, 0)
+  grown = jax.tree.map(lambda x: x * (1 + 2.0**-12), reference.params)
+  push = pushes.write(grown, 1)
+  total = different = 0
+  for old, new in zip(jax.tree.leaves(reference.params), jax.tree.leaves(grown), strict=True):
+    total += old.size
+    different += np.count_nonzero(np.asarray(old).astype(ml_dtypes.bfloat16)
+                                  != np.asarray(new).astype(ml_dtypes.bfloat16))
+  assert push.changed_share == different / total and 0 < push.changed_share < 0.15
+
+
+def test_a_frozen_tower_is_left_out(folder, reference):
+  names = tensors(folder(skip_vision=True).write(reference.params, 0).base).keys()
+  assert names and not [name for name in names if "visual" in name]
+
+
+def test_what_an_earlier_run_left_is_removed(folder, reference):
+  old = folder().write(reference.params, 0)
+  (old.base.parent / "weights-9-dead.partial").mkdir()
+  new = folder()
+  push = new.write(reference.params, 0)
+  assert list(old.base.parent.iterdir()) == [push.base] and push.tag != old.tag
+  new.remove_all()
+  assert not list(old.base.parent.iterdir())
+
+
+def test_parameters_of_another_model_are_refused(folder, reference):
+  params = changed(reference.params, LAST, lambda x: x[:, :, 1:])
+  with pytest.raises(WrongParameters, match=r"text\.layers\.down\.kernel: \(3, 48, 31\)"):
+    folder().write(params, 0)
+
+
+@pytest.mark.parametrize("wrong", [{"folder": ""}, {"dtype": "float16"}, {"writers": 0}], ids=str)
+def test_configs_that_cannot_work(wrong):
+  with pytest.raises(ValueError, match=next(iter(wrong))):
+    PushConfig(**{"folder": "x", **wrong})
+
+
+def test_names_on_the_server():
+  """As a running server listed them."""
+  for name, theirs in {
+    "model.language_model.layers.2.self_attn.k_proj.weight": "model.layers.2.self_attn.qkv_proj.weight",
+    "model.language_model.layers.0.mlp.up_proj.weight": "model.layers.0.mlp.gate_up_proj.weight",
+    "model.language_model.embed_tokens.weight": "model.embed_tokens.weight",
+    "model.visual.blocks.1.attn.qkv.bias": "visual.blocks.1.attn.qkv_proj.bias",
+    "model.visual.deepstack_merger_list.0.norm.weight": "visual.deepstack_merger_list.0.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+  }.items():
+    assert server_name(name) == theirs
+
+
+PROCESS = """
+import sys
+import jax
+port, rank, out, repo = sys.argv[1:]
+sys.path.insert(0, repo)
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
+import jax.numpy as jnp
+from axpo_jax.model import hf, sharding
+from axpo_jax.rollout.weight_push import PushConfig, PushFolder
+from tests.rollout.conftest import CONFIG
+mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 1})
+params = hf.load_params(out + "/saved", CONFIG, mesh=mesh, rules=sharding.DEFAULT_RULES)
+assert any(not leaf.is_fully_addressable for leaf in jax.tree.leaves(params))
+pushes = PushFolder(PushConfig(out + "/pushed", dtype="float32", shard_bytes=30_000), CONFIG)
+push = pushes.write(params, 3)
+again = pushes.write(jax.tree.map(lambda x: x + 1, params), 4)
+pushes.remove_old()
+print("TAG", push.tag, again.tag, len(again.changed), push.bytes_written)
+"""
+
+
+def test_two_processes_write_each_shard_once(reference, model_config, tmp_path):
+  hf.save_checkpoint_hf(tmp_path / "saved", reference.params, model_config)
+  repo = pathlib.Path(__file__).parents[2]
+  port = str(free_port("127.0.0.1"))
+  processes = [subprocess.Popen(
+    [sys.executable, "-c", PROCESS, port, str(rank), str(tmp_path), str(repo)], text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"})
+    for rank in range(2)]
+  outputs = [process.communicate(timeout=240)[0] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+  (said,) = {line for out in outputs for line in out.splitlines() if line.startswith("TAG")}
+  tag, names = said.split()[2], int(said.split()[3])
+  grown = jax.tree.map(lambda x: jnp.asarray(x) + 1, reference.params)
+  wanted = expected(grown, model_config, np.float32)
+  assert_equal(tensors(tmp_path / "pushed" / f"weights-{tag}"), wanted)
+  assert names == len(wanted)
+  assert int(said.split()[4]) == sum(tensor.nbytes for tensor in wanted.values())
