@@ -13,6 +13,7 @@ from ml_collections.config_dict import FieldReference, placeholder
 STAGES = ("sft", "rl", "eval")
 DATA_SOURCES = ("jsonl", "parquet", "miniworld")
 ALGORITHMS = ("axpo", "grpo")
+ENGINES = ("embedded", "sglang")
 ASSETS = pathlib.Path(__file__).parent / "assets"
 
 
@@ -84,6 +85,15 @@ def validate(config: ConfigDict) -> None:
   if "rl" in config.stages and longest > config.batch.length:
     raise ConfigError(f"an episode of config.agent.max_total_tokens={longest} tokens does not fit a "
                       f"row of config.batch.length={config.batch.length}: raise the latter")
+  if config.rollout.engine not in ENGINES:
+    raise ConfigError(f"config.rollout.engine={config.rollout.engine!r}; choose one of {ENGINES}")
+  if config.rollout.engine == "sglang" and longest > config.rollout.sglang.length:
+    raise ConfigError(f"an episode of config.agent.max_total_tokens={longest} tokens does not fit "
+                      f"config.rollout.sglang.length={config.rollout.sglang.length}: raise the latter")
+  if (config.rollout.engine == "sglang" and not config.rollout.urls and not model.checkpoint
+      and config.stages[0] != "sft"):
+    raise ConfigError("servers start from a checkpoint folder: set config.model.checkpoint, or name "
+                      "running ones in config.rollout.urls")
   if config.rollout.staleness < 0:
     raise ConfigError(f"config.rollout.staleness={config.rollout.staleness} must be 0 or more")
   if config.rl.algorithm not in ALGORITHMS:
@@ -166,7 +176,7 @@ def _agent() -> ConfigDict:
 
 def _rollout() -> ConfigDict:
   return ConfigDict(dict(
-    engine="embedded",
+    engine="embedded",        # in this process; or sglang: servers, see docs/sidecar.md
     temperature=1.0,          # [paper]
     top_p=1.0,
     top_k=0,                  # 0 = off
@@ -182,6 +192,38 @@ def _rollout() -> ConfigDict:
       max_running=32,         # sequences decoded at once
       decode_block=16,        # tokens between two looks at who has finished
       dtype="bfloat16",       # of the engine's parameters and KV cache
+    )),
+    # SGLang servers that run already. Empty: the run starts its own, as `sidecar` says. A key for
+    # them is read from the environment (AXPO_SIDECAR_API_KEY).
+    urls=(),
+    sglang=ConfigDict(dict(
+      length=24_576,          # tokens of the longest sequence; servers need a larger context
+      push_folder="",         # trainer and servers both see it (tmpfs, NFS); "" = in the workdir
+      push_dtype="bfloat16",  # of the pushed weights; float32 for servers that run in float32
+      push_delta=True,        # write only the tensors that changed
+      verify=True,            # compare the servers' checksums after each push
+      image_folder="",        # both see it: images go as files; "" = within each request
+      request_s=600.0,        # seconds one request may take at one server
+      attempts=3,             # servers a request is tried on
+      drain_s=120.0,          # seconds an update waits for running samples; then they are redrawn
+      load_s=600.0,           # seconds a server may take to load weights
+      fleet=ConfigDict(dict(
+        max_concurrent=64,    # requests at one server at once
+        deadline_s=300.0,     # seconds a request waits for any server that is up
+        probe_s=5.0,          # seconds between two looks at a server
+        probe_timeout_s=20.0, # seconds until a look counts as failed
+        misses=2,             # failed looks in a row that take a server out
+      )),
+    )),
+    # Fields of rollout.sidecar.SidecarSpec for the servers that a run starts itself.
+    sidecar=ConfigDict(dict(
+      device="cuda",          # or cpu: the real server, slowly
+      servers=1,
+      tensor_parallel=1,      # GPUs of one server
+      gpus=(),                # their ids; () = 0, 1, ...
+      mem_fraction=0.8,       # of a GPU's memory, for weights and KV cache
+      max_total_tokens=0,     # of the KV cache; 0 = what mem_fraction leaves
+      max_running=64,         # sequences decoded at once
     )),
   ))
 

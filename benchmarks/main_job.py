@@ -243,7 +243,7 @@ def _calls(times: Sequence[Times], threads: int) -> str:
 @contextlib.contextmanager
 def _engine(config, bench, params) -> Iterator[tuple[build.Engine, asyncio.Runner]]:
   with asyncio.Runner() as runner:
-    engine = build.engine(config, bench, params)
+    engine = build.engine(config, bench, params, (), pathlib.Path(tempfile.gettempdir()))
     try:
       yield engine, runner
     finally:

@@ -34,6 +34,9 @@ def get_config() -> ConfigDict:
   c.agent.max_total_tokens = 512
   c.agent.max_images = 4
   c.rollout.embedded.update(rows=256, length=512, max_running=128, decode_block=16, dtype="float32")
+  # With --config.rollout.engine=sglang: a real server, on the CPU.
+  c.rollout.sglang.update(length=512, push_dtype="float32")
+  c.rollout.sidecar.update(device="cpu", max_total_tokens=32_768, max_running=32)
   c.batch.update(rows=8, length=512, image_rows=16, logprob_chunk=4096)
 
   c.sft.update(source="teacher", steps=200, examples=32, max_length=512, freeze_vision=False)

@@ -4,9 +4,11 @@ Each function reads one section of the configuration and says which field is wro
 """
 
 import asyncio
+import contextlib
 import dataclasses
+import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import jax
@@ -31,7 +33,12 @@ from axpo_jax.model.images import ImageLimits, ImageProcessor
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.rollout.embedded import EmbeddedConfig, EmbeddedEngine
 from axpo_jax.rollout.engine import Engine, SamplingParams
+from axpo_jax.rollout.fleet import FleetConfig
+from axpo_jax.rollout.sglang_engine import SGLangConfig, SGLangEngine
+from axpo_jax.rollout.sidecar.spec import API_KEY_VARIABLE, SidecarError, SidecarSpec
+from axpo_jax.rollout.sidecar.supervisor import Sidecar
 from axpo_jax.rollout.teacher_engine import TeacherEngine
+from axpo_jax.rollout.weight_push import PushConfig
 from axpo_jax.train import examples, seeds
 from axpo_jax.train.batch import Batch, batch_shards
 from axpo_jax.train.collect import Actor
@@ -122,13 +129,47 @@ def actor(config: ConfigDict, bench: Workbench, engine: Engine, *, evaluation: b
     system_prompt=_PROMPTS.get(agent.system_prompt, agent.system_prompt))
 
 
-def engine(config: ConfigDict, bench: Workbench, params: nnx.State) -> Engine:
-  """The sampler that the config names, holding a copy of `params` as version 0."""
-  if config.rollout.engine != "embedded":
-    raise ConfigError(f"config.rollout.engine={config.rollout.engine!r}: there is 'embedded'")
-  return EmbeddedEngine(
-    bench.model_config, bench.graphdef, params, config=EmbeddedConfig(**config.rollout.embedded),
-    mesh=bench.mesh, rules=bench.rules)
+@contextlib.contextmanager
+def servers(config: ConfigDict, policy: str, folder: pathlib.Path) -> Iterator[tuple[str, ...]]:
+  """URLs of the SGLang servers: those that the config names, or else some of our own, which start
+  with the policy's checkpoint and stop at the end. None where the engine is another.
+
+  Raises:
+    ConfigError: they cannot be started; says what to install or to change.
+  """
+  section = config.rollout
+  if section.engine != "sglang" or section.urls:
+    yield tuple(section.urls)
+    return
+  with contextlib.ExitStack() as stack:
+    try:
+      spec = SidecarSpec(model=str(policy), port=0, context_length=section.sglang.length + 1,
+                         api_key=os.environ.get(API_KEY_VARIABLE, ""), **section.sidecar)
+      sidecar = stack.enter_context(Sidecar(spec, folder / "sidecar"))
+    except SidecarError as error:
+      raise ConfigError(f"config.rollout.sidecar: {error}") from error
+    yield tuple(sidecar.urls)
+
+
+def engine(config: ConfigDict, bench: Workbench, params: nnx.State, urls: Sequence[str],
+           folder: pathlib.Path) -> Engine:
+  """The sampler that the config names. Give it weights (`update_weights`) before anything else.
+
+  Args:
+    urls: of the servers, see `servers`.
+    folder: of the stage; weights are handed to servers through it unless the config names another.
+  """
+  if config.rollout.engine == "embedded":
+    return EmbeddedEngine(
+      bench.model_config, bench.graphdef, params, config=EmbeddedConfig(**config.rollout.embedded),
+      mesh=bench.mesh, rules=bench.rules)
+  s = config.rollout.sglang
+  push = PushConfig(folder=os.path.abspath(s.push_folder or folder / "push"), dtype=s.push_dtype,
+                    delta=s.push_delta, skip_vision=config.model.freeze_vision)
+  return SGLangEngine(urls, bench.model_config, SGLangConfig(
+    push=push, length=s.length, fleet=FleetConfig(**s.fleet), request_s=s.request_s,
+    attempts=s.attempts, drain_s=s.drain_s, load_s=s.load_s, verify=s.verify,
+    image_folder=s.image_folder, api_key=os.environ.get(API_KEY_VARIABLE, "")))
 
 
 def optimizer(section: ConfigDict, total_steps: int, freeze_vision: bool) -> Optimizer:

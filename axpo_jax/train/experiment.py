@@ -21,11 +21,15 @@ def _evaluate(config: ConfigDict, bench: build.Workbench, policy: str, root: pat
   if evaluate.measured(read_metrics(root), first_step):
     print(f"eval: done before, see {root / METRICS_FILE}")
     return policy
-  engine = build.engine(config, bench, build.load_params(bench, policy, config.seed))
-  with MetricsWriter(root, resume_step=first_step,
-                     tensorboard=config.log.tensorboard) as writer, asyncio.Runner() as runner:
-    writer.write(first_step, runner.run(evaluate.run(config, bench, engine)))
-    runner.run(engine.close())
+  params = build.load_params(bench, policy, config.seed)
+  with (build.servers(config, policy, root / "eval") as urls, asyncio.Runner() as runner,
+        MetricsWriter(root, resume_step=first_step, tensorboard=config.log.tensorboard) as writer):
+    engine = build.engine(config, bench, params, urls, root / "eval")
+    try:
+      runner.run(engine.update_weights(params, 0))
+      writer.write(first_step, runner.run(evaluate.run(config, bench, engine)))
+    finally:
+      runner.run(engine.close())
   return policy
 
 

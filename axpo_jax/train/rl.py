@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from absl import logging
@@ -75,7 +75,7 @@ class Loop:
   """One RL stage: everything that lives from step to step."""
 
   def __init__(self, config: ConfigDict, bench: build.Workbench, policy: str,
-               workdir: pathlib.Path):
+               workdir: pathlib.Path, urls: Sequence[str] = ()):
     self.config, self.bench, self.workdir = config, bench, workdir
     self.recipe = Recipe.from_config(config.rl)
     self.learner = Learner(
@@ -87,7 +87,7 @@ class Loop:
     self.reference = build.load_params(bench, policy, config.seed)
     self.state: TrainState = self.learner.init(copy_params(self.reference), config.seed)
     self.questions = build.question_batches(config)
-    self.engine = build.engine(config, bench, self.reference)
+    self.engine = build.engine(config, bench, self.reference, urls, workdir)
     self.actor = build.actor(config, bench, self.engine)
     self.steps_done = 0  # RL steps; each makes up to `rl.updates` optimizer steps
 
@@ -224,8 +224,10 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
       policy.
     first_step: metrics of RL step s are written as step first_step + s.
   """
-  loop = Loop(config, bench, policy, root / "rl")
-  with Checkpoints(loop.workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+  folder = root / "rl"
+  with (build.servers(config, policy, folder) as urls,
+        Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints):
+    loop = Loop(config, bench, policy, folder, urls)
     if checkpoints.latest() is not None:
       restored = checkpoints.restore(loop.learner.abstract_state(), iterator=loop.questions)
       loop.state, loop.steps_done = restored.state, restored.step
