@@ -145,7 +145,11 @@ def _data() -> ConfigDict:
       train_size=100_000,     # questions of the training splits (SFT and RL have one each)
       marks=(2, 4),           # least and greatest number of marks on a canvas
       large_share=0.5,        # questions whose glyph can be read without zooming
-      kinds=ConfigDict(dict(read=1.0)),  # mix of question kinds in the RL and evaluation splits
+      # Mix of the question families, everywhere.
+      families=ConfigDict(dict(perception=1.0, search=0.0, reasoning=0.0)),
+      # Mix of the perception family's kinds of questions in the RL and evaluation splits.
+      kinds=ConfigDict(dict(read=1.0)),
+      easy_share=0.5,         # reasoning questions that can be answered without computing
     )),
   ))
 
@@ -267,6 +271,7 @@ def _rl() -> ConfigDict:
       variant="grpo",         # or "cispo", with its bounds of the ratio:
       cispo_min_ratio=0.0, cispo_max_ratio=5.0,
       tis_cap=_optional(2.0),  # cap of the sampler-to-trainer importance weight; None = off
+      tis_mask=placeholder(float),  # leave out sequences further apart than this factor; None = off
       aggregation="token_mean",  # or "sequence_mean"
     )),
     # The fields of rl.recipes.ShapingConfig: rewards of neighbouring recipes, off in the paper's.
@@ -308,10 +313,12 @@ def _sft() -> ConfigDict:
     examples=128,             # trajectories a step
     max_length=20_480,        # longer trajectories are dropped whole [paper]
     freeze_vision=True,
-    # Mix of question kinds the teacher answers (miniworld).
+    # Mix of the perception family's kinds of questions that the teacher answers.
     kinds=ConfigDict(dict(read=1.0)),
-    # The scripted teacher's habits: fields of data.miniworld.teacher.TeacherConfig.
-    teacher=ConfigDict(dict(p_tool_small=0.45, p_tool_large=0.10)),
+    # The scripted teacher's habits: fields of data.miniworld.habits.TeacherConfig.
+    teacher=ConfigDict(dict(
+      p_tool_small=0.45, p_tool_large=0.10, p_search=0.40, p_stop_short=0.20, p_python_hard=0.45,
+      p_python_easy=0.10)),
     keep_wrong=False,         # [paper] keep only trajectories with the right answer
     optimizer=_optimizer(learning_rate=1e-5, schedule="cosine", warmup=0.1),
   ))

@@ -8,7 +8,6 @@ Legend: B rows, T tokens of a row, S sequences of a step.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping
 
@@ -40,6 +39,9 @@ class LossConfig:
     cispo_max_ratio: upper bound of CISPO's weight (5, as in arXiv 2510.13786).
     tis_cap: ours; cap of the token importance weight exp(old_logp - behaviour_logp) between trainer
       and sampler; None trusts the sampler and leaves the weight out.
+    tis_mask: ours; a sequence whose geometric mean of those ratios is above this, or below one over
+      it, gets weight 0 in the policy loss: the sampler and the trainer do not speak of one policy
+      there. Must be above 1 (2 is lenient); None: off.
     aggregation: ours; "token_mean" over every unmasked token of the step, or "sequence_mean".
   """
 
@@ -53,6 +55,7 @@ class LossConfig:
   cispo_min_ratio: float = 0.0
   cispo_max_ratio: float = 5.0
   tis_cap: float | None = 2.0
+  tis_mask: float | None = None
   aggregation: str = "token_mean"
 
   def __post_init__(self):
@@ -74,6 +77,8 @@ class LossConfig:
       raise ValueError(f"loss.dual_clip={self.dual_clip}; it must be > 1, or None for off.")
     if self.tis_cap is not None and self.tis_cap <= 0:
       raise ValueError(f"loss.tis_cap={self.tis_cap}; it must be > 0, or None for off.")
+    if self.tis_mask is not None and self.tis_mask <= 1:
+      raise ValueError(f"loss.tis_mask={self.tis_mask}; it must be > 1, or None for off.")
     if not 0 <= self.cispo_min_ratio <= self.cispo_max_ratio:
       raise ValueError(
         f"loss.cispo_min_ratio={self.cispo_min_ratio}, loss.cispo_max_ratio="
@@ -90,6 +95,10 @@ def policy_loss(
   weights: jax.Array,
   config: LossConfig,
   entropy: jax.Array | None = None,
+  *,
+  sequences: jax.Array | None = None,
+  lag: jax.Array | None = None,
+  max_lag: int = 0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Sum over tokens of weight * (-surrogate + beta * k3 - entropy bonus), to be minimised.
 
@@ -107,15 +116,19 @@ def policy_loss(
       arrays hold there (NaN included).
     config: see LossConfig.
     entropy: policy entropy of each token in nats; needed if entropy_coef is not 0, else logged.
+    sequences: int [B, T], number of the token's sequence within its row, from 0 to T; needed for
+      tis_mask.
+    lag: int, versions by which the weights that drew the token were behind those being trained.
+    max_lag: the gap to the sampler is also logged for every lag from 0 to this, if it is not 0.
 
   Returns:
-    The summed loss (f32 scalar) and metric sums (f32 scalars; see `zero_metrics`, `add_metrics`,
+    The summed loss (f32 scalar) and metric sums (f32 scalars; see `add_metrics` and
     `summarise`).
 
   Raises:
     ValueError: an array that the config needs is None.
   """
-  _check_inputs(config, ref_logp, entropy)
+  _check_inputs(config, ref_logp, entropy, sequences)
   weights = weights.astype(jnp.float32)
   mask = weights != 0
 
@@ -127,7 +140,9 @@ def policy_loss(
   behaviour_logp = clean(behaviour_logp)
   ratio = jnp.exp(jnp.clip(logp - old_logp, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
   surrogate, clipped = _SURROGATES[config.variant](ratio, logp, advantages, config)
-  tis, sampler_metrics = _sampler_correction(old_logp, behaviour_logp, mask, config)
+  gap = jnp.where(mask, old_logp - behaviour_logp, 0.0)
+  tis, sampler_metrics = _sampler_correction(gap, mask, sequences, config)
+  sampler_metrics |= _gap_metrics(old_logp, behaviour_logp, mask, lag, max_lag)
   per_token = -tis * surrogate
   totals = {"tokens": mask, "weight": weights, "policy_loss": -tis * surrogate * weights}
   totals |= {"ratio": ratio, "ratio_squared": ratio**2, **clipped, "advantage": advantages}
@@ -140,7 +155,7 @@ def policy_loss(
     entropy = clean(entropy)
     per_token -= config.entropy_coef * entropy
     totals["entropy"] = entropy
-  sums = {name: jnp.sum(jnp.where(mask, x, 0), dtype=jnp.float32) for name, x in totals.items()}
+  sums = _masked_sums(totals, mask)
   ratio_max = {"ratio_max": jnp.max(jnp.where(mask, ratio, 0.0), initial=0.0)}
   metrics = jax.lax.stop_gradient(sums | sampler_metrics | ratio_max)
   return jnp.sum(per_token * weights), metrics
@@ -185,53 +200,67 @@ def _cispo_surrogate(ratio, logp, advantages, config):
 _SURROGATES = {"grpo": _clipped_surrogate, "cispo": _cispo_surrogate}
 
 
-def _sampler_correction(old_logp, behaviour_logp, mask, config):
-  """Capped importance weight trainer / sampler, and sums that describe their gap.
-
-  The gap is between two computations under the *same* weights (old, not current), so it shows
-  numerics and staleness, not learning.
-  """
-  gap = old_logp - behaviour_logp
+def _sampler_correction(gap, mask, sequences, config):
+  """Importance weight trainer / sampler: capped by token, zero in sequences that drifted apart."""
   raw = jnp.exp(jnp.clip(gap, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
   cap = jnp.inf if config.tis_cap is None else config.tis_cap
   tis = jnp.ones_like(raw) if config.tis_cap is None else jnp.minimum(raw, cap)
+  totals = {"tis_capped": raw > cap}
+  if config.tis_mask is not None:
+    apart = jnp.abs(_sequence_means(gap, mask, sequences)) > math.log(config.tis_mask)
+    tis = jnp.where(apart, 0.0, tis)
+    totals["tis_masked"] = apart
+  sums = _masked_sums(totals | {"tis_weight": tis}, mask)
+  return jax.lax.stop_gradient(tis), sums
+
+
+def _sequence_means(x, mask, sequences):
+  """Every token's mean of `x` over the unmasked tokens of its sequence. All [B, T]."""
+  def of_row(x_T, mask_T, sequences_T):
+    def sums(values_T):
+      return jax.ops.segment_sum(values_T, sequences_T, num_segments=len(values_T) + 1)
+    mean_S = sums(jnp.where(mask_T, x_T, 0.0)) / jnp.maximum(sums(mask_T.astype(x_T.dtype)), 1.0)
+    return mean_S[sequences_T]
+
+  return jax.vmap(of_row)(x, mask, sequences)
+
+
+def _gap_metrics(old_logp, behaviour_logp, mask, lag, max_lag):
+  """Sums that describe how far trainer and sampler are apart.
+
+  Between two computations of the policy that sampled (old, not current), so at lag 0 they show
+  numerics alone, and above it how far the policy has moved.
+  """
+  gap = jnp.abs(old_logp - behaviour_logp)
   p, q = jnp.exp(old_logp), jnp.exp(behaviour_logp)
   totals = {
-    "tis_weight": tis,
-    "tis_capped": raw > cap,
-    "gap": gap,
-    "gap_abs": jnp.abs(gap),
+    "gap": old_logp - behaviour_logp,
+    "gap_abs": gap,
     "prob_trainer": p,
     "prob_sampler": q,
     "prob_trainer_squared": p * p,
     "prob_sampler_squared": q * q,
     "prob_product": p * q,
   }
-  sums = {name: jnp.sum(jnp.where(mask, x, 0), dtype=jnp.float32) for name, x in totals.items()}
-  sums["gap_abs_max"] = jnp.max(jnp.where(mask, jnp.abs(gap), 0.0), initial=0.0)
-  return jax.lax.stop_gradient(tis), sums
+  for k in range(max_lag + 1) if max_lag else ():
+    totals |= {f"gap_abs_lag_{k}": jnp.where(lag == k, gap, 0.0), f"tokens_lag_{k}": lag == k}
+  largest = {"gap_abs_max": jnp.max(jnp.where(mask, gap, 0.0), initial=0.0)}
+  return _masked_sums(totals, mask) | largest
 
 
-def _check_inputs(config, ref_logp, entropy):
+def _masked_sums(totals, mask):
+  return {name: jnp.sum(jnp.where(mask, x, 0), dtype=jnp.float32) for name, x in totals.items()}
+
+
+def _check_inputs(config, ref_logp, entropy, sequences):
+  if config.tis_mask is not None and sequences is None:
+    raise ValueError(f"loss.tis_mask={config.tis_mask} needs sequences; pass them or set it to None.")
   if config.kl_coef and ref_logp is None:
     raise ValueError(f"loss.kl_coef={config.kl_coef} needs ref_logp; pass it or set kl_coef=0.")
   if config.entropy_coef and entropy is None:
     raise ValueError(
       f"loss.entropy_coef={config.entropy_coef} needs the entropy; pass it or set entropy_coef=0."
     )
-
-
-def zero_metrics(
-  config: LossConfig, *, has_ref: bool = True, has_entropy: bool = True
-) -> dict[str, jax.Array]:
-  """What to start accumulating metric sums from: the keys of `policy_loss` for these inputs."""
-  x = jax.ShapeDtypeStruct((1,), jnp.float32)
-  _, sums = jax.eval_shape(
-    functools.partial(policy_loss, config=config),
-    *(x, x, x if has_ref else None, x, x, x),
-    entropy=x if has_entropy else None,
-  )
-  return {name: jnp.zeros((), jnp.float32) for name in sums}
 
 
 def add_metrics(a: Mapping, b: Mapping) -> dict:
@@ -279,6 +308,7 @@ _TOKEN_MEANS = {
   "train/advantage_nonzero_share": "advantage_nonzero",
   "train/tis_weight_mean": "tis_weight",
   "train/tis_capped_share": "tis_capped",
+  "train/tis_masked_share": "tis_masked",
   "train/logp_gap_mean": "gap",
   "train/logp_gap_abs_mean": "gap_abs",
 }
@@ -302,6 +332,10 @@ def summarise(sums: Mapping[str, float], denominator: float) -> dict[str, float]
   out["train/ratio_std"] = math.sqrt(max(spread, 0.0))
   out["train/ratio_max"] = sums["ratio_max"]
   out["train/logp_gap_abs_max"] = sums["gap_abs_max"]
+  for name in sums:
+    kind, _, lag = name.rpartition("_lag_")
+    if kind == "tokens" and sums[name]:
+      out[f"train/logp_gap_abs_mean/lag_{lag}"] = sums[f"gap_abs_lag_{lag}"] / sums[name]
   correlation = _pearson(sums, tokens)
   if correlation is not None:
     out["train/prob_pearson"] = correlation

@@ -16,7 +16,6 @@ from axpo_jax.rl.losses import (
   k3,
   policy_loss,
   summarise,
-  zero_metrics,
 )
 
 CONFIGS = {
@@ -72,9 +71,9 @@ def reference(config, x, logp):
   return total
 
 
-def run(config, x, **changes):
+def run(config, x, *, sequences=None, lag=None, max_lag=0, **changes):
   x = {n: None if v is None else jnp.asarray(v, jnp.float32) for n, v in (x | changes).items()}
-  return policy_loss(**x, config=config)
+  return policy_loss(**x, config=config, sequences=sequences, lag=lag, max_lag=max_lag)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -190,24 +189,49 @@ def test_micro_batches_add_up():
   config = LossConfig()
   whole_loss, whole = run(config, x)
   halves = [run(config, {n: v[rows] for n, v in x.items()}) for rows in (slice(2), slice(2, 4))]
-  total = zero_metrics(config)
-  for _, sums in halves:
-    total = add_metrics(total, sums)
+  total = add_metrics(*(sums for _, sums in halves))
   np.testing.assert_allclose(sum(float(h[0]) for h in halves), whole_loss, rtol=1e-5)
   assert total.keys() == whole.keys()
   for name in whole:
     np.testing.assert_allclose(total[name], whole[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_zero_metrics_has_the_keys_of_every_input():
-  x = batch()
-  for has_ref in (True, False):
-    for has_entropy in (True, False):
-      changes = {} if has_ref else {"ref_logp": None}
-      changes |= {} if has_entropy else {"entropy": None}
-      config = LossConfig(kl_coef=0.0)
-      want = run(config, x, **changes)[1]
-      assert zero_metrics(config, has_ref=has_ref, has_entropy=has_entropy).keys() == want.keys()
+def test_sequences_that_drifted_apart_get_no_policy_gradient():
+  """Two sequences a row; a NumPy loop says which of them are left out."""
+  config = LossConfig(kl_coef=0.0, tis_mask=1.2)
+  x = batch(shape=(6, 12))
+  sequences = np.repeat([[0] * 5 + [3] * 7], 6, axis=0)  # numbers need not be consecutive
+  loss, sums = run(config, x, sequences=jnp.asarray(sequences))
+  want, left_out = 0.0, 0
+  for row, number in np.ndindex(6, 2):
+    here = (row, np.flatnonzero((sequences[row] == (0, 3)[number]) & (x["weights"][row] != 0)))
+    gap = (x["old_logp"] - x["behaviour_logp"])[here]
+    if abs(gap.mean()) > math.log(1.2):
+      left_out += len(gap)
+      continue
+    for t in here[1]:
+      want += x["weights"][row, t] * reference_token(
+        config, *(x[n][row, t] for n in ("logp", "logp", "old_logp", "ref_logp", "behaviour_logp",
+                                         "advantages", "entropy")))
+  tokens = int((x["weights"] != 0).sum())
+  assert 0 < left_out < tokens
+  np.testing.assert_allclose(loss, want, rtol=1e-5)
+  metrics = summarise(sums, 1.0)
+  np.testing.assert_allclose(metrics["train/tis_masked_share"], left_out / tokens, rtol=1e-6)
+  with pytest.raises(ValueError, match="tis_mask=1.2 needs sequences"):
+    run(config, x)
+
+
+def test_gap_by_lag():
+  x = batch(shape=(4, 9))
+  lag = np.arange(36).reshape(4, 9) % 2 * 2  # 0 or 2, never 1
+  _, sums = run(LossConfig(), x, lag=jnp.asarray(lag), max_lag=2)
+  metrics = summarise(sums, 1.0)
+  gap, mask = np.abs(x["old_logp"] - x["behaviour_logp"]), x["weights"] != 0
+  for k in (0, 2):
+    np.testing.assert_allclose(metrics[f"train/logp_gap_abs_mean/lag_{k}"],
+                               gap[mask & (lag == k)].mean(), rtol=1e-5)
+  assert "train/logp_gap_abs_mean/lag_1" not in metrics
 
 
 def test_metrics_match_numpy():
@@ -322,7 +346,7 @@ def test_axpo_loss_is_the_sum_of_its_parts():
 @pytest.mark.parametrize(
   "field",
   [{"variant": "ppo"}, {"clip_low": 1.5}, {"clip_high": -0.1}, {"kl_coef": -1.0},
-   {"kl_clamp": 0.0}, {"dual_clip": 0.5}, {"tis_cap": -2.0}, {"cispo_min_ratio": 6.0},
+   {"kl_clamp": 0.0}, {"dual_clip": 0.5}, {"tis_cap": -2.0}, {"tis_mask": 1.0}, {"cispo_min_ratio": 6.0},
    {"aggregation": "sum"}],
 )  # fmt: skip
 def test_bad_config_names_the_field(field):
