@@ -26,8 +26,6 @@ setup(
   extras_require={
     "cuda": ["jax[cuda12]>=0.10,<0.11"],
     "tpu": ["jax[tpu]>=0.10,<0.11"],
-    # The sampler lives in its own environment; it and the trainer want different torch builds.
-    "sglang": ["sglang>=0.5.21,<0.6"],
     # torch is here to compare with: the port's second implementation. Never imported by the package.
     "test": ["hypothesis>=6.100", "pytest>=8", "ruff>=0.9", "torch==2.13.0"],
   },

@@ -39,7 +39,7 @@ _PORT = flags.DEFINE_integer("port", 30_000, "Of the first server; the others fo
 _ROUTER = flags.DEFINE_bool("router", False, "Also start SGLang's router (for other clients).")
 _ROUTER_PORT = flags.DEFINE_integer("router_port", 0, "Of the router; 0: a free one.")
 _KEY_FILE = flags.DEFINE_string("api_key_file", None, "File that holds the key.")
-_CONTEXT = flags.DEFINE_integer("context_length", 40_960, "Most tokens of a sequence.")
+_CONTEXT = flags.DEFINE_integer("context_length", 0, "Most tokens of a sequence; 0: 40,960, or the model's.")
 _DTYPE = flags.DEFINE_string("dtype", "", "Default: bfloat16 on GPUs, float32 on a CPU.")
 _MEMORY = flags.DEFINE_float(
   "mem_fraction", 0.8, "Share of GPU memory for weights and KV; images need the rest.", 0.05, 0.95)
@@ -48,7 +48,7 @@ _RUNNING = flags.DEFINE_integer("max_running", 64, "Sequences decoded at once by
 _START = flags.DEFINE_float("start_timeout", 900, "Seconds until a started server must be healthy.")
 _PROBE = flags.DEFINE_float("probe_every", 5, "Seconds between two looks at a server.")
 _HANG = flags.DEFINE_float(
-  "hang_after", 120, "Seconds without an answer until a server is restarted; a push must be shorter.")
+  "hang_after", 300, "Seconds without an answer until a server is restarted; a push must be shorter.")
 _URLS_FILE = flags.DEFINE_string("urls_file", None, "Also write the JSON line into this file.")
 _LOGS = flags.DEFINE_string("log_folder", "sidecar_logs", "Folder of the servers' logs.")
 _INSTALL = flags.DEFINE_bool("install", False, "Make the environment for --device, and stop.")

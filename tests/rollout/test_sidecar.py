@@ -3,6 +3,7 @@
 What needs no model is tried on small HTTP servers that behave as a file tells them to.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -213,29 +214,28 @@ def test_larger_policy_needs_more_gpus(tmp_path):
     sizing.gpus_needed(str(tmp_path), "cuda", 16, 0.5)
 
 
-# --- a real SGLang server ---
+# --- a real SGLang server; more of it in tests/launch/test_sidecar.py ---
 
 
 def test_bad_checkpoint_says_so_and_leaves_nothing(sidecar_python, tmp_path):
   """Fails after SGLang has started its processes: they must end too."""
   for file in pathlib.Path(CHECKPOINT).iterdir():
-    (tmp_path / file.name).write_bytes(b"not weights" if file.suffix == ".safetensors"
-                                       else file.read_bytes())
+    data = b"not weights" if file.suffix == ".safetensors" else file.read_bytes()
+    (tmp_path / file.name).write_bytes(data)
   sidecar = Sidecar(spec(model=str(tmp_path)), tmp_path / "logs")
-  with pytest.raises(SidecarError, match=r"(?s)server 0 .*Error.*"):
+  with pytest.raises(SidecarError, match=r"(?s)server 0 ended .*server-0\.log.*Error"):
     sidecar.start()
-  assert not own_processes(tmp_path)
+  assert not session(sidecar.status()[0].pid)
   assert sidecar.stats() == {"sidecar/servers": 1, "sidecar/serving": 0, "sidecar/restarts": 0}
+  assert sidecar.status()[0].state == "failed"
 
 
-def own_processes(marker: pathlib.Path) -> list[str]:
-  """Live processes whose environment or command line holds this path."""
+def session(leader: int) -> list[int]:
+  """Live processes of a session."""
   found = []
   for entry in pathlib.Path("/proc").glob("[0-9]*"):
-    try:
-      told = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
-    except OSError:
-      continue
-    if str(marker).encode() in told and int(entry.name) != os.getpid():
-      found.append(told[:200].decode(errors="replace"))
+    with contextlib.suppress(OSError):
+      dead = "\nState:\tZ" in (entry / "status").read_text()
+      if os.getsid(int(entry.name)) == leader and not dead:
+        found.append(int(entry.name))
   return found

@@ -4,8 +4,8 @@ In: sizes of a `ModelConfig`. Out: bytes, counts, and the table of docs/sidecar.
 16 bits (bfloat16), as on GPUs; GB are 1e9 bytes.
 """
 
-from axpo_jax.model.config import PRESETS, ModelConfig, UnsupportedConfig
-from axpo_jax.rollout.sidecar.spec import SidecarError
+from axpo_jax.model.config import PRESETS, ModelConfig
+from axpo_jax.rollout.sidecar.spec import SidecarError, model_config
 
 _BYTES = 2
 LONGEST = 24_576  # tokens of the paper's longest training episode
@@ -48,10 +48,7 @@ def gpus_needed(model: str, device: str, gpu_gb: float, mem_fraction: float) -> 
   """Fewest GPUs (1, 2, 4, 8) whose KV pool holds four of the longest episodes; 1 on a CPU."""
   if device == "cpu":
     return 1
-  try:
-    config = ModelConfig.from_hf(model)
-  except (OSError, KeyError, UnsupportedConfig) as error:
-    raise SidecarError(f"model={model!r}: {error}") from error
+  config = model_config(model)
   for gpus in (1, 2, 4, 8):
     if tokens_that_fit(config, gpus, gpu_gb, mem_fraction) >= 4 * LONGEST:
       return gpus

@@ -44,7 +44,8 @@ class SidecarSpec:
     means 0, 1, 2, ...
   host: where HTTP listens. Anything but loopback needs `api_key`.
   router: also start SGLang's router, on `router_port`. Weights are pushed to the servers, not to it.
-  context_length: most tokens of a sequence, images expanded.
+  context_length: most tokens of a sequence, images expanded; 0 means 40,960 (the paper's evaluation
+    with room for its prompts) or the model's limit, whichever is less.
   dtype: of weights and KV cache; empty means bfloat16 on GPUs, float32 on CPUs.
   mem_fraction: share of GPU memory for weights and KV cache together. Images need what is left.
   max_total_tokens: size of the KV pool; 0 means what `mem_fraction` leaves (GPUs), 32768 (CPU).
@@ -63,13 +64,13 @@ class SidecarSpec:
   device: str = "cuda"
   servers: int = 1
   tensor_parallel: int = 1
-  gpus: tuple[str, ...] = ()
+  gpus: tuple[str | int, ...] = ()
   host: str = "127.0.0.1"
   port: int = 30000
   api_key: str = dataclasses.field(default="", repr=False)
   router: bool = False
   router_port: int = 0
-  context_length: int = 40_960
+  context_length: int = 0
   dtype: str = ""
   mem_fraction: float = 0.8
   max_total_tokens: int = 0
@@ -78,7 +79,7 @@ class SidecarSpec:
   extra_env: Mapping[str, str] = dataclasses.field(default_factory=dict)
   start_timeout: float = 900.0
   probe_every: float = 5.0
-  hang_after: float = 120.0
+  hang_after: float = 300.0
   pause_limit: float = 900.0
   backoff: float = 1.0
   backoff_max: float = 60.0
@@ -86,7 +87,7 @@ class SidecarSpec:
   def __post_init__(self):
     if self.device not in DEVICES:
       raise SidecarError(f"device={self.device!r}; choose one of {DEVICES}")
-    for field in ("servers", "tensor_parallel", "context_length", "max_running"):
+    for field in ("servers", "tensor_parallel", "max_running"):
       if getattr(self, field) < 1:
         raise SidecarError(f"{field}={getattr(self, field)}; at least 1 is needed")
     if not self.api_key and not is_loopback(self.host):
@@ -94,23 +95,31 @@ class SidecarSpec:
         f"host={self.host!r} can be reached by others, and whoever reaches a server can load weights "
         f"into it: set a key (variable {API_KEY_VARIABLE}), or keep 127.0.0.1"
       )
+    self._check_sizes()
+
+  def _check_sizes(self):
     needed = self.servers * self.tensor_parallel
     if self.gpus and self.device == "cuda" and len(self.gpus) != needed:
       raise SidecarError(
-        f"gpus={','.join(self.gpus)} are {len(self.gpus)}, but servers={self.servers} x "
+        f"gpus={self.gpus} are {len(self.gpus)}, but servers={self.servers} x "
         f"tensor_parallel={self.tensor_parallel} takes {needed}"
       )
-    self._check_model()
+    text = model_config(self.model).text
+    if text.num_heads % self.tensor_parallel:
+      raise SidecarError(
+        f"tensor_parallel={self.tensor_parallel} does not divide {text.num_heads} heads")
+    if self.context_length > text.max_positions:
+      raise SidecarError(f"context_length={self.context_length}; the model has {text.max_positions}")
 
-  def _check_model(self):
-    if not (pathlib.Path(self.model) / "config.json").is_file():
-      raise SidecarError(f"model={self.model!r} is not a checkpoint folder: it has no config.json")
-    try:
-      heads = ModelConfig.from_hf(self.model).text.num_heads
-    except (UnsupportedConfig, KeyError) as error:
-      raise SidecarError(f"model={self.model!r}: {error}") from error
-    if heads % self.tensor_parallel:
-      raise SidecarError(f"tensor_parallel={self.tensor_parallel} does not divide {heads} heads")
+
+def model_config(folder: str) -> ModelConfig:
+  """Of a checkpoint folder. Raises: SidecarError if it is none that this project can train."""
+  try:
+    return ModelConfig.from_hf(folder)
+  except OSError as error:
+    raise SidecarError(f"model={folder!r} is no checkpoint folder: {error}") from error
+  except (UnsupportedConfig, KeyError) as error:
+    raise SidecarError(f"model={folder!r}: {error}") from error
 
 
 def is_loopback(host: str) -> bool:
@@ -140,7 +149,7 @@ def server_command(spec: SidecarSpec, port: int) -> list[str]:
     "port": port,
     "device": spec.device,
     "dtype": spec.dtype or ("float32" if spec.device == "cpu" else "bfloat16"),
-    "context-length": spec.context_length,
+    "context-length": spec.context_length or min(40_960, model_config(spec.model).text.max_positions),
     "max-running-requests": spec.max_running,
   }
   switches = ["--enable-metrics", "--enable-cache-report"]
@@ -197,6 +206,6 @@ def server_environment(spec: SidecarSpec, index: int, scratch: str) -> dict[str,
     env["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(min(threads, 8)))
   else:
     first = index * spec.tensor_parallel
-    ids = spec.gpus or tuple(map(str, range(spec.servers * spec.tensor_parallel)))
-    env["CUDA_VISIBLE_DEVICES"] = ",".join(ids[first : first + spec.tensor_parallel])
+    ids = spec.gpus or range(spec.servers * spec.tensor_parallel)
+    env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, ids[first : first + spec.tensor_parallel]))
   return process_environment(spec, scratch) | env | dict(spec.extra_env)

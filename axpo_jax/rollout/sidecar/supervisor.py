@@ -100,7 +100,7 @@ class ServerStatus:
   url: str
   state: str
   restarts: int
-  pid: int | None  # of the process group
+  pid: int | None  # of the process, its group and its session; of the last life if it is down
   log: pathlib.Path
   reason: str  # why it went down last
 
@@ -109,22 +109,26 @@ class Keeper(threading.Thread):
   """One server's process and its lives.
 
   command(): what to start, read at every start. environment(scratch): its variables.
+  health: path that answers 200 if the server does its work; without a key. liveness: path that
+    answers 200 if it merely is not stuck.
   """
 
   def __init__(self, name: str, url: str, command: Callable[[], list[str]],
                environment: Callable[[str], dict[str, str]], log: pathlib.Path, spec: SidecarSpec,
-               report: Callable[[str], None], liveness: str = "/server_info"):  # fmt: skip
+               report: Callable[[str], None], health: str = "/health",
+               liveness: str = "/server_info"):  # fmt: skip
     super().__init__(name=f"sidecar {name}", daemon=True)
     self.url, self.log = url, log
+    self._health, self._liveness = f"{url}{health}", f"{url}{liveness}"
     self.state, self.reason, self.restarts = "starting", "", 0
-    self._label, self._spec, self._report, self._liveness = name, spec, report, liveness
+    self._label, self._spec, self._report = name, spec, report
     self._command, self._environment = command, environment
     self._process: subprocess.Popen | None = None
     self._ending = threading.Event()
     self._log_start = 0  # where the present life's lines begin
 
   def status(self) -> ServerStatus:
-    pid = self._process.pid if self._process and self.state in ("starting", "serving") else None
+    pid = self._process.pid if self._process else None
     return ServerStatus(self.url, self.state, self.restarts, pid, self.log, self.reason)
 
   def run(self):
@@ -169,6 +173,8 @@ class Keeper(threading.Thread):
       self.reason = self._until_healthy()
       if not self.reason:
         self.state, served_from = "serving", time.monotonic()
+        if self.restarts:
+          self._report(f"{self._label} is healthy again, with the weights of {self._spec.model}")
         self.reason = self._until_bad()
       return time.monotonic() - served_from if served_from else 0.0
     except OSError as error:
@@ -197,7 +203,7 @@ class Keeper(threading.Thread):
     while not self._ending.wait(0.2):
       if ended := self._ended():
         return ended
-      if ask(f"{self.url}/health") == 200:
+      if ask(self._health) == 200:
         return ""
       if time.monotonic() > deadline:
         return f"was not healthy within start_timeout={self._spec.start_timeout:.0f} s"
@@ -214,10 +220,10 @@ class Keeper(threading.Thread):
       now = time.monotonic()
       if now - probed < spec.probe_every:
         continue
-      health = ask(f"{self.url}/health", timeout=patience)
+      health = ask(self._health, timeout=patience)
       if health == 200:  # a token was made since the question
         answered = generated = time.monotonic()
-      elif health and ask(f"{self.url}{self._liveness}", key, patience) == 200:
+      elif health and ask(self._liveness, key, patience) == 200:
         answered = time.monotonic()  # paused: its scheduler answers, no more
       probed = time.monotonic()
       if probed - answered > spec.hang_after:
@@ -323,7 +329,7 @@ class Sidecar:
       "router", f"http://{reachable(spec.host)}:{port}",
       lambda: [self._python, *router_command(spec, port, self.urls)],
       lambda scratch: process_environment(spec, scratch),
-      self._folder / "router.log", spec, self._report, liveness="/liveness",
+      self._folder / "router.log", spec, self._report, "/readiness", "/liveness",
     )  # fmt: skip
 
   def _wait(self, keepers: list[Keeper]):
