@@ -13,6 +13,19 @@ def _requirements() -> list[str]:
   return [name for name in names if name and not name.startswith("-")]
 
 
+# What single tools need; each says so when it is used without. docs/tools.md has the list.
+_TOOLS = [
+  "aiolimiter>=1.2",  # search: rate limit
+  "bm25s>=0.3.16",  # search: local index
+  "httpx2>=2.10",  # search: Tavily
+  "ipython>=9.0",  # python
+  "mcp>=2.3,<3",
+  "pydantic>=2.10",  # functions
+  "scipy>=1.14",  # python
+  "sympy>=1.13",  # python
+  "tenacity>=9.0",  # search: retries
+]
+
 setup(
   name="axpo_jax",
   version="0.1.0",
@@ -26,7 +39,8 @@ setup(
   extras_require={
     "cuda": ["jax[cuda12]>=0.10,<0.11"],
     "tpu": ["jax[tpu]>=0.10,<0.11"],
+    "tools": _TOOLS,
     # torch is here to compare with: the port's second implementation. Never imported by the package.
-    "test": ["hypothesis>=6.100", "pytest>=8", "ruff>=0.9", "torch==2.13.0"],
+    "test": [*_TOOLS, "hypothesis>=6.100", "pytest>=8", "ruff>=0.9", "torch==2.13.0"],
   },
 )

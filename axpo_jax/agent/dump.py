@@ -22,7 +22,7 @@ import PIL.Image
 
 from axpo_jax.agent.parse import SpecialIds
 from axpo_jax.agent.rollout import Rollout
-from axpo_jax.agent.transcript import EpisodeImage, Kind, Transcript, TranscriptError
+from axpo_jax.agent.transcript import EpisodeImage, Kind, Outcome, Transcript, TranscriptError
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageLimits, ImageProcessor, image_key
 
@@ -86,6 +86,7 @@ def transcript_to_json(transcript: Transcript, store: ImageStore, *,
       "versions": _runs(transcript.versions),
       "logprobs": [_float_to_json(x) for x in transcript.logprobs],
       "images": images,
+      "outcomes": transcript.outcomes,
   }
 
 
@@ -104,6 +105,9 @@ def transcript_from_json(record: dict[str, Any], store: ImageStore,
   transcript.versions = _from_runs(record["versions"])
   transcript.logprobs = [_float_from_json(x) for x in record["logprobs"]]
   transcript.images = [_load_image(entry, store, processor) for entry in record["images"]]
+  observations = sum(kind == Kind.OBSERVATION for kind, _ in itertools.groupby(transcript.kinds))
+  transcript.outcomes = [tuple(Outcome(*outcome) for outcome in outcomes)
+                         for outcomes in record.get("outcomes", [()] * observations)]
   lengths = {len(transcript.ids), len(transcript.kinds), len(transcript.versions),
              len(transcript.logprobs)}
   pads = transcript.ids.count(transcript.special.image_pad)

@@ -30,8 +30,8 @@ from axpo_jax.agent import parse, rewards
 from axpo_jax.agent import rollout as rollout_lib
 from axpo_jax.agent.parse import SpecialIds, ToolCall
 from axpo_jax.agent.rollout import CallRecord, Rollout
-from axpo_jax.agent.tools.base import EpisodeState, Observation, ToolBox, failure
-from axpo_jax.agent.transcript import EpisodeImage, Kind, Transcript, TranscriptError
+from axpo_jax.agent.tools.base import EpisodeState, Observation, PastCall, ToolBox, failure
+from axpo_jax.agent.transcript import EpisodeImage, Kind, Outcome, Transcript, TranscriptError
 from axpo_jax.data.question import Question, load_image
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageError, ImageLimits, ImageProcessor
@@ -126,6 +126,8 @@ async def continue_episode(transcript: Transcript, question: Question, engine: E
     if not clock.expired():
       raise
     stop = rollout_lib.DEADLINE
+  finally:
+    tools.end_episode(episode.state)
   answer = episode.answer() if stop == rollout_lib.ANSWER else None
   reward = float(judge(question, answer)) if judge is not None and answer is not None else 0.0
   return Rollout(
@@ -264,17 +266,20 @@ class _Episode:
       return rollout_lib.NO_ANSWER if ended else rollout_lib.TURN_LIMIT
     texts: list[tuple[str, int]] = []
     shown: list[EpisodeImage] = []
+    outcomes: list[Outcome] = []
     for call in calls:
-      begin = time.perf_counter()
-      observation, new = self._fit(await self._call(call), call, texts, shown)
+      begin, images = time.perf_counter(), len(self.state.images)
+      observation = await self._call(call)
+      outcomes.append(Outcome(observation.error, images))
+      observation, new = self._fit(observation, call, texts, shown)
       texts.append((observation.text, len(new)))
       shown += new
       self.state.images += [image.original for image in new]
       self.calls.append(self._record(call, observation.error, time.perf_counter() - begin))
     if not self._fits(texts, shown):
       return rollout_lib.TOKEN_LIMIT
-    self.transcript.append_observation(self.chat.observation_ids(texts), shown)
-    self.state.history += [call for call in calls if isinstance(call, ToolCall)]
+    self.transcript.append_observation(self.chat.observation_ids(texts), shown, outcomes)
+    self.state.history += _past(calls, outcomes)
     return None
 
   async def _call(self, call: ToolCall | parse.CallError) -> Observation:
@@ -325,10 +330,20 @@ class _Episode:
   def _parse(self, ids: Sequence[int]) -> list[ToolCall | parse.CallError]:
     return parse.parse_turn(ids, self.transcript.special, self.chat.decode)
 
-  def _past_calls(self) -> list[ToolCall]:
+  def _past_calls(self) -> list[PastCall]:
     """Calls of the turns that already have their observation."""
     turns = self.transcript.turns
     if self.transcript.turn_is_open or self.transcript.turn_is_closed:
       turns = turns[:-1]
-    return [call for start, stop in turns for call in self._parse(self.transcript.ids[start:stop])
-            if isinstance(call, ToolCall)]
+    past = []
+    for (start, stop), outcomes in zip(turns, self.transcript.outcomes):
+      calls = self._parse(self.transcript.ids[start:stop])
+      unknown = [Outcome(None, len(self.transcript.images))] * len(calls)
+      past += _past(calls, outcomes or unknown)
+    return past
+
+
+def _past(calls: Sequence[ToolCall | parse.CallError],
+          outcomes: Sequence[Outcome]) -> list[PastCall]:
+  return [PastCall(call, *outcome) for call, outcome in zip(calls, outcomes, strict=True)
+          if isinstance(call, ToolCall)]

@@ -77,6 +77,19 @@ class Turn(NamedTuple):
   stop: int
 
 
+class Outcome(NamedTuple):
+  """How a call went whose observation is in a transcript: all that a tool with a state needs to
+  know to do it again.
+
+  Attributes:
+    error: kind of its error, None when it worked.
+    images: how many images the episode had when it ran.
+  """
+
+  error: str | None
+  images: int
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Expanded:
   """The expanded form and its map. T = expanded tokens, C = collapsed tokens. All int32.
@@ -109,6 +122,7 @@ class Transcript:
     logprobs: behaviour log-probability; nan where the token was not sampled.
     versions: version of the weights that sampled the token; -1 where it was not sampled.
     images: EpisodeImage per image pad, in order.
+    outcomes: for every observation, the Outcome of each call it answers.
     special: the tag ids this transcript knows.
   """
 
@@ -119,6 +133,7 @@ class Transcript:
     self.logprobs: list[float] = []
     self.versions: list[int] = []
     self.images: list[EpisodeImage] = []
+    self.outcomes: list[tuple[Outcome, ...]] = []
 
   def __len__(self) -> int:
     return len(self.ids)
@@ -156,12 +171,15 @@ class Transcript:
     # The whole turn is labelled again: a later </think> turns what came before it into thinking.
     self.kinds[start:] = label_turn(self.ids[start:], self.special)
 
-  def append_observation(self, ids: Sequence[int], images: Sequence[EpisodeImage] = ()) -> None:
+  def append_observation(self, ids: Sequence[int], images: Sequence[EpisodeImage] = (),
+                         outcomes: Sequence[Outcome] = ()) -> None:
     """Appends the rendered user turn with the tools' results and the next generation prompt.
 
     Args:
       ids: newline, `<|im_start|>user` ... `<|im_end|>`, newline, generation prompt.
       images: one per image pad in `ids`.
+      outcomes: one per call of the turn; without them a tool with a state takes the calls to have
+        worked when it does them again.
 
     Raises:
       TranscriptError: the last turn is not closed with `<|im_end|>`, or pads and images differ.
@@ -170,6 +188,7 @@ class Transcript:
       raise TranscriptError("an observation can only follow a turn that ended with <|im_end|>")
     self._check_pads(ids, images)
     self._append_given(ids, _label_observation(ids, self.special), images)
+    self.outcomes.append(tuple(outcomes))
 
   def _append_given(self, ids, kinds, images) -> None:
     self.ids.extend(int(i) for i in ids)
@@ -272,6 +291,8 @@ class Transcript:
     result.logprobs = self.logprobs[:length]
     result.versions = self.versions[:length]
     result.images = self.images[:result.ids.count(self.special.image_pad)]
+    result.outcomes = self.outcomes[:sum(
+        kind == Kind.OBSERVATION for kind, _ in itertools.groupby(result.kinds))]
     return result
 
   def copy(self) -> Transcript:

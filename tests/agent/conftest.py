@@ -12,6 +12,8 @@ import axpo_jax
 from axpo_jax.agent.episode import EpisodeLimits, continue_episode, start_transcript
 from axpo_jax.agent.parse import SpecialIds
 from axpo_jax.agent.tools.base import ToolBox
+from axpo_jax.agent.tools.kernels import KernelConfig, SandboxError
+from axpo_jax.agent.tools.python import PythonTool
 from axpo_jax.agent.tools.zoom import ImageZoomIn
 from axpo_jax.agent.transcript import EpisodeImage
 from axpo_jax.data.question import Question
@@ -123,6 +125,22 @@ def scripted():
 @pytest.fixture(scope="session")
 def replay():
   return ReplayEngine
+
+
+@pytest.fixture(scope="session")
+def python_tool():
+  """One sandbox for all tests: namespaces, or limits alone on a host that forbids those."""
+  for isolation in ("namespaces", "rlimits"):
+    tool = PythonTool(KernelConfig(isolation=isolation, memory_mb=1024, warm=1), max_concurrent=4)
+    try:
+      tool.start()
+    except SandboxError as error:
+      reason = str(error)
+      continue
+    yield tool
+    tool.close()
+    return
+  pytest.skip(reason)
 
 
 @pytest.fixture

@@ -335,7 +335,7 @@ def test_a_cut_inside_an_observation_is_refused(world, scripted):
 def test_earlier_calls_are_handed_to_tools(world, scripted):
   class Witness(Painter):
     async def run(self, arguments, episode):
-      seen.append([call.name for call in episode.history])
+      seen.append([past.call.name for past in episode.history])
       return Observation("ok")
   seen = []
   tools = ToolBox([*world.tools.tools, Witness(None)], ["read_image", "paint"])

@@ -9,22 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import math
+import hashlib
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import PIL.Image
 
 from axpo_jax.agent.parse import CallError, ToolCall
+from axpo_jax.agent.tools import background
+from axpo_jax.agent.tools.arguments import ArgumentError, check_arguments
+from axpo_jax.agent.tools.budget import NO_LIMITS, ToolLimits, Usage
 
 # Kinds of call errors beside those of parse.CallError.
 UNKNOWN_TOOL = "unknown_tool"
 BAD_ARGUMENTS = "bad_arguments"
 REFUSED = "refused"  # the tool's scope is not granted
+LIMIT = "limit"  # the episode or the run has used up what it may
 TIMEOUT = "timeout"
 TOOL_ERROR = "tool_error"  # the tool raised
 DRY_RUN = "dry_run"  # recorded, not run
+# The tool has not seen calls that were answered so.
+NOT_RUN = frozenset({UNKNOWN_TOOL, BAD_ARGUMENTS, REFUSED, LIMIT, DRY_RUN})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +49,39 @@ class Observation:
   images: tuple[PIL.Image.Image, ...] = ()
   error: str | None = None
 
+  @property
+  def num_bytes(self) -> int:
+    """Size of what the tool returned: UTF-8 text, and three bytes a pixel."""
+    return (len(self.text.encode("utf-8", "replace"))
+            + sum(3 * image.width * image.height for image in self.images))
+
+  def digest(self) -> str:
+    """A short name of exactly this observation."""
+    content = hashlib.blake2b(f"{self.error}\0{self.text}".encode("utf-8", "replace"),
+                              digest_size=16)
+    for image in self.images:
+      content.update(f"{image.mode}{image.size}".encode() + image.tobytes())
+    return content.hexdigest()
+
 
 def failure(kind: str, message: str) -> Observation:
   """An observation that tells the policy what went wrong."""
   return Observation(f"Error: {message}", error=kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class PastCall:
+  """A call of an earlier turn.
+
+  Attributes:
+    call: what was called.
+    error: kind of its error, None when it worked.
+    images: how many images the episode had when it ran.
+  """
+
+  call: ToolCall
+  error: str | None
+  images: int
 
 
 @dataclasses.dataclass
@@ -61,14 +97,21 @@ class EpisodeState:
     history: calls of earlier turns. A transcript that was cut and is continued brings them along,
       so that a tool with a state (a kernel) can replay them.
     memory: a tool's own state, by tool name; dies with the episode.
+    usage: what the episode has used up; calls of the past count.
+    id: tells this episode from every other one in the audit log.
   """
 
   question_id: str
   images: list[PIL.Image.Image]
   turn: int = 0
   seed: int = 0
-  history: list[ToolCall] = dataclasses.field(default_factory=list)
+  history: list[PastCall] = dataclasses.field(default_factory=list)
   memory: dict[str, Any] = dataclasses.field(default_factory=dict)
+  usage: Usage = dataclasses.field(default_factory=Usage)
+  id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex[:16])
+
+  def __post_init__(self):
+    self.usage.calls += len(self.history)
 
 
 class Tool:
@@ -77,10 +120,14 @@ class Tool:
   Attributes:
     name: what the policy calls it.
     schema: OpenAI function schema, `{"type": "function", "function": {...}}`.
-    scope: the permission it needs: "read_image", "execute", "network", ...
+    scope: the permission it needs: "read_image", "execute", "network", "write", ...
     aliases: other names that are accepted but not advertised.
     argument_aliases: accepted argument name -> the schema's name.
     time_limit: seconds a call may take; None = no limit. It can only stop a tool that awaits.
+    waits: it waits for something outside (a process, a server): it runs on the tools' own event
+      loop (`background`), beside the sampling. Others run on the spot and should take milliseconds.
+    max_concurrent: calls of a waiting tool that run at once; further ones queue, and their time
+      limit begins when they start.
   """
 
   name: str
@@ -89,10 +136,23 @@ class Tool:
   aliases: Sequence[str] = ()
   argument_aliases: Mapping[str, str] = {}
   time_limit: float | None = None
+  waits: bool = False
+  max_concurrent: int = 64
+
+  def check(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as `run` takes them, defaults filled in.
+
+    Raises:
+      ArgumentError: says what does not fit the schema.
+    """
+    return check_arguments(self.schema["function"]["parameters"], arguments, self.argument_aliases)
 
   async def run(self, arguments: dict[str, Any], episode: EpisodeState) -> Observation:
-    """Runs the call. `arguments` have passed the schema, and its defaults are filled in."""
+    """Runs the call. `arguments` come from `check`."""
     raise NotImplementedError
+
+  def end(self, episode: EpisodeState) -> None:
+    """The episode is over: lets go of what `episode.memory` holds for this tool."""
 
 
 def _without_descriptions(schema: Any) -> Any:
@@ -112,9 +172,15 @@ class ToolBox:
     dry_run: record calls and answer that nothing was run.
     audit: receives one JSON-able dict a call, refused and malformed ones included. What it raises
       is not caught: a run whose audit log fails must not go on acting.
-    max_text: characters of an observation that are kept.
+    max_text: characters of an observation that are kept; more is cut in the middle.
+    cut: cuts a text by a finer measure, such as tokens; see `text.middle_cutter`.
     describe: False lists the schemas without their descriptions: a shorter prompt, for policies
       that learn the tools by training.
+    episode_limits: what one episode may use up.
+    run_limits: what all calls through this box may use up.
+    used: what an earlier part of this run has used up already.
+    overlap: waiting tools run beside the sampling. False runs them on the spot, one at a time: slow,
+      but which episodes share a batch no longer depends on time.
 
   Raises:
     ValueError: two tools share a name or an alias.
@@ -122,13 +188,20 @@ class ToolBox:
 
   def __init__(self, tools: Iterable[Tool], granted_scopes: Iterable[str], *,
                dry_run: bool = False, audit: Callable[[dict[str, Any]], None] | None = None,
-               max_text: int = 16_384, describe: bool = True):
+               max_text: int = 65_536, cut: Callable[[str], str] = str, describe: bool = True,
+               episode_limits: ToolLimits = NO_LIMITS, run_limits: ToolLimits = NO_LIMITS,
+               used: Usage | None = None, overlap: bool = True):
     self.tools = tuple(tools)
     self.granted_scopes = frozenset(granted_scopes)
     self.dry_run = dry_run
-    self._audit = audit
+    self.audit = audit
+    self.usage = used or Usage()
     self._max_text = max_text
+    self._cut = cut
     self._describe = describe
+    self._limits = {"this episode": episode_limits, "this run": run_limits}
+    self._overlap = overlap
+    self._places = {tool.name: asyncio.Semaphore(tool.max_concurrent) for tool in self.tools}
     self._by_name: dict[str, Tool] = {}
     for tool in self.tools:
       for name in (tool.name, *tool.aliases):
@@ -145,134 +218,99 @@ class ToolBox:
                  episode: EpisodeState) -> Observation:
     """Checks and runs one call; every problem becomes an observation with its kind in `error`."""
     tool = self._by_name.get(name)
-    begin, observation = time.perf_counter(), None
+    clock, observation = _Clock(), None
     try:
-      observation = self._clean(await self._checked(tool, name, dict(arguments), episode))
+      observation = self._clean(await self._checked(tool, name, dict(arguments), episode, clock))
       return observation
-    finally:  # a call that is cancelled by a deadline is in the log too
-      self._log(name, dict(arguments), tool, observation, episode, time.perf_counter() - begin)
+    finally:  # a call that is cancelled by a deadline is counted, and in the log too
+      self._account(name, dict(arguments), tool, observation, episode, clock.seconds())
 
   def reject(self, error: CallError, episode: EpisodeState) -> Observation:
     """The observation for a call that could not even be read."""
     observation = self._clean(failure(error.kind, error.message))
-    self._log("", {"text": error.text}, None, observation, episode, 0.0)
+    self._account("", {"text": error.text, "message": error.message}, None, observation, episode, 0.0)
     return observation
 
-  async def _checked(self, tool, name, arguments, episode) -> Observation:
+  def end_episode(self, episode: EpisodeState) -> None:
+    """Every tool lets go of what it holds for the episode."""
+    for tool in self.tools:
+      tool.end(episode)
+
+  async def _checked(self, tool, name, arguments, episode, clock) -> Observation:
     if tool is None:
       known = ", ".join(tool.name for tool in self.tools) or "none"
       return failure(UNKNOWN_TOOL, f"there is no tool {name!r}; the tools are: {known}")
     if tool.scope not in self.granted_scopes:
       return failure(REFUSED, f"{tool.name} needs the permission {tool.scope!r}, which this run "
                               "does not grant")
+    if used_up := self._used_up(episode):
+      return failure(LIMIT, f"{tool.name} is not run: {used_up}")
     try:
-      arguments = check_arguments(tool.schema["function"]["parameters"], arguments,
-                                  tool.argument_aliases)
+      arguments = tool.check(arguments)
     except ArgumentError as error:
       return failure(BAD_ARGUMENTS, f"{tool.name}: {error}")
     if self.dry_run:
       return Observation("Dry run: the call was recorded and not run.", error=DRY_RUN)
-    return await _run(tool, arguments, episode)
+    if not tool.waits:
+      return await _run(tool, arguments, episode, clock)
+    work = self._take_turn(tool, arguments, episode, clock)
+    return await background.submit(work) if self._overlap else background.run(work)
+
+  async def _take_turn(self, tool, arguments, episode, clock) -> Observation:
+    async with self._places[tool.name]:
+      return await _run(tool, arguments, episode, clock)
+
+  def _used_up(self, episode: EpisodeState) -> str | None:
+    usages = {"this episode": episode.usage, "this run": self.usage}
+    for whose, limits in self._limits.items():
+      if what := limits.exceeded_by(usages[whose]):
+        return f"{whose} has used up its {what}"
+    return None
 
   def _clean(self, observation: Observation) -> Observation:
     text = observation.text
-    if len(text) > self._max_text:
-      text = f"{text[:self._max_text]}\n[cut: {len(text) - self._max_text} more characters]"
+    if (over := len(text) - self._max_text) > 0:
+      head, tail = self._max_text - self._max_text // 2, self._max_text // 2
+      text = f"{text[:head]}\n[cut: {over} characters]\n{text[len(text) - tail:]}"
     # A lone surrogate ("\ud800" is valid JSON) cannot be tokenised.
-    text = text.encode("utf-8", "replace").decode("utf-8")
+    text = self._cut(text.encode("utf-8", "replace").decode("utf-8"))
     return dataclasses.replace(observation, text=text)
 
-  def _log(self, name, arguments, tool, observation, episode, seconds) -> None:
-    if self._audit is None:
-      return
-    self._audit({
-        "question_id": episode.question_id, "turn": episode.turn, "tool": name,
-        "arguments": arguments, "scope": tool.scope if tool else None,
-        "granted": bool(tool and tool.scope in self.granted_scopes), "dry_run": self.dry_run,
-        "error": observation.error if observation else "cancelled",
-        "text": observation.text if observation else "",
-        "images": len(observation.images) if observation else 0, "seconds": seconds})
+  def _account(self, name, arguments, tool, observation, episode, seconds) -> None:
+    used = Usage(calls=1, seconds=seconds)
+    if observation is not None:
+      used.bytes, used.images = observation.num_bytes, len(observation.images)
+    episode.usage.add(used)
+    self.usage.add(used)
+    if self.audit is not None:
+      self.audit({
+          "question": episode.question_id, "episode": episode.id, "seed": episode.seed,
+          "turn": episode.turn, "tool": name, "arguments": arguments,
+          "scope": tool.scope if tool else None, "granted_scopes": sorted(self.granted_scopes),
+          "dry_run": self.dry_run,
+          "outcome": (observation.error or "ok") if observation else "cancelled",
+          "digest": observation.digest() if observation else "",
+          "seconds": seconds, "bytes": used.bytes, "images": used.images,
+          "images_before": len(episode.images)})
 
 
-async def _run(tool: Tool, arguments: dict[str, Any], episode: EpisodeState) -> Observation:
+class _Clock:
+  """Seconds since a call really began: waiting for a place is not the tool's time."""
+
+  def __init__(self):
+    self.begin: float | None = None
+
+  def seconds(self) -> float:
+    return 0.0 if self.begin is None else time.perf_counter() - self.begin
+
+
+async def _run(tool: Tool, arguments: dict[str, Any], episode: EpisodeState,
+               clock: _Clock) -> Observation:
+  clock.begin = time.perf_counter()
   try:
-    async with asyncio.timeout(tool.time_limit) as clock:
+    async with asyncio.timeout(tool.time_limit) as limit:
       return await tool.run(arguments, episode)
   except Exception as error:  # the tool's fault, told to the policy and counted by kind
-    if isinstance(error, TimeoutError) and clock.expired():
+    if isinstance(error, TimeoutError) and limit.expired():
       return failure(TIMEOUT, f"{tool.name} took longer than {tool.time_limit:g} seconds")
     return failure(TOOL_ERROR, f"{tool.name} failed: {type(error).__name__}: {error}")
-
-
-class ArgumentError(ValueError):
-  """Arguments that do not fit the tool's schema; the message is shown to the policy."""
-
-
-def check_arguments(parameters: Mapping[str, Any], arguments: Mapping[str, Any],
-                    aliases: Mapping[str, str]) -> dict[str, Any]:
-  """Renames aliases, checks against the schema, fills in defaults.
-
-  Knows the part of JSON schema that function schemas use: type, required, default, enum, and for
-  arrays items, minItems, maxItems. Unknown arguments are errors.
-
-  Raises:
-    ArgumentError: names the first problem.
-  """
-  properties = parameters.get("properties", {})
-  result: dict[str, Any] = {}
-  for given, value in arguments.items():
-    name = given if given in properties else aliases.get(given, given)
-    if name not in properties:
-      raise ArgumentError(f"unknown argument {given!r}; it takes: {', '.join(properties)}")
-    if name in result:
-      raise ArgumentError(f"argument {name!r} is given twice (as {given!r} too)")
-    _check_value(name, value, properties[name])
-    result[name] = int(value) if properties[name].get("type") == "integer" else value
-  missing = [name for name in parameters.get("required", ()) if name not in result]
-  if missing:
-    raise ArgumentError(f"missing argument {missing[0]!r}")
-  for name, schema in properties.items():
-    if name not in result and "default" in schema:
-      result[name] = schema["default"]
-  return result
-
-
-_TYPES: dict[str, Callable[[Any], bool]] = {
-    "string": lambda value: isinstance(value, str),
-    "boolean": lambda value: isinstance(value, bool),
-    "number": lambda value: _is_finite_number(value),
-    "integer": lambda value: _is_finite_number(value) and value == int(value),
-    "array": lambda value: isinstance(value, list),
-    "object": lambda value: isinstance(value, dict),
-}
-
-
-def _is_finite_number(value: Any) -> bool:
-  try:
-    return (isinstance(value, (int, float)) and not isinstance(value, bool)
-            and math.isfinite(value))
-  except OverflowError:  # an integer beyond the floats
-    return False
-
-
-def _check_value(name: str, value: Any, schema: Mapping[str, Any]) -> None:
-  kind = schema.get("type")
-  if kind in _TYPES and not _TYPES[kind](value):
-    article = "an" if kind[0] in "aeiou" else "a"
-    finite = "finite " if kind in ("number", "integer") else ""
-    raise ArgumentError(f"{name} must be {'a' if finite else article} {finite}{kind}, "
-                        f"got {_short(value)}")
-  if "enum" in schema and value not in schema["enum"]:
-    raise ArgumentError(f"{name} must be one of {schema['enum']}, got {_short(value)}")
-  if kind == "array":
-    low, high = schema.get("minItems", 0), schema.get("maxItems", math.inf)
-    if not low <= len(value) <= high:
-      wanted = f"{low}" if low == high else f"{low} to {high}"
-      raise ArgumentError(f"{name} must have {wanted} items, got {len(value)}")
-    for i, item in enumerate(value):
-      _check_value(f"{name}[{i}]", item, schema.get("items", {}))
-
-
-def _short(value: Any) -> str:
-  text = repr(value)
-  return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,1 @@
+"""The processes that model-written code runs in. Nothing here imports jax or the rest of axpo_jax."""
