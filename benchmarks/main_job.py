@@ -322,7 +322,7 @@ def training(config, bench, params, policy, repetitions) -> tuple[Row, str]:
                              err_msg="the sides do not compute the same loss")
   tokens = sum(map(len, examples))
   row = _speed_row("training, trajectory tokens/s", tokens, *times, aim=1.5)
-  longest, packed = max(map(len, examples)), packing_metrics(batches)
+  longest, packed = max(map(len, examples)), packing_metrics(batches, examples)
   return row, (
     f"training: {tokens:,} tokens in trajectories of {min(map(len, examples))}-{longest}; fill: "
     f"ours {packed['pack/fill']:.0%} of {len(batches)} x {config.batch.rows} x "

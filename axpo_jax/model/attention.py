@@ -1,16 +1,20 @@
 """Attention: the one function that a faster back end would replace.
 
-Who sees whom is told by two integers a token, not by a mask: a query sees the keys of its own
-segment (0 is padding, which nobody sees) whose order is not later than its own. Causal text has
-its index as order, image patches all have 0. Short sequences turn this into one boolean mask,
-made once outside of the layer scan; long ones are done in blocks of queries, recomputed in the
-backward pass, and a full [T, S] array never exists.
+Who sees whom is told by two integers a token, not by a mask: a query of order i sees the keys with
+order <= i < end. Causal text has its index as order and the end of its sequence as end; trajectories
+that share a prefix stand in one row depth first, and a token's end is where its subtree ends, so it is
+seen by its descendants and by nobody beside them. All patches of an image have one order, and the
+next number as end. An end of 0 is padding, which nobody sees. Short sequences turn this into one
+boolean mask, made once outside of the layer scan; long ones are done in blocks of queries, recomputed
+in the backward pass, and a full [T, S] array never exists. Where most blocks of keys are out of
+sight, `key_blocks` says which are not, and the others are left out.
 
 Keys and values may come in several blocks (a cache, then the new tokens) which share one softmax,
 so that a cache need not be copied to append to it. A block has the cache's order of axes: keys
 [B, K, D, S], values [B, K, S, D].
 
-Legend: B batch, T queries, S keys, H heads, K kv heads, G = H / K, D head size.
+Legend: B batch, T queries, S keys, H heads, K kv heads, G = H / K, D head size, C blocks of a row,
+N blocks that one of them sees.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Finite, so that a query that sees nothing (padding) gives finite numbers and zero gradients.
 _HIDDEN = -1e30
@@ -29,31 +34,68 @@ _HIDDEN = -1e30
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tags:
-  """segments_BxT, order_BxT: int32; see the module's docstring."""
+  """order_BxT, end_BxT: int32; see the module's docstring. Of queries only the order counts."""
 
-  segments_BxT: jax.Array
   order_BxT: jax.Array
+  end_BxT: jax.Array
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Visibility:
-  """Which keys each query sees. `masks` is None where queries are taken in chunks."""
+  """Which keys each query sees.
+
+  `masks` is None where queries are taken in chunks. With `key_blocks_BxCxN` it holds one mask, of
+  the taken keys alone: [B * C, T / C, N * T / C].
+  """
 
   queries: Tags
   keys: tuple[Tags, ...]
   masks: tuple[jax.Array, ...] | None
+  key_blocks_BxCxN: jax.Array | None
   chunk: int = dataclasses.field(metadata={"static": True})
 
 
-def visibility(queries: Tags, keys: Sequence[Tags], chunk: int) -> Visibility:
+def visibility(queries: Tags, keys: Sequence[Tags], chunk: int,
+               key_blocks_BxCxN: jax.Array | None = None) -> Visibility:
   """Prepares `attend` for these tokens; call it once, outside of the layers.
 
   chunk: queries per block for longer sequences; 0 takes any length at once.
+  key_blocks_BxCxN: from the function of that name, where `queries` are the one item of `keys`.
   """
-  short = not chunk or queries.segments_BxT.shape[1] <= chunk
+  length = queries.order_BxT.shape[1]
+  if key_blocks_BxCxN is not None:
+    if _blocks_at_once(length, key_blocks_BxCxN, chunk) < key_blocks_BxCxN.shape[1]:
+      return Visibility(queries, tuple(keys), None, key_blocks_BxCxN, chunk)
+    mask = _block_mask(_fold(queries.order_BxT, key_blocks_BxCxN.shape[1]), keys[0],
+                       key_blocks_BxCxN)
+    return Visibility(queries, tuple(keys), (mask,), key_blocks_BxCxN, chunk)
+  short = not chunk or length <= chunk
   masks = tuple(_mask(queries, k) for k in keys) if short else None
-  return Visibility(queries, tuple(keys), masks, chunk)
+  return Visibility(queries, tuple(keys), masks, None, chunk)
+
+
+def key_blocks(end_BxT: np.ndarray, size: int) -> np.ndarray | None:
+  """Which blocks of `size` keys each block of queries may see, where a token's order is its index.
+
+  On the host, from the ends alone: a key of an earlier block is seen from a block on if it ends behind
+  the block's first token. N is rounded up to a few numbers, so that few shapes are compiled.
+
+  Returns: int32 [B, C, N], ascending, -1 behind the last; None if it would save nothing.
+  """
+  rows, length = end_BxT.shape
+  count = length // size
+  last_BxC = end_BxT.reshape(rows, count, size).max(axis=-1)
+  block_C = np.arange(count)
+  sees_BxCxC = last_BxC[:, None, :] > block_C[:, None] * size
+  sees_BxCxC &= block_C <= block_C[:, None]
+  most = max(int(sees_BxCxC.sum(-1).max(initial=0)), 1)
+  most = next(n for i in range(32) for n in (2**i, 3 * 2**i // 2) if n >= most)
+  if most >= count:
+    return None
+  taken_BxCxN = np.argsort(~sees_BxCxC, axis=-1, kind="stable")[..., :most]
+  seen_BxCxN = np.take_along_axis(sees_BxCxC, taken_BxCxN, -1)
+  return np.where(seen_BxCxN, taken_BxCxN, -1).astype(np.int32)
 
 
 def block(k_BxSxKxD: jax.Array, v_BxSxKxD: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -70,6 +112,8 @@ def attend(
     blocks: (keys, values), see `block`, in the order of `sees.keys`.
   Returns: [B, T, H, D] in q's dtype.
   """
+  if sees.key_blocks_BxCxN is not None:
+    return _attend_listed(q_BxTxHxD, blocks[0], sees)
   if sees.masks is not None:
     return _attend(q_BxTxHxD, blocks, sees.masks)
   length = q_BxTxHxD.shape[1]
@@ -87,9 +131,8 @@ def attend(
 
 def _mask(queries: Tags, keys: Tags) -> jax.Array:
   """bool [B, T, S]."""
-  same = queries.segments_BxT[:, :, None] == keys.segments_BxT[:, None, :]
-  earlier = queries.order_BxT[:, :, None] >= keys.order_BxT[:, None, :]
-  return same & earlier & (keys.segments_BxT[:, None, :] > 0)
+  order_BxTx1 = queries.order_BxT[:, :, None]
+  return (keys.order_BxT[:, None, :] <= order_BxTx1) & (order_BxTx1 < keys.end_BxT[:, None, :])
 
 
 def _chunks(x_BxTxX: jax.Array, chunk: int) -> jax.Array:
@@ -124,3 +167,62 @@ def _attend(q_BxTxHxD, blocks, masks) -> jax.Array:
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _attend_listed(q_BxTxHxD, kv, sees: Visibility) -> jax.Array:
+  """`attend` over the listed blocks of keys: a block of queries is a batch row of its own."""
+  lists_BxCxN, count = sees.key_blocks_BxCxN, sees.key_blocks_BxCxN.shape[1]
+  at_once = _blocks_at_once(q_BxTxHxD.shape[1], lists_BxCxN, sees.chunk)
+  # Tokens in front, as `_take_blocks` wants them.
+  kv_BxSxKxD = kv[0].transpose(0, 3, 1, 2), kv[1].transpose(0, 2, 1, 3)
+
+  def some(q, lists, mask):
+    taken = (_take_blocks(x, count, lists) for x in kv_BxSxKxD)
+    return _attend(q, [block(*taken)], [mask])
+
+  if at_once == count:
+    out = some(_fold(q_BxTxHxD, count), lists_BxCxN, sees.masks[0])
+    return out.reshape(q_BxTxHxD.shape)
+
+  @jax.checkpoint
+  def one(args):
+    q, order, lists = args
+    q, order = (_fold(x, at_once) for x in (q, order))
+    return some(q, lists, _block_mask(order, sees.keys[0], lists))
+
+  groups = count // at_once
+  parts = (q_BxTxHxD, sees.queries.order_BxT, lists_BxCxN)
+  out = jax.lax.map(one, tuple(
+    x.reshape(len(x), groups, -1, *x.shape[2:]).swapaxes(0, 1) for x in parts))
+  out = out.reshape(groups, len(q_BxTxHxD), -1, *q_BxTxHxD.shape[2:])
+  return out.swapaxes(0, 1).reshape(q_BxTxHxD.shape)
+
+
+def _blocks_at_once(length: int, lists_BxCxN, chunk: int) -> int:
+  """As many blocks of queries as have no more scores than one chunk without lists would have."""
+  _, count, listed = lists_BxCxN.shape
+  most = chunk * count // (listed * (length // count)) if chunk else count
+  return max(n for n in range(1, count + 1) if count % n == 0 and n <= max(most, 1))
+
+
+def _block_mask(order_AxT, keys: Tags, lists_BxCxN) -> jax.Array:
+  """bool [B * C, T, N * size] of folded queries and the blocks of keys that they take."""
+  count = keys.order_BxT.shape[1] // order_AxT.shape[1]
+  order, end = (_take_blocks(x, count, lists_BxCxN) for x in (keys.order_BxT, keys.end_BxT))
+  listed_AxN = lists_BxCxN.reshape(-1, lists_BxCxN.shape[2]) >= 0
+  end = jnp.where(jnp.repeat(listed_AxN, order_AxT.shape[1], axis=1), end, 0)
+  return _mask(Tags(order_AxT, order_AxT), Tags(order, end))
+
+
+def _fold(x_BxTxX: jax.Array, count: int) -> jax.Array:
+  """[B, T, ...] to [B * count, T / count, ...]."""
+  batch, length, *rest = x_BxTxX.shape
+  return x_BxTxX.reshape(batch * count, length // count, *rest)
+
+
+def _take_blocks(x_BxSxX: jax.Array, count: int, lists_BxCxN: jax.Array) -> jax.Array:
+  """The listed ones of `count` blocks (the first for -1): [B * C, N * S / count, ...]."""
+  batch, length, *rest = x_BxSxX.shape
+  blocks = x_BxSxX.reshape(batch, count, length // count, *rest)
+  taken = jax.vmap(lambda x, i: x[i])(blocks, jnp.maximum(lists_BxCxN, 0))
+  return taken.reshape(batch * lists_BxCxN.shape[1], -1, *rest)

@@ -5,9 +5,9 @@ Callers split it once and merge it inside jit:
   graphdef, params = nnx.split(Qwen3VL(config, rngs=nnx.Rngs(0)))
 
   @jax.jit
-  def forward(params, tokens, positions, segments, vision, image_index):
+  def forward(params, tokens, positions, ends, vision, image_index):
     model = nnx.merge(graphdef, params)
-    hidden, _ = model(tokens, positions, segments, vision=vision, image_index_BxT=image_index)
+    hidden, _ = model(tokens, positions, ends, vision=vision, image_index_BxT=image_index)
     return model.logits(hidden)
 
 `hidden` and `unembedding` are separate from `logits`, so that a loss over a large vocabulary can
@@ -47,8 +47,9 @@ class Qwen3VL(nnx.Module):
     self,
     tokens_BxT: jax.Array,
     positions_BxTx3: jax.Array,
-    segments_BxT: jax.Array,
+    ends_BxT: jax.Array,
     *,
+    key_blocks_BxCxN: jax.Array | None = None,
     vision: VisionInputs | VisionFeatures | None = None,
     image_index_BxT: jax.Array | None = None,
     cache: Cache | None = None,
@@ -59,9 +60,12 @@ class Qwen3VL(nnx.Module):
     Args:
       tokens_BxT: int32; what stands at an image position is ignored.
       positions_BxTx3: int32 (time, height, width); see `mrope_positions`.
-      segments_BxT: int32, 0 for padding. Without a cache a token sees itself and the earlier
-        tokens of its own segment, so several trajectories may stand in one row. With a cache
-        a row is one sequence whose new tokens stand first, followed by padding.
+      ends_BxT: int32, 0 for padding. Without a cache a token sees itself and the earlier tokens of
+        its row whose end is behind it. So several trajectories may stand in one row, behind each
+        other (the end is the trajectory's) or as a tree, depth first (the end of the subtree).
+        With a cache a row is one sequence whose new tokens stand first, followed by padding, and
+        any end above 0 will do.
+      key_blocks_BxCxN: from `attention.key_blocks`, for long rows of many trajectories.
       vision: packed patches, or features of an earlier `encode_images`.
       image_index_BxT: int32, -1 for ordinary tokens, else the token's place in the M merged image
         tokens. It is a gather: several tokens may take the same one.
@@ -83,7 +87,8 @@ class Qwen3VL(nnx.Module):
     if taps is not None:
       taps["text.embed"] = x_BxTxD
     return self.text(
-      x_BxTxD, positions_BxTx3, segments_BxT, deepstack=deepstack, cache=cache, taps=taps
+      x_BxTxD, positions_BxTx3, ends_BxT, key_blocks_BxCxN=key_blocks_BxCxN, deepstack=deepstack,
+      cache=cache, taps=taps,
     )
 
   def logits(self, hidden: jax.Array) -> jax.Array:

@@ -115,8 +115,9 @@ class TextDecoder(nnx.Module):
     self,
     x_BxTxD: jax.Array,
     positions_BxTx3: jax.Array,
-    segments_BxT: jax.Array,
+    ends_BxT: jax.Array,
     *,
+    key_blocks_BxCxN: jax.Array | None = None,
     deepstack: DeepStack | None = None,
     cache: Cache | None = None,
     taps: Intermediates | None = None,
@@ -125,7 +126,7 @@ class TextDecoder(nnx.Module):
     text = self.config.text
     x_BxTxD = constrain(x_BxTxD, ("batch", "length", "act_embed"))
     angles = rope.text_rope(positions_BxTx3, theta=text.rope_theta, section=text.mrope_section)
-    sees = _visibility(segments_BxT, cache, self.config.attention_chunk)
+    sees = _visibility(ends_BxT, key_blocks_BxCxN, cache, self.config.attention_chunk)
     layer_fn = remat(DecoderLayer.__call__, self.config.remat)
 
     def step(layer, x_BxTxD, xs):
@@ -141,20 +142,24 @@ class TextDecoder(nnx.Module):
     x_BxTxD = self.norm(x_BxTxD)
     if taps is not None:
       taps.update({"text.layers": hidden_LxBxTxD, "text.norm": x_BxTxD})
-    return x_BxTxD, None if cache is None else cache.append(*new, segments_BxT > 0)
+    return x_BxTxD, None if cache is None else cache.append(*new, ends_BxT > 0)
 
   def unembedding(self) -> jax.Array:
     """The [V, D] table of the output head, in its parameter dtype."""
     return (self.embedding if self.head is None else self.head)[...]
 
 
-def _visibility(segments_BxT, cache: Cache | None, chunk: int) -> attention.Visibility:
-  order_BxT = jnp.broadcast_to(jnp.arange(segments_BxT.shape[1]), segments_BxT.shape)
+def _visibility(ends_BxT, key_blocks_BxCxN, cache: Cache | None, chunk: int
+                ) -> attention.Visibility:
+  order_BxT = jnp.broadcast_to(jnp.arange(ends_BxT.shape[1]), ends_BxT.shape)
   if cache is None:
-    tags = attention.Tags(segments_BxT, order_BxT)
-    return attention.visibility(tags, [tags], chunk)
+    tags = attention.Tags(order_BxT, ends_BxT)
+    return attention.visibility(tags, [tags], chunk, key_blocks_BxCxN)
   # With a cache a row is one sequence: its filled slots are all earlier than the new tokens.
-  new = attention.Tags((segments_BxT > 0).astype(jnp.int32), order_BxT)
-  old = [attention.Tags(filled_BxS.astype(jnp.int32), jnp.zeros(filled_BxS.shape, jnp.int32))
+  def seen_to_the_end(order, real):
+    return attention.Tags(order, jnp.where(real, ends_BxT.shape[1], 0))
+
+  new = seen_to_the_end(order_BxT, ends_BxT > 0)
+  old = [seen_to_the_end(jnp.zeros(filled_BxS.shape, jnp.int32), filled_BxS)
          for filled_BxS in cache.filled]
   return attention.visibility(new, [*old, new], chunk)

@@ -2,7 +2,8 @@
 
 `packing.pack` makes Batches on the host; `step.Learner` eats them.
 
-Legend: B rows, T tokens of a row, R, P rows and patches of the vision tower.
+Legend: B rows, T tokens of a row, G targets of a row, C, N blocks of attention (see
+`model.attention.key_blocks`), R, P rows and patches of the vision tower.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Sized
 
 import jax
 import numpy as np
@@ -22,35 +23,40 @@ from axpo_jax.model.vision_inputs import VisionInputs
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
-  """One micro-batch. Position t holds what concerns its prediction of token t + 1.
+  """One micro-batch: tokens to compute, and apart from them the targets to score.
 
   Attributes:
     tokens_BxT: int32 ids, 0 on padding.
-    targets_BxT: int32, the next token of the same trajectory, 0 where there is none.
     positions_BxTx3: int32 M-RoPE positions.
-    segments_BxT: int32, 0 for padding, else 1, 2, ... for the trajectories of the row.
+    ends_BxT: int32, 0 for padding, else the place behind the last token of the row that sees this
+      one. Trajectories with a common beginning stand depth first, see `train.tree`.
+    at_BxG: int32, the place in the row that predicts the target. One place may have several.
+    targets_BxG: int32 ids.
+    weights_BxG: float32, weight of the target in the loss; 0 for padding.
+    advantages_BxG: float32.
+    behaviour_logp_BxG: float32, the sampler's log-probability of the target.
+    key_blocks_BxCxN: int32, which blocks of keys a block of queries sees; None: all.
     image_index_BxT: int32, -1 or the token's place among the merged image tokens of `vision`.
-    weights_BxT: float32, weight of the target in the loss; 0 masks it.
-    advantages_BxT: float32.
-    behaviour_logp_BxT: float32, the sampler's log-probability of the target.
     vision: packed patches; None (and image_index_BxT None) if no example of the `pack` call has an
       image.
-    old_logp_BxT: float32, the target's log-probability under the weights at the start of the step;
+    old_logp_BxG: float32, the target's log-probability under the weights at the start of the step;
       None: the pass itself, so that the ratio is exactly one.
-    ref_logp_BxT: float32, the same under the fixed reference; None: no KL.
+    ref_logp_BxG: float32, the same under the fixed reference; None: no KL.
   """
 
   tokens_BxT: np.ndarray | jax.Array
-  targets_BxT: np.ndarray | jax.Array
   positions_BxTx3: np.ndarray | jax.Array
-  segments_BxT: np.ndarray | jax.Array
-  image_index_BxT: np.ndarray | jax.Array | None
-  weights_BxT: np.ndarray | jax.Array
-  advantages_BxT: np.ndarray | jax.Array
-  behaviour_logp_BxT: np.ndarray | jax.Array
+  ends_BxT: np.ndarray | jax.Array
+  at_BxG: np.ndarray | jax.Array
+  targets_BxG: np.ndarray | jax.Array
+  weights_BxG: np.ndarray | jax.Array
+  advantages_BxG: np.ndarray | jax.Array
+  behaviour_logp_BxG: np.ndarray | jax.Array
+  key_blocks_BxCxN: np.ndarray | jax.Array | None = None
+  image_index_BxT: np.ndarray | jax.Array | None = None
   vision: VisionInputs | None = None
-  old_logp_BxT: np.ndarray | jax.Array | None = None
-  ref_logp_BxT: np.ndarray | jax.Array | None = None
+  old_logp_BxG: np.ndarray | jax.Array | None = None
+  ref_logp_BxG: np.ndarray | jax.Array | None = None
 
 
 def place(batch: Batch, mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None) -> Batch:
@@ -74,24 +80,33 @@ def batch_shards(mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None) -
 def denominator(batches: Sequence[Batch]) -> float:
   """What the summed loss of host batches is divided by: the sum of their weights, which is the
   number of targets (token_mean) or of sequences that have any (sequence_mean); 1 if none."""
-  total = sum(float(np.sum(batch.weights_BxT, dtype=np.float64)) for batch in batches)
+  total = sum(float(np.sum(batch.weights_BxG, dtype=np.float64)) for batch in batches)
   return total or 1.0
 
 
-def packing_metrics(batches: Sequence[Batch]) -> dict[str, float]:
-  """How full host batches are: counts, and the share of places that hold a token or a patch."""
-  tokens = sum(int((batch.segments_BxT > 0).sum()) for batch in batches)
-  places = sum(batch.segments_BxT.size for batch in batches)
+def packing_metrics(batches: Sequence[Batch], examples: Sequence[Sized]) -> dict[str, float]:
+  """How full the host batches of these examples are, and what sharing has saved: counts, and the
+  shares of places that hold a token, a target or a patch."""
+  tokens = sum(int((batch.ends_BxT > 0).sum()) for batch in batches)
+  plain = sum(map(len, examples))
   out = {
     "pack/micro_batches": len(batches),
-    "pack/sequences": sum(int(batch.segments_BxT.max(axis=1).sum()) for batch in batches),
+    "pack/sequences": len(examples),
     "pack/tokens": tokens,
-    "pack/fill": tokens / max(places, 1),
+    "pack/tokens_plain": plain,
+    "pack/sharing": plain / max(tokens, 1),
+    "pack/fill": _share(batch.ends_BxT > 0 for batch in batches),
+    "pack/target_fill": _share(batch.weights_BxG != 0 for batch in batches),
   }
   if patches := [batch.vision.segments_RxP for batch in batches if batch.vision is not None]:
     out["pack/images"] = sum(int(segments.max(axis=1).sum()) for segments in patches)
-    out["pack/vision_fill"] = sum((s > 0).sum() for s in patches) / sum(s.size for s in patches)
+    out["pack/vision_fill"] = _share(segments > 0 for segments in patches)
   return {name: float(value) for name, value in out.items()}
+
+
+def _share(masks: Iterable[np.ndarray]) -> float:
+  counts = [(mask.sum(), mask.size) for mask in masks]
+  return sum(held for held, _ in counts) / max(sum(size for _, size in counts), 1)
 
 
 def save_batch(path: str | os.PathLike, batch: Batch) -> None:
@@ -109,5 +124,4 @@ def load_batch(path: str | os.PathLike) -> Batch:
     arrays = dict(file)
   vision = {key.removeprefix("vision/"): arrays.pop(key)
             for key in list(arrays) if key.startswith("vision/")}
-  arrays.setdefault("image_index_BxT", None)
   return Batch(**arrays, vision=VisionInputs(**vision) if vision else None)

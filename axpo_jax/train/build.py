@@ -183,7 +183,8 @@ def pack_examples(config: ConfigDict, bench: Workbench, batch: list[Example],
   """Micro-batches in the shapes that the config fixes, so that few programs are compiled."""
   return pack(
     batch, rows=config.batch.rows, length=config.batch.length,
-    vision_config=bench.model_config.vision, aggregation=aggregation,
+    vision_config=bench.model_config.vision, share_prefixes=config.batch.share_prefixes,
+    aggregation=aggregation,
     banned_ids=bench.chat.banned_ids, rows_multiple_of=batch_shards(bench.mesh, bench.rules),
     row_buckets=[config.batch.image_rows * 2**i for i in range(16)])
 

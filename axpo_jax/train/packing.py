@@ -1,12 +1,13 @@
-"""Packing: from trajectories of any length to micro-batches of one static shape (host, NumPy).
+"""Packing: from trajectories of any length to micro-batches of few static shapes (host, NumPy).
 
-In: Examples, one per trajectory, everything aligned with the token it belongs to. Out: Batches of
-[rows, length], everything aligned with the position that *predicts* the token. Several trajectories
-stand in one row behind each other; a segment id keeps them apart in attention, and each has its own
-M-RoPE positions. An image that several trajectories of a micro-batch show is encoded once. All
-batches of one call have the same shapes, so the step compiles once for them.
+In: Examples, one per trajectory, everything aligned with the token it belongs to. Out: Batches with
+rows of tokens to compute, and for every row a list of the targets that are scored, each with the
+position that predicts it. What trajectories share (prompt, images, a frozen prefix) stands once, see
+`train.tree`: a position may then predict several targets, of different weight and advantage. Tokens
+behind a trajectory's last target are left out. An image that several trajectories of a micro-batch
+show is encoded once. All batches of one call have the same shapes, so the step compiles once for them.
 
-Legend: B rows, T tokens of a row or an example, S sequences.
+Legend: B rows, T tokens of a row or an example, G targets of a row, S sequences.
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from axpo_jax.model.attention import key_blocks
 from axpo_jax.model.config import VisionConfig
 from axpo_jax.model.images import ProcessedImage
 from axpo_jax.model.vision_inputs import PATCH_BUCKETS, ROW_BUCKETS, pack_images
 from axpo_jax.rl.losses import aggregation_weights
+from axpo_jax.train import tree
 from axpo_jax.train.batch import Batch
+
+# Tokens of a block of attention: a row's length is a multiple of it.
+BLOCK = 64
 
 
 class PackingError(ValueError):
-  """An example that cannot be trained on as it is."""
+  """An example that cannot be trained on as it is, or rows that cannot be made."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,6 +60,12 @@ class Example:
   def __len__(self) -> int:
     return len(self.ids_T)
 
+  @property
+  def computed(self) -> int:
+    """How many of its first tokens a target depends on."""
+    targets = np.flatnonzero(self.loss_mask_T)
+    return int(targets[-1]) if len(targets) else 0
+
 
 def pack(
   examples: Sequence[Example],
@@ -61,37 +73,54 @@ def pack(
   rows: int,
   length: int,
   vision_config: VisionConfig,
+  share_prefixes: bool = True,
   aggregation: str = "token_mean",
   banned_ids: Sequence[int] = (),
   rows_multiple_of: int = 1,
+  block: int = BLOCK,
   row_buckets: Sequence[int] = ROW_BUCKETS,
   patch_buckets: Sequence[int] = PATCH_BUCKETS,
 ) -> list[Batch]:
-  """Packs examples into micro-batches of [rows, length], first fit, longest first.
+  """Packs examples into micro-batches of at most [rows, length].
 
-  Deterministic: equal lengths keep their order. The last micro-batch is filled up with empty rows.
-  The step's denominator is the sum of all weights: `batch.denominator`.
+  Deterministic. Micro-batches are evenly filled, and their number of rows is `rows` or one, two or
+  three quarters of it. The step's denominator is the sum of all weights: `batch.denominator`.
 
   Args:
+    share_prefixes: equal beginnings (ids, positions, images) of examples are computed once a row.
+      The result is the same without.
     aggregation: "token_mean" gives every target weight 1, "sequence_mean" 1 / (the targets of its
       example); see `rl.losses.aggregation_weights`.
     banned_ids: ids that a target may not have, since the softmax leaves them out.
-    rows_multiple_of: vision rows are a multiple of it; see `batch.batch_shards`.
+    rows_multiple_of: the number of rows is a multiple of it if `rows` is, that of vision rows
+      always; see `batch.batch_shards`.
+    block: tokens of a block of attention.
     row_buckets, patch_buckets: shapes of the vision tower, see `pack_images`.
 
   Raises:
     PackingError: an example that is longer than a row, has arrays of unequal length, a target
-      without a predecessor or a banned one; the message names the example and the numbers.
+      without a predecessor or a banned one; the message names the example and the numbers. Or a
+      length that is not a multiple of `block`.
     ImageTooLarge: from `pack_images`.
   """
+  if length % block:
+    raise PackingError(f"rows of {length} tokens: batch.length must be a multiple of {block}")
   for number, example in enumerate(examples):
     _check(number, example, length, banned_ids)
+  if not examples:
+    return []
   weights_S, _ = aggregation_weights([int(e.loss_mask_T.sum()) for e in examples], aggregation)
-  groups = _place([len(example) for example in examples], rows, length)
-  batches = [_fill(group, examples, weights_S, rows, length) for group in groups]
+  pieces_R = _place(examples, length, share_prefixes)
+  height = _height(len(pieces_R), rows, rows_multiple_of)
+  # Whole micro-batches, at least one: examples without any target still make a step.
+  pieces_R += [[]] * (-len(pieces_R) % height or (0 if pieces_R else height))
+  whole = _fill(pieces_R, examples, weights_S, length, block)
+  cuts = [slice(at, at + height) for at in range(0, len(pieces_R), height)]
+  batches = [Batch(**{name: array[cut] for name, array in whole.items()}) for cut in cuts]
   if any(example.images for example in examples):
     options = {"config": vision_config, "rows_multiple_of": rows_multiple_of}
-    batches = _with_images(batches, groups, examples, row_buckets, patch_buckets, options)
+    batches = _with_images(batches, [pieces_R[cut] for cut in cuts], examples, row_buckets,
+                           patch_buckets, options)
   return batches
 
 
@@ -117,88 +146,128 @@ def _check(number: int, example: Example, length: int, banned_ids: Sequence[int]
       f"{where}: image_T names image {int(example.image_T.max())} of {len(example.images)}")
 
 
-def _place(sizes: Sequence[int], rows: int, length: int) -> list[list[list[int]]]:
-  """Example numbers by micro-batch and row: first fit, longest first."""
-  fill: list[int] = []
-  members: list[list[int]] = []
-  for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-    row = next((r for r, used in enumerate(fill) if used + sizes[i] <= length), len(fill))
-    if row == len(fill):
-      fill.append(0)
-      members.append([])
-    fill[row] += sizes[i]
-    members[row].append(i)
-  return [members[at:at + rows] for at in range(0, len(members), rows)]
+def _place(examples: Sequence[Example], length: int, share: bool) -> list[list[tree.Placed]]:
+  """The examples that have targets, by row."""
+  lengths_S = [example.computed for example in examples]
+  scored = [i for i, size in enumerate(lengths_S) if size]
+  if share:
+    order, shared = tree.sort(_tables([examples[i] for i in scored]))
+    order = [scored[i] for i in order]
+  else:
+    order, shared = sorted(scored, key=lambda i: -lengths_S[i]), [0] * len(scored)
+  return tree.place(order, shared, lengths_S, length)
 
 
-def _fill(group, examples, weights_S, rows: int, length: int) -> Batch:
-  def zeros(dtype, *rest):
-    return np.zeros((rows, length, *rest), dtype)
-
-  batch = Batch(
-    tokens_BxT=zeros(np.int32), targets_BxT=zeros(np.int32), positions_BxTx3=zeros(np.int32, 3),
-    segments_BxT=zeros(np.int32), image_index_BxT=None, weights_BxT=zeros(np.float32),
-    advantages_BxT=zeros(np.float32), behaviour_logp_BxT=zeros(np.float32))
-  for row, number, i, start in _walk(group, examples):
-    example = examples[i]
-    here = (row, slice(start, start + len(example)))
-    batch.tokens_BxT[here] = example.ids_T
-    batch.positions_BxTx3[here] = example.positions_Tx3
-    batch.segments_BxT[here] = number
-    # The last token predicts nothing; its weight stays 0.
-    predicts = (row, slice(start, start + len(example) - 1))
-    mask = np.asarray(example.loss_mask_T[1:], bool)
-    batch.targets_BxT[predicts] = example.ids_T[1:]
-    batch.weights_BxT[predicts] = mask * weights_S[i]
-    batch.advantages_BxT[predicts] = np.where(mask, example.advantages_T[1:], 0.0)
-    batch.behaviour_logp_BxT[predicts] = np.where(mask, example.behaviour_logp_T[1:], 0.0)
-  return batch
+def _tables(examples: Sequence[Example]) -> list[np.ndarray]:
+  """All that makes a token equal to another: int32 [T, 6] of every example's computed tokens."""
+  number_of: dict[str, int] = {}
+  tables = []
+  for example in examples:
+    keys = [number_of.setdefault(image.key, len(number_of)) for image in example.images]
+    shown_T = example.image_T >= 0
+    image_T = np.where(shown_T, np.asarray([*keys, -1])[example.image_T], -1)
+    offset_T = np.where(shown_T, example.image_offset_T, 0)
+    columns = (example.ids_T, example.positions_Tx3, image_T, offset_T)
+    tables.append(np.column_stack(columns).astype(np.int32)[:example.computed])
+  return tables
 
 
-def _walk(group, examples):
-  """(row, segment id, example number, first token) of everything in a micro-batch."""
-  for row, members in enumerate(group):
-    start = 0
-    for number, i in enumerate(members, 1):
-      yield row, number, i, start
-      start += len(examples[i])
+def _height(used: int, rows: int, multiple: int) -> int:
+  """Rows of a micro-batch: the last should not be empty, and the shapes should be few."""
+  quarter = -(-rows // (4 * multiple)) * multiple
+  even = -(-used // max(-(-used // rows), 1))
+  return min(max(-(-even // quarter), 1) * quarter, rows)
 
 
-def _with_images(batches, groups, examples, row_buckets, patch_buckets, options) -> list[Batch]:
+def _fill(rows_R, examples, weights_S, length: int, block: int) -> dict[str, np.ndarray]:
+  """The fields of all rows, without images."""
+  shape = (len(rows_R), length)
+  tokens_RxT, ends_RxT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+  positions_RxTx3 = np.zeros((*shape, 3), np.int32)
+  scored_R = []
+  for row, row_placed in enumerate(rows_R):
+    places, ends_RxT[row] = tree.lay_out(row_placed, [e.computed for e in examples], length)
+    scored = []
+    for placed, where_T in zip(row_placed, places, strict=True):
+      example = examples[placed.number]
+      new = slice(placed.shared, example.computed)
+      tokens_RxT[row, where_T[new]] = example.ids_T[new]
+      positions_RxTx3[row, where_T[new]] = example.positions_Tx3[new]
+      scored.append(_targets(example, where_T, weights_S[placed.number]))
+    scored_R.append([np.concatenate(column) for column in zip(*scored)])
+  fields = {"tokens_BxT": tokens_RxT, "positions_BxTx3": positions_RxTx3, "ends_BxT": ends_RxT}
+  if (lists := key_blocks(ends_RxT, block)) is not None:
+    fields["key_blocks_BxCxN"] = lists
+  return fields | _target_fields(scored_R, length)
+
+
+_TARGET_FIELDS = {"at_BxG": np.int32, "targets_BxG": np.int32, "weights_BxG": np.float32,
+                  "advantages_BxG": np.float32, "behaviour_logp_BxG": np.float32}
+
+
+def _targets(example: Example, where_T: np.ndarray, weight: float) -> tuple[np.ndarray, ...]:
+  """The values of `_TARGET_FIELDS` for an example whose tokens stand at `where_T` of their row."""
+  mask = np.flatnonzero(example.loss_mask_T)
+  return (where_T[mask - 1], example.ids_T[mask], np.full(len(mask), weight),
+          example.advantages_T[mask], example.behaviour_logp_T[mask])
+
+
+def _target_fields(scored_R: Sequence[Sequence[np.ndarray]], length: int) -> dict[str, np.ndarray]:
+  """Targets of all rows; their number is rounded up to an eighth of a row."""
+  most, step = max((len(s[0]) for s in scored_R if s), default=0), max(length // 8, 1)
+  shape = (len(scored_R), max(-(-most // step), 1) * step)
+  fields = {name: np.zeros(shape, dtype) for name, dtype in _TARGET_FIELDS.items()}
+  for row, scored in enumerate(scored_R):
+    for array, values in zip(fields.values(), scored):
+      array[row, :len(values)] = values
+  return fields
+
+
+def _with_images(batches, rows_of_batches, examples, row_buckets, patch_buckets, options
+                 ) -> list[Batch]:
   """The batches with vision inputs, all of one shape: that of the fullest."""
-  largest = max(len(im.patches_PxC) for e in examples for im in e.images)
+  distinct = [_shown_images(rows, examples) for rows in rows_of_batches]
+  largest = max((len(im.patches_PxC) for images in distinct for im in images.values()), default=0)
   # The smallest bucket, or all of them, so that pack_images raises its own error.
   patch_buckets = [b for b in sorted(patch_buckets) if b >= largest][:1] or patch_buckets
 
   def packed(images, buckets):
-    return pack_images(images, row_buckets=buckets, patch_buckets=patch_buckets, **options)
+    return pack_images(list(images.values()), row_buckets=buckets, patch_buckets=patch_buckets,
+                       **options)
 
-  distinct = [_distinct_images(group, examples) for group in groups]
-  results = [packed(list(images.values()), row_buckets) for images in distinct]
+  results = [packed(images, row_buckets) for images in distinct]
   most = max(len(vision.segments_RxP) for vision, _ in results)
   out = []
-  for batch, group, images, (vision, offsets) in zip(
-      batches, groups, distinct, results, strict=True):
+  for batch, rows, images, (vision, offsets) in zip(
+      batches, rows_of_batches, distinct, results, strict=True):
     if len(vision.segments_RxP) < most:
-      vision, offsets = packed(list(images.values()), (most,))
+      vision, offsets = packed(images, (most,))
     start_of = dict(zip(images, offsets.tolist(), strict=True))
-    index_BxT = _image_index(batch.tokens_BxT.shape, group, examples, start_of)
+    index_BxT = _image_index(batch.tokens_BxT.shape, rows, examples, start_of)
     out.append(dataclasses.replace(batch, vision=vision, image_index_BxT=index_BxT))
   return out
 
 
-def _distinct_images(group, examples) -> dict[str, ProcessedImage]:
-  return {image.key: image for _, _, i, _ in _walk(group, examples) for image in examples[i].images}
+def _new_image_tokens(rows, examples):
+  """(row, first place, example, image_T, image_offset_T) of all that has tokens of its own."""
+  for row, row_placed in enumerate(rows):
+    for placed in row_placed:
+      example = examples[placed.number]
+      new = slice(placed.shared, example.computed)
+      yield row, placed.start, example, example.image_T[new], example.image_offset_T[new]
 
 
-def _image_index(shape, group, examples, start_of: dict[str, int]) -> np.ndarray:
+def _shown_images(rows, examples) -> dict[str, ProcessedImage]:
+  """The distinct images of a micro-batch that a computed token shows."""
+  return {example.images[i].key: example.images[i]
+          for _, _, example, image_T, _ in _new_image_tokens(rows, examples)
+          for i in np.unique(image_T[image_T >= 0])}
+
+
+def _image_index(shape, rows, examples, start_of: dict[str, int]) -> np.ndarray:
   index_BxT = np.full(shape, -1, np.int32)
-  for row, _, i, start in _walk(group, examples):
-    example = examples[i]
-    if not example.images:
-      continue
-    starts = np.asarray([start_of[image.key] for image in example.images])
-    shown_T = example.image_T >= 0
-    value_T = starts[np.maximum(example.image_T, 0)] + example.image_offset_T
-    index_BxT[row, start:start + len(example)] = np.where(shown_T, value_T, -1)
+  for row, at, example, image_T, offset_T in _new_image_tokens(rows, examples):
+    # The last entry is what image number -1 picks; its value is masked.
+    starts = np.asarray([*(start_of.get(image.key, 0) for image in example.images), 0])
+    index_BxT[row, at:at + len(image_T)] = np.where(image_T >= 0, starts[image_T] + offset_T, -1)
   return index_BxT

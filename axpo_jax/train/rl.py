@@ -131,7 +131,7 @@ class Loop:
       metrics |= await asyncio.to_thread(self.update, batch.groups)
     self.steps_done += 1
     metrics |= clock.metrics() | {"time/step_s": time.perf_counter() - start}
-    metrics["time/trained_tokens_per_s"] = metrics["pack/tokens"] / clock.seconds["update"]
+    metrics["time/trained_tokens_per_s"] = metrics["pack/tokens_plain"] / clock.seconds["update"]
     return batch, metrics
 
   def rollout_metrics(self, groups: list[Group]) -> dict[str, float]:
@@ -159,7 +159,7 @@ class Loop:
     updates = []
     for part in _split(trained, config.rl.updates):
       updates.append(build.pack_examples(config, self.bench, part, self.recipe.loss.aggregation))
-    metrics |= packing_metrics([batch for batches in updates for batch in batches])
+    metrics |= packing_metrics([batch for batches in updates for batch in batches], trained)
     updates = [self._annotated(batches) for batches in updates]
     logged = []
     for batches in updates:

@@ -46,7 +46,7 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
         loaded = time.perf_counter()
         state, result = learner.update(state, batches)
         metrics = learner.metrics(result, batches, workdir / "nonfinite")
-        metrics |= packing_metrics(batches) | counts
+        metrics |= packing_metrics(batches, examples) | counts
         metrics |= {"time/load_s": loaded - start, "time/update_s": time.perf_counter() - loaded}
         writer.write(first_step + done, {
           name.replace("train/", "sft/"): value for name, value in metrics.items()})

@@ -11,7 +11,7 @@ micro-batches and rows changes nothing.
   state, result = learner.update(state, batches)      # dispatched; the host does not wait
   metrics = learner.metrics(result, batches, folder)  # waits; raises NonFiniteError
 
-Legend: B rows, T tokens of a row.
+Legend: B rows, T tokens of a row, D model, G targets of a row.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Objective:
   """What is minimised.
 
   Attributes:
-    loss: (logp_BxT, entropy_BxT, batch) -> summed loss, metric sums (names ending in _max are
+    loss: (logp_BxG, entropy_BxG, batch) -> summed loss, metric sums (names ending in _max are
       maxima). Traced.
     summarise: (metric sums of the whole step, denominator) -> logged metrics. On the host.
   """
@@ -85,14 +85,14 @@ class StepResult:
 def supervised_objective() -> Objective:
   """Cross-entropy of the targets."""
 
-  def loss(logp_BxT, entropy_BxT, batch):
-    mask_BxT = batch.weights_BxT != 0
+  def loss(logp_BxG, entropy_BxG, batch):
+    mask_BxG = batch.weights_BxG != 0
 
-    def total(x_BxT):
-      return jnp.sum(jnp.where(mask_BxT, x_BxT, 0.0), dtype=jnp.float32)
+    def total(x_BxG):
+      return jnp.sum(jnp.where(mask_BxG, x_BxG, 0.0), dtype=jnp.float32)
 
-    nll = -total(logp_BxT * batch.weights_BxT)
-    sums = {"tokens": total(1.0), "nll": -total(logp_BxT), "entropy": total(entropy_BxT)}
+    nll = -total(logp_BxG * batch.weights_BxG)
+    sums = {"tokens": total(1.0), "nll": -total(logp_BxG), "entropy": total(entropy_BxG)}
     return nll, jax.lax.stop_gradient(sums)
 
   def summarise(sums, _denominator):
@@ -106,12 +106,12 @@ def supervised_objective() -> Objective:
 def policy_objective(config: losses.LossConfig) -> Objective:
   """The clipped policy loss (`rl.losses.policy_loss`); the batch carries old and reference logp."""
 
-  def loss(logp_BxT, entropy_BxT, batch):
+  def loss(logp_BxG, entropy_BxG, batch):
     if not config.entropy_coef:
-      entropy_BxT = jax.lax.stop_gradient(entropy_BxT)  # only logged: no backward through it
+      entropy_BxG = jax.lax.stop_gradient(entropy_BxG)  # only logged: no backward through it
     return losses.policy_loss(
-      logp_BxT, batch.old_logp_BxT, batch.ref_logp_BxT, batch.behaviour_logp_BxT,
-      batch.advantages_BxT, batch.weights_BxT, config, entropy_BxT)
+      logp_BxG, batch.old_logp_BxG, batch.ref_logp_BxG, batch.behaviour_logp_BxG,
+      batch.advantages_BxG, batch.weights_BxG, config, entropy_BxG)
 
   return Objective(loss, losses.summarise)
 
@@ -194,9 +194,9 @@ class Learner:
     return self._apply(state, grads, np.float32(divisor))
 
   def score(self, params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """(logp_BxT, entropy_BxT) float32 of the targets under any parameters."""
+    """(logp_BxG, entropy_BxG) float32 of the targets under any parameters."""
     # Fields that scoring does not read would only make for more compiled versions.
-    batch = dataclasses.replace(batch, old_logp_BxT=None, ref_logp_BxT=None)
+    batch = dataclasses.replace(batch, old_logp_BxG=None, ref_logp_BxG=None)
     return self._score(params, self._place(batch))
 
   def annotate(self, batches: Iterable[Batch], *, old: nnx.State | None = None,
@@ -207,11 +207,11 @@ class Learner:
     for batch in batches:
       added = {}
       if old is not None:
-        added["old_logp_BxT"] = self.score(old, batch)[0]
+        added["old_logp_BxG"] = self.score(old, batch)[0]
       if reference is not None:
-        added["ref_logp_BxT"] = self.score(reference, batch)[0]
+        added["ref_logp_BxG"] = self.score(reference, batch)[0]
       if len(out) >= _IN_FLIGHT:
-        jax.block_until_ready((out[-_IN_FLIGHT].old_logp_BxT, out[-_IN_FLIGHT].ref_logp_BxT))
+        jax.block_until_ready((out[-_IN_FLIGHT].old_logp_BxG, out[-_IN_FLIGHT].ref_logp_BxG))
       out.append(dataclasses.replace(batch, **added))
     return out
 
@@ -247,17 +247,20 @@ class Learner:
     with sharding.use(self.mesh, self.rules):
       model = nnx.merge(self._graphdef, params)
       hidden_BxTxD, _ = model(
-        batch.tokens_BxT, batch.positions_BxTx3, batch.segments_BxT, vision=batch.vision,
+        batch.tokens_BxT, batch.positions_BxTx3, batch.ends_BxT,
+        key_blocks_BxCxN=batch.key_blocks_BxCxN, vision=batch.vision,
         image_index_BxT=batch.image_index_BxT)
-      return self._logprobs(hidden_BxTxD, model.unembedding(), batch.targets_BxT)
+      # Logits are made for targets alone: prompts and observations have none.
+      hidden_BxGxD = jax.vmap(lambda hidden, at: hidden[at])(hidden_BxTxD, batch.at_BxG)
+      return self._logprobs(hidden_BxGxD, model.unembedding(), batch.targets_BxG)
 
   def _accumulate_fn(self, params, grads, batch: Batch):
     trained, frozen = self.optimizer.split(params)
 
     def loss(trained):
       # Frozen parameters are constants here: no gradient of theirs is ever computed.
-      logp_BxT, entropy_BxT = self._forward(nnx.merge_state(trained, frozen), batch)
-      return self.objective.loss(logp_BxT, entropy_BxT, batch)
+      logp_BxG, entropy_BxG = self._forward(nnx.merge_state(trained, frozen), batch)
+      return self.objective.loss(logp_BxG, entropy_BxG, batch)
 
     (value, sums), new = jax.value_and_grad(loss, has_aux=True)(trained)
     new = jax.tree.map(lambda g: g.astype(jnp.float32), new)

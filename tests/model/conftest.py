@@ -74,8 +74,8 @@ class Case:
     if self.vision is not None:
       kwargs = {"vision": self.vision, "image_index_BxT": self.index_T[None]}
     kwargs |= {"positions_BxTx3": self.positions_Tx3[None]} | changes
-    ones = np.ones((1, len(self.ids_T)), np.int32)
-    return getattr(model, function)(self.ids_T[None], segments_BxT=ones, **kwargs)
+    ends = np.full((1, len(self.ids_T)), len(self.ids_T), np.int32)
+    return getattr(model, function)(self.ids_T[None], ends_BxT=ends, **kwargs)
 
   def logits(self, model: Qwen3VL, **changes) -> jax.Array:
     return model.logits(self.run(model, **changes)[0])[0]

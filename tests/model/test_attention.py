@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from axpo_jax.model.attention import Tags, attend, block, visibility
+from axpo_jax.model.attention import Tags, attend, block, key_blocks, visibility
 
 B, T, S, H, K, D = 2, 13, 6, 6, 2, 8
 
@@ -30,33 +30,85 @@ def arrays():
   return [rng.normal(size=s).astype(np.float32) for s in shapes]
 
 
-SEGMENTS = np.asarray([[1] * 4 + [2] * 6 + [0] * 3, [3] * 13], np.int32)
+# Two sequences and padding; one sequence.
+ENDS = np.asarray([[4] * 4 + [10] * 6 + [0] * 3, [13] * 13], np.int32)
 
 
 @pytest.mark.parametrize("chunk", [0, 13, 5, 4, 1])
 @pytest.mark.parametrize("causal", [True, False])
-def test_segments(arrays, chunk, causal):
+def test_sequences(arrays, chunk, causal):
+  """Behind each other, each causal as text is or, by one order for all, seeing itself whole."""
   q, k, v = arrays[:3]
-  order = np.tile(np.arange(T) if causal else np.zeros(T, int), (B, 1)).astype(np.int32)
-  tags = Tags(jnp.asarray(SEGMENTS), jnp.asarray(order))
+  order = np.tile(np.arange(T), (B, 1)) if causal else np.where(ENDS == 10, 4, 0)
+  tags = Tags(jnp.asarray(order), jnp.asarray(ENDS))
   got = jax.jit(lambda: attend(q, [block(k, v)], visibility(tags, [tags], chunk)))()
   sees = np.zeros((B, T, T), bool)
   for b, t, s in np.ndindex(B, T, T):
-    sees[b, t, s] = SEGMENTS[b, t] == SEGMENTS[b, s] > 0 and (s <= t or not causal)
-  real = SEGMENTS > 0
+    sees[b, t, s] = ENDS[b, t] == ENDS[b, s] > 0 and (s <= t or not causal)
+  real = ENDS > 0
   np.testing.assert_allclose(got[real], naive(q, k, v, sees)[real], atol=2e-6)
   assert np.isfinite(got).all()
+
+
+def forest(rng, rows, length):
+  """Random trees in rows, depth first: the ends of all tokens, and who sees whom by parents."""
+  ends, sees = np.zeros((rows, length), np.int32), np.zeros((rows, length, length), bool)
+  for row in range(rows):
+    path = []
+    for t in range(length - rng.integers(0, 3)):
+      # Mostly straight on; else back to some ancestor, or a new tree.
+      path = path if rng.random() < 0.8 else path[:rng.integers(0, len(path) + 1)]
+      path = [*path, t]
+      ends[row, path] = t + 1
+      sees[row, t, path] = True
+  return ends, sees
+
+
+@pytest.mark.parametrize("chunk", [0, 6, 1])
+@pytest.mark.parametrize("size", [None, 2, 4])
+def test_trees_with_and_without_key_blocks(size, chunk):
+  rng = np.random.default_rng(chunk)
+  ends, sees = forest(rng, 3, 48)
+  q, k, v = (rng.normal(size=(3, 48, n, D)).astype(np.float32) for n in (H, K, K))
+  lists = None if size is None else key_blocks(ends, size)
+  assert size is None or lists.shape[2] < 48 // size
+  order = jnp.tile(jnp.arange(48), (3, 1))
+
+  def run(lists, chunk):
+    def loss(qkv):
+      q, k, v = qkv
+      tags = Tags(order, jnp.asarray(ends))
+      out = attend(q, [block(k, v)], visibility(tags, [tags], chunk, lists))
+      return (jnp.sin(out) * (ends > 0)[..., None, None]).sum(), out
+
+    return jax.jit(jax.grad(loss, has_aux=True))((q, k, v))
+
+  grads, out = run(lists, chunk)
+  real = ends > 0
+  np.testing.assert_allclose(out[real], naive(q, k, v, sees)[real], atol=2e-6)
+  for got, want in zip(grads, run(None, 0)[0], strict=True):
+    assert np.abs(want).max() > 0.1
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6)
+
+
+def test_key_blocks_by_hand():
+  # A root of 3, a branch of 4, a branch of 3, then a tree of 2 and padding.
+  ends = np.asarray([[10] * 3 + [7] * 4 + [10] * 3 + [12] * 2 + [0] * 4])
+  assert key_blocks(ends, 2)[0].tolist() == [
+    [0, -1, -1, -1], [0, 1, -1, -1], [0, 1, 2, -1], [0, 1, 2, 3], [0, 1, 3, 4], [5, -1, -1, -1],
+    [-1] * 4, [-1] * 4]
+  assert key_blocks(np.full((1, 8), 8), 4) is None  # one sequence: every block is seen by the last
 
 
 @pytest.mark.parametrize("chunk", [0, 5])
 def test_two_blocks_share_one_softmax(arrays, chunk):
   q, k, v, old_k, old_v = arrays
   filled = np.asarray([4, 0])
-  old = (np.arange(S) < filled[:, None]).astype(np.int32)
-  ones, order = np.ones((B, T), np.int32), np.tile(np.arange(T), (B, 1)).astype(np.int32)
-  new = Tags(jnp.asarray(ones), jnp.asarray(order))
-  keys = [Tags(jnp.asarray(old), jnp.zeros((B, S), jnp.int32)), new]
-  got = jax.jit(lambda: attend(q, [block(old_k, old_v), block(k, v)], visibility(new, keys, chunk)))()
+  old = np.where(np.arange(S) < filled[:, None], T, 0)
+  new = Tags(jnp.tile(jnp.arange(T), (B, 1)), jnp.full((B, T), T))
+  keys = [Tags(jnp.zeros((B, S), jnp.int32), jnp.asarray(old)), new]
+  got = jax.jit(lambda: attend(q, [block(old_k, old_v), block(k, v)],
+                               visibility(new, keys, chunk)))()
   causal = np.tile(np.tril(np.ones((T, T), bool)), (B, 1, 1))
   sees = np.concatenate([np.repeat(old[:, None] > 0, T, 1), causal], -1)
   want = naive(q, np.concatenate([old_k, k], 1), np.concatenate([old_v, v], 1), sees)
@@ -65,13 +117,13 @@ def test_two_blocks_share_one_softmax(arrays, chunk):
 
 def test_gradient_in_chunks(arrays):
   order = jnp.tile(jnp.arange(T), (B, 1))
-  tags = Tags(jnp.asarray(SEGMENTS), order)
+  tags = Tags(order, jnp.asarray(ENDS))
 
   def gradient(chunk):
     def loss(qkv):
       q, k, v = qkv
       out = attend(q, [block(k, v)], visibility(tags, [tags], chunk))
-      return (jnp.sin(out) * (SEGMENTS > 0)[..., None, None]).sum()
+      return (jnp.sin(out) * (ENDS > 0)[..., None, None]).sum()
 
     return jax.jit(jax.grad(loss))(arrays[:3])
 
@@ -85,7 +137,7 @@ def test_gradient_in_chunks(arrays):
 def test_softmax_is_float32_for_bfloat16(arrays):
   """With bfloat16 inputs the only loss is that of the inputs and of the rounded weights."""
   q, k, v = (jnp.asarray(a, jnp.bfloat16) for a in arrays[:3])
-  tags = Tags(jnp.ones((B, T), jnp.int32), jnp.tile(jnp.arange(T), (B, 1)))
+  tags = Tags(jnp.tile(jnp.arange(T), (B, 1)), jnp.full((B, T), T))
   got = attend(q, [block(k, v)], visibility(tags, [tags], 0))
   assert got.dtype == jnp.bfloat16
   causal = np.tile(np.tril(np.ones((T, T), bool)), (B, 1, 1))

@@ -18,10 +18,10 @@ def worst(a, b) -> float:
 @pytest.fixture(scope="module")
 def step(untied):
   @jax.jit
-  def step(params, cache, tokens, positions, segments, vision=None, index=None):
+  def step(params, cache, tokens, positions, real, vision=None, index=None):
     model = untied.model(params)
     hidden, cache = model(
-      tokens, positions, segments, vision=vision, image_index_BxT=index, cache=cache
+      tokens, positions, real, vision=vision, image_index_BxT=index, cache=cache
     )
     return model.logits(hidden), cache
 
@@ -36,9 +36,9 @@ def full(untied):
 def _full(untied, params, args):
   model = untied.model(params)
   ids, positions, vision, index = args
-  ones = jnp.ones((1, len(ids)), jnp.int32)
+  ends = jnp.full((1, len(ids)), len(ids))
   kwargs = {} if vision is None else {"vision": vision, "image_index_BxT": index[None]}
-  return model.logits(model(ids[None], positions[None], ones, **kwargs)[0])[0]
+  return model.logits(model(ids[None], positions[None], ends, **kwargs)[0])[0]
 
 
 def test_prefill_then_decode(untied, make_case, step, full):

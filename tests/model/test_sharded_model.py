@@ -24,16 +24,16 @@ def rows(make_case):
   return (
     tokens,
     np.broadcast_to(case.positions_Tx3, (*shape, 3)),
-    np.ones(shape, np.int32),
+    np.full(shape, length, np.int32),
     case.vision,
     np.broadcast_to(case.index_T, shape),
   )
 
 
-def _loss(untied, mesh, params, tokens, positions, segments, vision, index):
+def _loss(untied, mesh, params, tokens, positions, ends, vision, index):
   with sharding.use(mesh):
     model = untied.model(params)
-    hidden, _ = model(tokens, positions, segments, vision=vision, image_index_BxT=index)
+    hidden, _ = model(tokens, positions, ends, vision=vision, image_index_BxT=index)
     return jax.nn.logsumexp(model.logits(hidden), -1).mean()
 
 
@@ -55,7 +55,7 @@ def test_loss_and_gradients(untied, rows):
 def test_decode_on_a_mesh(untied, rows):
   mesh = sharding.make_mesh(MESH)
   params = jax.device_put(untied.params, sharding.param_shardings(untied.params, mesh))
-  tokens, positions, segments, vision, index = rows
+  tokens, positions, ends, vision, index = rows
 
   def run(mesh, params):
     with sharding.use(mesh):
@@ -63,11 +63,11 @@ def test_decode_on_a_mesh(untied, rows):
       cache = KVCache.empty(untied.config, 8, tokens.shape[1])
       cut = slice(0, -1)
       _, cache = model(
-        tokens[:, cut], positions[:, cut], segments[:, cut], vision=vision,
+        tokens[:, cut], positions[:, cut], ends[:, cut], vision=vision,
         image_index_BxT=index[:, cut], cache=cache,
       )  # fmt: skip
       last = slice(-1, None)
-      hidden, _ = model(tokens[:, last], positions[:, last], segments[:, last], cache=cache)
+      hidden, _ = model(tokens[:, last], positions[:, last], ends[:, last], cache=cache)
       return model.logits(hidden)
 
   got = jax.jit(lambda p: run(mesh, p))(params)

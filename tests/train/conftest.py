@@ -1,4 +1,5 @@
-"""Small examples with and without images, and a model small enough to compile in seconds."""
+"""Small examples with and without images, a model small enough to compile in seconds, and what
+packing must not change: one trajectory a row."""
 
 import dataclasses
 
@@ -12,7 +13,8 @@ from axpo_jax.model.config import PRESETS
 from axpo_jax.model.images import ProcessedImage
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.model.sharding import path_name
-from axpo_jax.model.vision_inputs import mrope_positions
+from axpo_jax.model.vision_inputs import mrope_positions, pack_images
+from axpo_jax.train.batch import Batch
 from axpo_jax.train.packing import Example
 
 VOCAB = 64
@@ -90,5 +92,37 @@ def make_example(config):
       images=tuple(images), loss_mask_T=mask,
       advantages_T=np.where(mask, rng.normal(), 0).astype(np.float32),
       behaviour_logp_T=np.where(mask, -rng.uniform(2, 5, total), 0).astype(np.float32))
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def one_a_row(config):
+  """Every example in a row of its own, written down without `pack`: whole, each image anew, and
+  every token but the first scored at the place before it (with weight 0 if it is no target)."""
+
+  def make(examples, length: int, **image_options) -> Batch:
+    def rows(values, fill=0, dtype=np.int32):
+      out = np.full((len(examples), length, *np.shape(values[0])[1:]), fill, dtype)
+      for row, value in zip(out, values, strict=True):
+        row[:len(value)] = value
+      return out
+
+    images = [image for e in examples for image in e.images]
+    vision, offsets = pack_images(images, config.vision, **image_options)
+    index, offsets = [], list(offsets)
+    for e in examples:
+      first = np.array([offsets.pop(0) for _ in e.images] + [0])
+      index.append(np.where(e.image_T >= 0, first[e.image_T] + e.image_offset_T, -1))
+    return Batch(
+      tokens_BxT=rows([e.ids_T for e in examples]),
+      positions_BxTx3=rows([e.positions_Tx3 for e in examples]),
+      ends_BxT=rows([np.full(len(e), len(e)) for e in examples]),
+      image_index_BxT=rows(index, -1), vision=vision,
+      at_BxG=rows([np.arange(len(e) - 1) for e in examples]),
+      targets_BxG=rows([e.ids_T[1:] for e in examples]),
+      weights_BxG=rows([e.loss_mask_T[1:] for e in examples], 0, np.float32),
+      advantages_BxG=rows([e.advantages_T[1:] for e in examples], 0, np.float32),
+      behaviour_logp_BxG=rows([e.behaviour_logp_T[1:] for e in examples], 0, np.float32))
 
   return make

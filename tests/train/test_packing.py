@@ -1,5 +1,6 @@
-"""Packing: nothing is lost, nothing leaks, and the shapes are few."""
+"""Packing: nothing is lost, nothing leaks, nothing stands twice, and the shapes are few."""
 
+import collections
 import dataclasses
 
 import jax
@@ -20,47 +21,149 @@ from axpo_jax.train.packing import PackingError, pack
 
 @pytest.fixture
 def options(config):
-  return {"rows": 2, "length": 16, "vision_config": config.vision, "patch_buckets": (16, 64)}
+  return {"rows": 2, "length": 16, "block": 4, "vision_config": config.vision,
+          "patch_buckets": (16, 64)}
 
 
-def _recovered(batches):
-  """Every trajectory as (ids, positions, [(target, weight, advantage, behaviour)]) read back."""
-  out = []
+@pytest.fixture
+def make_family(make_example, make_image):
+  """A question with an image, two rollouts, and two continuations of the first one's beginning, of
+  which one ends with an image of its own."""
+
+  def make(seed: int):
+    image, crop = make_image(seed), make_image(seed + 50, (2, 2))
+    first = make_example(seed, 12, [image])
+    rest = [example_tail(first, at, seed + i, crop if i == 3 else None)
+            for i, at in ((1, 8), (2, 11), (3, 11))]
+    return [first, *rest]
+
+  return make
+
+
+def example_tail(example, at, seed, image=None):
+  """`example` with other words, advantages and maybe an image from token `at` on."""
+  rng = np.random.default_rng(seed)
+  new = np.arange(len(example)) >= at
+  ids = np.where(new, rng.integers(5, 64, len(example)), example.ids_T)
+  changes = {}
+  if image is not None:
+    ids[at + 1] = 3  # the image's pad
+    changes = {"image_T": np.where(np.arange(len(example)) == at + 1, 1, example.image_T),
+               "images": (*example.images, image), "loss_mask_T": example.loss_mask_T.copy()}
+    changes["loss_mask_T"][at + 1] = False
+  return dataclasses.replace(
+    example, ids_T=ids, advantages_T=np.where(new, rng.normal(), 0).astype(np.float32),
+    behaviour_logp_T=np.where(new, -rng.random(len(example)), 0).astype(np.float32), **changes)
+
+
+def _wanted(examples, keys=("ids_T", "positions_Tx3")):
+  """Every target with all that stands before it, from the examples."""
+  return collections.Counter(
+    (*(getattr(e, key)[:t].tobytes() for key in keys), int(e.ids_T[t]),
+     float(e.advantages_T[t]), float(e.behaviour_logp_T[t]))
+    for e in examples for t in np.flatnonzero(e.loss_mask_T))
+
+
+def _found(batches):
+  """The same from the batches: what stands before a target is what its place may see."""
+  out = collections.Counter()
   for batch in batches:
-    for row in range(len(batch.tokens_BxT)):
-      for segment in range(1, batch.segments_BxT[row].max() + 1):
-        at = batch.segments_BxT[row] == segment
-        out.append(tuple(getattr(batch, name)[row][at] for name in (
-          "tokens_BxT", "positions_BxTx3", "targets_BxT", "weights_BxT", "advantages_BxT",
-          "behaviour_logp_BxT")))
+    for row, g in np.argwhere(batch.weights_BxG > 0):
+      at, ends_T = batch.at_BxG[row, g], batch.ends_BxT[row]
+      seen = np.flatnonzero((np.arange(len(ends_T)) <= at) & (at < ends_T))
+      out[batch.tokens_BxT[row, seen].astype(np.int64).tobytes(),
+          batch.positions_BxTx3[row, seen].tobytes(), int(batch.targets_BxG[row, g]),
+          float(batch.advantages_BxG[row, g]), float(batch.behaviour_logp_BxG[row, g])] += 1
   return out
 
 
-def test_every_example_comes_back_shifted(make_example, options):
+@pytest.mark.parametrize("share", [True, False])
+def test_every_target_comes_back_with_what_stands_before_it(
+    make_example, make_family, options, share):
   sizes = [5, 16, 3, 9, 7, 12, 2, 1, 8]
-  examples = [make_example(i, n) for i, n in enumerate(sizes)]
-  batches = pack(examples, **options)
-  found = {tuple(r[0].tolist()): r for r in _recovered(batches)}
-  assert len(found) == len(examples)
-  for example in examples:
-    _, positions, targets, weights, advantages, behaviour = found[tuple(example.ids_T.tolist())]
-    np.testing.assert_array_equal(positions, example.positions_Tx3)
-    np.testing.assert_array_equal(targets, [*example.ids_T[1:], 0])
-    np.testing.assert_array_equal(weights, [*example.loss_mask_T[1:], 0])
-    np.testing.assert_array_equal(advantages, [*example.advantages_T[1:], 0])
-    np.testing.assert_array_equal(behaviour, [*example.behaviour_logp_T[1:], 0])
+  examples = [make_example(i, n) for i, n in enumerate(sizes)] + make_family(20) + make_family(30)
+  batches = pack(examples, share_prefixes=share, **options)
+  assert _found(batches) == _wanted(examples)
 
 
-def test_first_fit_decreasing_by_hand(make_example, options):
-  # Longest first: 10 | 9 | 7 -> with 9 | 6 -> with 10 | 1 does not fit the two full rows.
-  examples = [make_example(i, n) for i, n in enumerate([6, 10, 1, 7, 9])]
+def test_a_family_stands_once(make_family, options):
+  """4 image tokens and 8 words, then 4 + 4 words of the first two; from word 7 of the first on the
+  continuations. The last token of each is nobody's input."""
+  family = make_family(20)
+  batches = pack(family, **(options | {"length": 32}))
+  assert len(batches) == 1 and batches[0].tokens_BxT.shape[0] == 1
+  metrics = packing_metrics(batches, family)
+  # 16 tokens each. The first: all but the last. The second leaves it at 8, the others at 11.
+  assert metrics["pack/tokens"] == 15 + (15 - 8) + 2 * (15 - 11)
+  assert metrics["pack/tokens_plain"] == 64 and metrics["pack/sharing"] == 64 / 30
+  assert metrics["pack/images"] == 2
+  batch = batches[0]
+  # Position 10 predicts a token of the first and of both continuations.
+  [place_of_10] = np.flatnonzero((batch.tokens_BxT[0] == family[0].ids_T[10])
+                                 & (batch.positions_BxTx3[0, :, 0] == family[0].positions_Tx3[10, 0]))
+  scored = batch.targets_BxG[0][(batch.at_BxG[0] == place_of_10) & (batch.weights_BxG[0] > 0)]
+  assert sorted(scored) == sorted(int(family[i].ids_T[11]) for i in (0, 2, 3))
+
+
+def test_what_no_target_needs_is_left_out(make_example, make_image, options):
+  """A source whose own continuation is masked, and an image that only stands in it."""
+  example = make_example(0, 12, [make_image(0)])
+  example.loss_mask_T[8:] = False
+  example.loss_mask_T[6] = True
+  late = example_tail(example, 12, 1, make_image(1))
+  late.loss_mask_T[8:] = False
+  batches = pack([example, late], **options)
+  metrics = packing_metrics(batches, [example, late])
+  assert metrics["pack/tokens"] == 6 and metrics["pack/images"] == 1
+
+
+def test_equal_ids_at_other_positions_or_of_other_images_are_not_shared(
+    make_example, make_image, options):
+  one = make_example(0, 10, [make_image(0)])
+  moved = dataclasses.replace(one, positions_Tx3=one.positions_Tx3 + 1)
+  other = dataclasses.replace(one, images=(make_image(1),))
+  flipped = dataclasses.replace(one, image_offset_T=one.image_offset_T[::-1].copy())
+  same = dataclasses.replace(one, images=(make_image(0),))
+  for second, tokens in ((moved, 26), (other, 26), (flipped, 26), (same, 13)):
+    batches = pack([one, second], **options)
+    assert packing_metrics(batches, [one, second])["pack/tokens"] == tokens
+
+
+def test_a_long_tree_repeats_its_path(make_example, options):
+  """Nine branches of 4 words over a path of 9: a row holds the path and what fits behind it."""
+  first = make_example(0, 14)
+  examples = [first] + [example_tail(first, 9, seed) for seed in range(1, 9)]
+  for number, example in enumerate(examples):
+    example.ids_T[9] = 5 + number
   batches = pack(examples, **options)
-  assert len(batches) == 2
-  rows = [[int((s == k).sum()) for k in range(1, s.max() + 1)]
-          for b in batches for s in b.segments_BxT]
-  assert rows == [[10, 6], [9, 7], [1], []]
-  metrics = packing_metrics(batches)
-  assert metrics["pack/fill"] == 33 / 64 and metrics["pack/sequences"] == 5
+  assert _found(batches) == _wanted(examples)
+  # Inputs: 13 a branch, 9 of them the path: 16 holds one branch.
+  assert packing_metrics(batches, examples)["pack/tokens"] == 9 * 13
+  wide = pack(examples, **(options | {"length": 32}))
+  # 9 + 5 * 4 = 29 fit into 32; the other four make 25.
+  assert [int((row > 0).sum()) for b in wide for row in b.ends_BxT] == [29, 25]
+  assert _found(wide) == _wanted(examples)
+
+
+def test_best_fit_decreasing_by_hand(make_example, options):
+  # Inputs are one less than lengths. Longest first: 10 | 9 | 7 -> with 9 | 6 -> with 10 | 1 -> full
+  # of neither, so with the fuller row that has room: none has, a row of its own.
+  examples = [make_example(i, n) for i, n in enumerate([7, 11, 3, 8, 10])]
+  batches = pack(examples, share_prefixes=False, **options)
+  rows = [sorted((np.diff([0, *np.unique(row[row > 0])])).tolist()) for b in batches
+          for row in b.ends_BxT]
+  assert rows == [[6, 10], [7, 9], [2], []]
+  metrics = packing_metrics(batches, examples)
+  assert metrics["pack/fill"] == 34 / 64 and metrics["pack/sequences"] == 5
+
+
+@pytest.mark.parametrize(("count", "heights"), [
+  (1, [1]), (3, [3]), (4, [4]), (5, [3, 3]), (8, [4, 4]), (9, [3, 3, 3]),
+])
+def test_micro_batches_are_even(make_example, options, count, heights):
+  examples = [make_example(i, 16) for i in range(count)]
+  batches = pack(examples, **(options | {"rows": 4}))
+  assert [len(b.tokens_BxT) for b in batches] == heights
 
 
 def test_packing_is_deterministic(make_example, make_image, options):
@@ -74,19 +177,20 @@ def test_distinct_images_once_and_the_index_finds_their_patches(make_example, ma
   shared, small, large = make_image(1), make_image(2, (2, 2)), make_image(3, (4, 6))
   examples = [make_example(0, 4, [shared, small]), make_example(1, 5, [shared]),
               make_example(2, 3, [small, large]), make_example(3, 6)]
-  batches = pack(examples, **(options | {"rows": 4}))
+  batches = pack(examples, share_prefixes=False, **(options | {"rows": 4}))
   assert len(batches) == 1
   batch = batches[0]
   vision = batch.vision
-  assert packing_metrics(batches)["pack/images"] == 3
+  assert packing_metrics(batches, examples)["pack/images"] == 3
   # A merged token is 4 patches that follow each other: compare those patches themselves.
   patches_Mx4xC = vision.patches_RxPxC.reshape(-1, 4, vision.patches_RxPxC.shape[-1])
-  by_ids = {tuple(e.ids_T.tolist()): e for e in examples}
-  for row in range(4):
-    for segment in range(1, batch.segments_BxT[row].max() + 1):
-      at = batch.segments_BxT[row] == segment
-      example, index_T = by_ids[tuple(batch.tokens_BxT[row][at])], batch.image_index_BxT[row][at]
-      np.testing.assert_array_equal(index_T >= 0, example.image_T >= 0)
+  for row, ends_T in enumerate(batch.ends_BxT):
+    for end in np.unique(ends_T[ends_T > 0]):
+      at = ends_T == end
+      [example] = [e for e in examples
+                   if e.ids_T[:-1].tolist() == batch.tokens_BxT[row][at].tolist()]
+      index_T = batch.image_index_BxT[row][at]
+      np.testing.assert_array_equal(index_T >= 0, example.image_T[:-1] >= 0)
       want = [image.patches_PxC.reshape(-1, 4, image.patches_PxC.shape[-1])
               for image in example.images]
       if want:
@@ -107,10 +211,10 @@ def test_weights_of_both_aggregations(make_example, options):
   examples[2] = dataclasses.replace(examples[2], loss_mask_T=np.zeros(6, bool))
   token = pack(examples, **options)
   assert denominator(token) == 2 + 4
-  assert set(np.concatenate([b.weights_BxT.ravel() for b in token])) == {0.0, 1.0}
+  assert set(np.concatenate([b.weights_BxG.ravel() for b in token])) <= {0.0, 1.0}
   sequence = pack(examples, aggregation="sequence_mean", **options)
   assert denominator(sequence) == pytest.approx(2, rel=1e-6)
-  nonzero = np.concatenate([b.weights_BxT[b.weights_BxT > 0] for b in sequence])
+  nonzero = np.concatenate([b.weights_BxG[b.weights_BxG > 0] for b in sequence])
   np.testing.assert_allclose(sorted(nonzero), [1 / 4] * 4 + [1 / 2] * 2, rtol=1e-6)
 
 
@@ -125,6 +229,8 @@ def test_errors_name_the_example_and_the_numbers(make_example, make_image, optio
     pack([fine], banned_ids=(int(fine.ids_T[3]),), **options)
   with pytest.raises(PackingError, match="advantages_T has length 3, ids_T has 4"):
     pack([dataclasses.replace(fine, advantages_T=np.zeros(3))], **options)
+  with pytest.raises(PackingError, match="rows of 18 tokens"):
+    pack([fine], **(options | {"length": 18}))
   lost = dataclasses.replace(make_example(2, 4, [make_image(0)]), images=())
   with pytest.raises(PackingError, match="image_T names image 0 of 0"):
     pack([lost], **options)

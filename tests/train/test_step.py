@@ -47,21 +47,17 @@ def examples(make_example, make_image):
 
 @pytest.fixture(scope="module")
 def pack_with(config, examples):
-  """Two micro-batches of rows=2 (one of the rows holds two trajectories), or one of rows=4."""
+  """Two micro-batches of rows=2 (with rows that hold several trajectories), or one of rows=4."""
   def run(chosen=examples, rows=2, **options):
-    return pack(chosen, rows=rows, length=17, vision_config=config.vision, patch_buckets=(16,),
-                row_buckets=(2,), **options)
+    return pack(chosen, rows=rows, length=16, block=4, vision_config=config.vision,
+                patch_buckets=(16,), row_buckets=(2,), **options)
 
   return run
 
 
 @pytest.fixture(scope="module")
-def alone(pack_with, examples):
-  """One micro-batch per trajectory, in the shapes of `pack_with`."""
-  batches = [pack_with([example])[0] for example in examples]
-  vision = next(b.vision for b in batches if b.vision is not None)
-  return [b if b.vision is not None else dataclasses.replace(
-    b, vision=vision, image_index_BxT=np.full_like(b.tokens_BxT, -1)) for b in batches]
+def alone(one_a_row, examples):
+  return one_a_row(examples, 17)
 
 
 @pytest.fixture(scope="module")
@@ -70,22 +66,17 @@ def supervised(config):
 
 
 @pytest.fixture(scope="module")
-def plain_loss(config, examples, alone):
-  """Mean negative log-likelihood of all targets: one trajectory at a time, whole logits."""
+def plain_loss(config, alone):
+  """Mean negative log-likelihood of all targets: one trajectory a row, whole logits."""
   graphdef = nnx.split(nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0))))[0]
-  stacked = jax.tree.map(lambda *x: np.stack(x), *alone)
-
-  def one(params, batch):
-    model = nnx.merge(graphdef, params)
-    hidden, _ = model(batch.tokens_BxT, batch.positions_BxTx3, batch.segments_BxT,
-                      vision=batch.vision, image_index_BxT=batch.image_index_BxT)
-    logits = model.logits(hidden).at[..., jnp.array(BANNED)].set(-1e9)
-    logp = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets_BxT[..., None], -1)[..., 0]
-    return -jnp.sum(jnp.where(batch.weights_BxT > 0, logp, 0.0))
 
   def loss(params):
-    total = jax.lax.map(lambda batch: one(params, batch), stacked).sum()
-    return total / sum(int(e.loss_mask_T.sum()) for e in examples)
+    model = nnx.merge(graphdef, params)
+    hidden, _ = model(alone.tokens_BxT, alone.positions_BxTx3, alone.ends_BxT,
+                      vision=alone.vision, image_index_BxT=alone.image_index_BxT)
+    logits = model.logits(hidden).at[..., jnp.array(BANNED)].set(-1e9)
+    logp = jnp.take_along_axis(jax.nn.log_softmax(logits), alone.targets_BxG[..., None], -1)[..., 0]
+    return -jnp.sum(jnp.where(alone.weights_BxG > 0, logp, 0.0)) / alone.weights_BxG.sum()
 
   return loss
 
@@ -120,7 +111,7 @@ def test_update_equals_a_plain_loss_and_optax(supervised, pack_with, host_params
   accumulated = supervised.zeros()
   for batch in batches:
     accumulated, _ = supervised.accumulate(params, accumulated, batch)
-  targets = sum(b.weights_BxT.sum() for b in batches)
+  targets = sum(b.weights_BxG.sum() for b in batches)
   _assert_close(jax.tree.map(lambda g: g / targets, accumulated), grads, 1e-4)
 
   state, result = supervised.update(supervised.init(params, seed=0), batches)
@@ -138,29 +129,29 @@ def test_update_equals_a_plain_loss_and_optax(supervised, pack_with, host_params
 
 
 def _scored(learner, host_params, batches):
-  """{ids of a trajectory: (log-probabilities, entropies) of its targets}"""
+  """{ids up to and with a target: (log-probability, entropy) of that target}"""
   params, out = _put(host_params, learner), {}
   for batch in batches:
     logp, entropy = map(np.asarray, learner.score(params, batch))
-    for row in range(len(batch.tokens_BxT)):
-      for segment in range(1, batch.segments_BxT[row].max() + 1):
-        at = batch.segments_BxT[row] == segment
-        on = at & (batch.weights_BxT[row] > 0)
-        out[tuple(batch.tokens_BxT[row][at])] = logp[row][on], entropy[row][on]
+    for row, g in np.argwhere(batch.weights_BxG > 0):
+      at, ends_T = batch.at_BxG[row, g], batch.ends_BxT[row]
+      seen = (np.arange(len(ends_T)) <= at) & (at < ends_T)
+      ids = (*batch.tokens_BxT[row, seen], batch.targets_BxG[row, g])
+      out[ids] = logp[row, g], entropy[row, g]
   return out
 
 
 def _assert_same_scores(got, want):
-  assert got.keys() == want.keys() and len(got) == 5
+  assert got.keys() == want.keys() and len(got) > 10
   for key in got:
     np.testing.assert_allclose(got[key], want[key], rtol=2e-5, atol=2e-5)
 
 
 def test_one_trajectory_a_row_scores_like_packed_rows(supervised, pack_with, alone, host_params):
   batches = pack_with()
-  assert max(b.segments_BxT.max() for b in batches) == 2
+  assert max(len(np.unique(row[row > 0])) for b in batches for row in b.ends_BxT) >= 2
   _assert_same_scores(_scored(supervised, host_params, batches),
-                      _scored(supervised, host_params, alone))
+                      _scored(supervised, host_params, [alone]))
 
 
 def test_a_mesh_changes_no_number(config, supervised, pack_with, host_params, tmp_path):
@@ -214,24 +205,24 @@ def test_policy_steps_in_bfloat16_with_a_frozen_vision_tower(
   assert first["train/loss_tokens"] == sum(int(e.loss_mask_T.sum()) for e in examples)
   assert first["train/entropy"] > 0
   # The sampler's log-probabilities are the examples' own.
-  logp = np.concatenate([np.asarray(b.old_logp_BxT)[b.weights_BxT > 0] for b in batches])
-  behaviour = np.concatenate([b.behaviour_logp_BxT[b.weights_BxT > 0] for b in batches])
+  logp = np.concatenate([np.asarray(b.old_logp_BxG)[b.weights_BxG > 0] for b in batches])
+  behaviour = np.concatenate([b.behaviour_logp_BxG[b.weights_BxG > 0] for b in batches])
   assert first["train/logp_gap_abs_mean"] == pytest.approx(np.abs(logp - behaviour).mean(), rel=1e-4)
 
 
 def test_without_old_logprobs_the_ratio_is_exactly_one(pack_with):
   batch = pack_with()[0]
   objective = policy_objective(LossConfig(kl_coef=0.0))
-  logp = jnp.asarray(np.random.default_rng(0).normal(size=batch.tokens_BxT.shape) - 3)
+  logp = jnp.asarray(np.random.default_rng(0).normal(size=batch.weights_BxG.shape) - 3)
 
   def loss(logp):
     return objective.loss(logp, jnp.ones_like(logp), batch)
 
   (_, sums), grad = jax.value_and_grad(loss, has_aux=True)(logp)
-  assert float(sums["ratio_max"]) == 1.0 and float(sums["ratio"]) == batch.weights_BxT.sum()
+  assert float(sums["ratio_max"]) == 1.0 and float(sums["ratio"]) == batch.weights_BxG.sum()
   # d/dlogp of -min(tis, 2) * ratio * A is -min(tis, 2) * A at ratio one.
-  tis = np.minimum(np.exp(np.asarray(logp) - batch.behaviour_logp_BxT), 2.0)
-  np.testing.assert_allclose(grad, -tis * batch.advantages_BxT * batch.weights_BxT, rtol=1e-5)
+  tis = np.minimum(np.exp(np.asarray(logp) - batch.behaviour_logp_BxG), 2.0)
+  np.testing.assert_allclose(grad, -tis * batch.advantages_BxG * batch.weights_BxG, rtol=1e-5)
 
 
 def test_the_vision_tower_learns_otherwise(supervised, pack_with, host_params):
@@ -240,7 +231,7 @@ def test_the_vision_tower_learns_otherwise(supervised, pack_with, host_params):
   assert not any(jax.tree.leaves(same["vision"]))
 
 
-@pytest.mark.parametrize("where", ["weights_BxT", "vision"])
+@pytest.mark.parametrize("where", ["weights_BxG", "vision"])
 def test_a_non_finite_step_is_refused_and_its_batch_saved(
     supervised, pack_with, host_params, tmp_path, where):
   batches = pack_with()
@@ -248,7 +239,7 @@ def test_a_non_finite_step_is_refused_and_its_batch_saved(
   if where == "vision":
     bad.vision.patches_RxPxC[:] = np.nan
   else:
-    bad.weights_BxT[bad.weights_BxT > 0] = np.inf
+    bad.weights_BxG[bad.weights_BxG > 0] = np.inf
   batches[1] = bad
   state, result = supervised.update(supervised.init(_put(host_params, supervised), 0), batches)
   with pytest.raises(NonFiniteError, match=r"update 0: .* micro-batches \[1\]") as error:
