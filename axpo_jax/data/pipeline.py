@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import grain
 
-from axpo_jax.data.miniworld import perception
+from axpo_jax.data.miniworld import world
 from axpo_jax.data.question import Question
 
 T = TypeVar("T")
@@ -40,8 +40,7 @@ class MiniWorldSource:
   size: int
   seed: int
   split: str = "train"
-  config: perception.PerceptionConfig = dataclasses.field(
-      default_factory=perception.PerceptionConfig)
+  config: world.WorldConfig = dataclasses.field(default_factory=world.WorldConfig)
 
   def __len__(self) -> int:
     return self.size
@@ -50,7 +49,7 @@ class MiniWorldSource:
     index = operator.index(index)
     if not 0 <= index < self.size:
       raise IndexError(f"question {index} of a split of {self.size}")
-    return perception.make_question(self.seed, index, self.config, self.split)
+    return world.make_question(self.seed, index, self.config, self.split)
 
 
 def question_batches(

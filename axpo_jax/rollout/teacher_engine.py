@@ -11,7 +11,8 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
-from axpo_jax.data.miniworld import teacher
+from axpo_jax.data.miniworld import script, teacher
+from axpo_jax.data.miniworld.habits import TeacherConfig
 from axpo_jax.data.question import Question
 from axpo_jax.model.chat import Chat
 from axpo_jax.rollout.engine import (
@@ -26,7 +27,7 @@ from axpo_jax.rollout.engine import (
 class TeacherEngine:
   """An Engine that samples from a script.
 
-  A request's turn, and what its earlier calls looked at, are read from its token ids: the engine
+  A request's turn, its earlier calls and what they brought are read from its token ids: the engine
   keeps no state between requests, so a transcript that was cut can be continued like any other.
   Log-probabilities are 0 (a script is certain of its words), and so mean nothing.
 
@@ -37,10 +38,10 @@ class TeacherEngine:
   """
 
   def __init__(self, chat: Chat, questions_by_session: Mapping[str, Question],
-               config: teacher.TeacherConfig | None = None):
+               config: TeacherConfig | None = None):
     self._chat = chat
     self._questions = questions_by_session
-    self._config = config or teacher.TeacherConfig()
+    self._config = config or TeacherConfig()
     self._stats = EngineStats()
     self._version = 0
     self._closed = False
@@ -59,20 +60,20 @@ class TeacherEngine:
                          f"{len(self._questions)}; pass the question's session to generate")
     question = self._questions[request.session]
     try:
-      looks, written = teacher.read_history(self._chat.decode(request.ids))
+      steps, written = script.read_history(self._chat.decode(request.ids))
     except ValueError as error:
       raise RequestError(str(error)) from error
-    samples = [self._sample(request, question, looks, written, seed) for seed in request.seeds]
+    samples = [self._sample(request, question, steps, written, seed) for seed in request.seeds]
     self._count(request, samples)
     return samples
 
-  def _sample(self, request: SampleRequest, question: Question, looks: list[teacher.Box | None],
+  def _sample(self, request: SampleRequest, question: Question, steps: list[script.Step],
               written: str, seed: int) -> Sample:
     rng = random.Random(seed)
     if "<tool_call>" in written:  # a prefix cut inside its call: go on with the call
-      text = teacher.call(question, rng, self._config)
+      text = teacher.call(question, steps, rng, self._config)
     else:
-      text = teacher.turn(question, looks, rng, self._config)
+      text = teacher.turn(question, steps, rng, self._config)
     ids = [*self._chat.encode(text), self._chat.im_end_id]
     room = request.params.max_new_tokens
     return Sample(

@@ -23,8 +23,8 @@ from axpo_jax.agent.tools.base import ToolBox
 from axpo_jax.agent.tools.zoom import ImageZoomIn
 from axpo_jax.config import ConfigError
 from axpo_jax.data import pipeline, readers
-from axpo_jax.data.miniworld import perception
-from axpo_jax.data.miniworld.teacher import TeacherConfig
+from axpo_jax.data.miniworld import perception, reasoning, world
+from axpo_jax.data.miniworld.habits import TeacherConfig
 from axpo_jax.data.question import Question
 from axpo_jax.model import hf, sharding
 from axpo_jax.model.chat import Chat
@@ -221,12 +221,15 @@ def _questions(config: ConfigDict, split: str, path: str) -> pipeline.Source[Que
     columns=readers.Columns(**config.data.columns), max_bad_share=config.data.max_bad_share)))
 
 
-def _world(config: ConfigDict, kinds: ConfigDict) -> perception.PerceptionConfig:
+def _world(config: ConfigDict, kinds: ConfigDict) -> world.WorldConfig:
   """The miniature world, whose readable crops must be what the zoom tool makes."""
-  return perception.PerceptionConfig(
-    mix=tuple(kinds.items()), marks=tuple(config.data.miniworld.marks),
-    large_share=config.data.miniworld.large_share,
+  mini = config.data.miniworld
+  canvas = perception.PerceptionConfig(
+    mix=tuple(kinds.items()), marks=tuple(mini.marks), large_share=mini.large_share,
     crop_min_pixels=config.images.zoom_min_pixels, crop_max_pixels=config.images.zoom_max_pixels)
+  return world.WorldConfig(
+    families=tuple(mini.families.items()), perception=canvas,
+    reasoning=reasoning.ReasoningConfig(easy_share=mini.easy_share, canvas=canvas))
 
 
 class SftBatches:
@@ -293,10 +296,12 @@ def _teacher(config: ConfigDict, bench: Workbench) -> Callable[[Question], list[
   policy. The prompt is the policy's, except for warm starts that leave it out."""
   kept = _filter(config, bench)
   habits = TeacherConfig(**config.sft.teacher)
+  # One actor for all: its tools may hold processes.
+  idle = actor(config, bench, TeacherEngine(bench.chat, {}, habits))
 
   def transform(question: Question) -> list[Example]:
     scripted = TeacherEngine(bench.chat, {question.id: question}, habits)
-    teacher = actor(config, bench, scripted)
+    teacher = dataclasses.replace(idle, engine=scripted)
     episode = teacher.roll(teacher.start(question), question,
                            seeds.derive(config.seed, "teacher", question.id))
     return kept(asyncio.run(episode))

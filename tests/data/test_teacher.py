@@ -1,5 +1,6 @@
-"""The scripted teacher: its turns' format, its mistakes, and the shares its config predicts."""
+"""The scripted teacher: its turns' format, its script for perception, and what it says elsewhere."""
 
+import dataclasses
 import json
 import math
 import random
@@ -7,7 +8,9 @@ import re
 
 import pytest
 
-from axpo_jax.data.miniworld import perception, teacher
+from axpo_jax.data.miniworld import perception, script, teach_perception, teacher
+from axpo_jax.data.miniworld.habits import TeacherConfig
+from axpo_jax.data.miniworld.script import Step
 from axpo_jax.data.question import Question
 
 CONFIG = perception.PerceptionConfig(cell_px=40)  # faster to draw; the teacher sees no pixels
@@ -23,9 +26,13 @@ def find(size):
 
 
 def always(**probabilities):
-  zero = {"p_tool_small": 0.0, "p_tool_large": 0.0, "p_wrong_mark": 0.0, "p_off_cell": 0.0,
-          "p_malformed": 0.0, "p_retry": 0.0, "p_misread_crop": 0.0, "p_misread_large": 0.0}
-  return teacher.TeacherConfig(**{**zero, **probabilities})
+  zero = {field.name: 0.0 for field in dataclasses.fields(TeacherConfig)
+          if field.name.startswith("p_")}
+  return TeacherConfig(**{**zero, **probabilities})
+
+
+def looked(box):
+  return Step({"bbox_2d": list(box)}, "Image 1: zoomed from image 0.")
 
 
 def trajectory(question, config, seed):
@@ -34,8 +41,8 @@ def trajectory(question, config, seed):
   text, turns = "<|im_start|>user\n<tool_call>...</tool_call>", []
   while True:
     text += "<|im_start|>assistant\n<think>\n"
-    looks, _ = teacher.read_history(text)
-    turns.append(teacher.turn(question, looks, rng, config))
+    steps, _ = script.read_history(text)
+    turns.append(teacher.turn(question, steps, rng, config))
     if "<tool_call>" not in turns[-1]:
       return turns
     text += turns[-1] + "<|im_end|>\n<|im_start|>user\n<tool_response>\n.\n</tool_response>"
@@ -68,7 +75,7 @@ def test_a_tool_call_points_at_the_target():
 
 def test_it_reads_what_a_crop_shows():
   question = find("small")
-  looks = [question.meta["bbox_2d"]]
+  looks = [looked(question.meta["bbox_2d"])]
   assert answer(teacher.turn(question, looks, random.Random(0), always())) == question.answers[0]
   misread = teacher.turn(question, looks, random.Random(0), always(p_misread_crop=1.0))
   assert answer(misread) != question.answers[0]
@@ -81,16 +88,16 @@ def test_a_mistaken_call_misses_and_is_mended_or_given_up(mistake):
     box = call(teacher.turn(question, (), random.Random(index),
                             always(p_tool_small=1, p_tool_large=1, **{mistake: 1})))
     box = box["arguments"]["bbox_2d"]
-    assert not teacher.hit(question, box)
+    assert not teach_perception.hit(question, box)
     others = [list(mark.bbox_2d) for mark in question.meta["marks"][1:]]
     if mistake == "p_wrong_mark":
       assert box in others
     else:
       width, height = (abs(a - b) for a, b in zip(box[:2], question.meta["bbox_2d"][:2]))
       assert (width == 0) != (height == 0) and max(width, height) <= 260
-    again = teacher.turn(question, [tuple(box)], random.Random(index), always(p_retry=1.0))
+    again = teacher.turn(question, [looked(box)], random.Random(index), always(p_retry=1.0))
     assert call(again)["arguments"]["bbox_2d"] == list(question.meta["bbox_2d"])
-    assert answer(teacher.turn(question, [tuple(box)], random.Random(index), always()))
+    assert answer(teacher.turn(question, [looked(box)], random.Random(index), always()))
 
 
 def test_malformed_calls_are_not_json_and_count_as_failed_looks():
@@ -100,7 +107,7 @@ def test_malformed_calls_are_not_json_and_count_as_failed_looks():
     with pytest.raises(json.JSONDecodeError):
       call(text)
     history = f"<|im_start|>assistant\n<think>\n{text}<|im_end|>\n<|im_start|>assistant\n<think>\n"
-    assert teacher.read_history(history) == ([None], "")
+    assert script.read_history(history) == ([(None, "")], "")
 
 
 def test_it_never_calls_more_often_than_it_may():
@@ -112,48 +119,32 @@ def test_history_tells_the_open_turn_and_ignores_calls_that_are_only_thought():
   text = ("<|im_start|>system\n<tool_call>{}</tool_call><|im_end|>\n<|im_start|>assistant\n<think>\n"
           "I could <tool_call>{\"arguments\": {\"bbox_2d\": [0, 0, 1, 1]}}</tool_call>\n</think>\n\n"
           '<tool_call>\n{"name": "image_zoom_in", "arguments": {"bbox_2d": [0, 20, 40, 60], '
-          '"label": "a"}}\n</tool_call><|im_end|>\n<|im_start|>assistant\n<think>\nI see')
-  assert teacher.read_history(text) == ([(0, 20, 40, 60)], "I see")
+          '"label": "a"}}\n</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\nTwo\nlines.\n'
+          "</tool_response><|im_end|>\n<|im_start|>assistant\n<think>\nI see")
+  assert script.read_history(text) == (
+      [({"bbox_2d": [0, 20, 40, 60], "label": "a"}, "Two\nlines.")], "I see")
   with pytest.raises(ValueError, match="no assistant turn"):
-    teacher.read_history("<|im_start|>user\nhello")
+    script.read_history("<|im_start|>user\nhello")
 
 
 @pytest.mark.parametrize("task", ["where", "what_at", "list", "read_crop", "read_large"])
 def test_dense_tasks_are_answered_right_and_without_tools(task):
   for index in range(10):
     question = make(index, mix=((task, 1.0),))
-    (text,) = trajectory(question, teacher.TeacherConfig(), index)
+    (text,) = trajectory(question, TeacherConfig(), index)
     assert answer(text) == question.answers[0]
 
 
 def test_other_questions_are_an_error():
+  with pytest.raises(ValueError, match="family '' of question 'x'"):
+    teacher.turn(Question("x", "?", (), ("1",)), (), random.Random(0), TeacherConfig())
   with pytest.raises(ValueError, match="task None of question 'x'"):
-    teacher.turn(Question("x", "?", (), ("1",)), (), random.Random(0))
-
-
-def test_bad_configs():
-  with pytest.raises(ValueError, match="p_retry=2"):
-    teacher.TeacherConfig(p_retry=2)
-  with pytest.raises(ValueError, match="exceed 1"):
-    teacher.TeacherConfig(p_wrong_mark=0.6, p_off_cell=0.6)
-  with pytest.raises(ValueError, match="max_calls=0"):
-    teacher.TeacherConfig(max_calls=0)
-
-
-def test_rates_by_hand():
-  # Large only, no mistakes in pointing: tool 0.2, right 0.9 by crop and 0.8 directly.
-  config = always(p_tool_large=0.2, p_misread_crop=0.1, p_misread_large=0.2)
-  rates = config.rates(1.0)
-  assert rates == pytest.approx((0.2, 0.2 * 0.9 + 0.8 * 0.8, 0.9, 0.8, 0.18 / 0.82))
-  # Small only: half the calls miss, half of those are tried once more, the rest guessed (1 in 12).
-  config = always(p_tool_small=1.0, p_off_cell=0.5, p_retry=0.5)
-  second = 0.5 + 0.5 / 12
-  first = 0.5 + 0.5 * (0.5 * second + 0.5 / 12)
-  assert config.rates(0.0) == pytest.approx((1.0, first, first, 0.0, 1.0))
+    teacher.turn(Question("x", "?", (), ("1",), category="perception"), (), random.Random(0),
+                 TeacherConfig())
 
 
 def test_tool_share_and_filter_rate_are_what_the_config_predicts():
-  n, config = 2000, teacher.TeacherConfig()
+  n, config = 2000, TeacherConfig()
   tool = right = both = 0
   for index in range(n):
     question = perception.make_question(0, index, CONFIG)
@@ -171,6 +162,9 @@ def test_tool_share_and_filter_rate_are_what_the_config_predicts():
     assert abs(seen / trials - expected) < 4 * math.sqrt(expected * (1 - expected) / trials)
 
 
-def test_turns_and_corpus_are_deterministic():
-  assert list(teacher.corpus(1, 20)) == list(teacher.corpus(1, 20))
-  assert list(teacher.corpus(1, 20)) != list(teacher.corpus(2, 20))
+def test_a_turn_is_a_function_of_its_random_stream():
+  question = find("small")
+  first, same, *others = (teacher.turn(question, (), random.Random(seed), TeacherConfig())
+                          for seed in (1, 1, 2, 3, 4, 5))
+  assert first == same
+  assert any(other != first for other in others)

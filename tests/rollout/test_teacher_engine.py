@@ -10,7 +10,8 @@ import axpo_jax
 from axpo_jax.agent.episode import EpisodeLimits, continue_episode, start_transcript
 from axpo_jax.agent.tools.base import ToolBox
 from axpo_jax.agent.tools.zoom import ImageZoomIn
-from axpo_jax.data.miniworld import perception, teacher
+from axpo_jax.data.miniworld import perception
+from axpo_jax.data.miniworld.habits import TeacherConfig
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageLimits, ImageProcessor
 from axpo_jax.rollout.engine import (
@@ -66,9 +67,9 @@ def questions(n, **fields):
 
 
 def habits(**probabilities):
-  zero = {field.name: 0.0 for field in dataclasses.fields(teacher.TeacherConfig)
+  zero = {field.name: 0.0 for field in dataclasses.fields(TeacherConfig)
           if field.name.startswith("p_")}
-  return teacher.TeacherConfig(**{**zero, **probabilities})
+  return TeacherConfig(**{**zero, **probabilities})
 
 
 def test_a_flawless_teacher_is_right_with_the_tool_and_wrong_only_when_it_guesses(play):
@@ -96,7 +97,7 @@ def test_all_tasks_play_to_an_answer(play):
 def test_rollouts_are_reproducible_and_differ_by_seed(play):
   (question,) = questions(1, large_share=0.0)
   repeats = [dataclasses.replace(question, id=str(i)) for i in range(8)]
-  first, again = (play(repeats, teacher.TeacherConfig()) for _ in range(2))
+  first, again = (play(repeats, TeacherConfig()) for _ in range(2))
   assert [r.transcript.ids for r in first] == [r.transcript.ids for r in again]
   assert len({tuple(r.transcript.ids) for r in first}) > 1
 

@@ -162,14 +162,14 @@ def make_question(
     raise ValueError(f"split {split!r} is not one of {tuple(SPLITS)}")
   rng = np.random.default_rng((seed, SPLITS[split], index))
   kinds, weights = zip(*config.mix)
-  task = kinds[_weighted(rng, weights)]
+  task = kinds[weighted_index(rng, weights)]
   grid = config.grids[rng.integers(len(config.grids))]
   marks = _place_marks(rng, grid, config)
   target = marks[0]
   if task == "read_large":
     target = dataclasses.replace(target, size="large")
     marks = (target, *marks[1:])
-  image = _render(rng, grid, marks, config)
+  image = render(rng, grid, marks, config)
   if task == "read_crop":
     image = zoom_crop(image, _slack_box(rng, target.bbox_2d, config), config)
   text, answer = _ask(task, target, marks)
@@ -239,7 +239,7 @@ def _fit(width: int, height: int, config: PerceptionConfig) -> tuple[int, int]:
   return fitted[0], fitted[1]
 
 
-def _weighted(rng: np.random.Generator, weights: Sequence[float]) -> int:
+def weighted_index(rng: np.random.Generator, weights: Sequence[float]) -> int:
   """Draws an index with the given weights (Generator.choice takes ten times as long)."""
   cumulative = np.cumsum(weights)
   return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
@@ -291,9 +291,10 @@ def _listed(marks: Sequence[Mark]) -> Iterator[str]:
     yield f"{mark.name} {format_bbox(mark.bbox_2d)}"
 
 
-def _render(
+def render(
     rng: np.random.Generator, grid: tuple[int, int], marks: Sequence[Mark],
     config: PerceptionConfig) -> PIL.Image.Image:
+  """Draws a canvas of `grid` cells with the marks on it, in original pixels."""
   rows, columns = grid
   size = (rows * config.cell_px, columns * config.cell_px)
   ground = 128 + rng.integers(-config.noise, config.noise, size, dtype=np.int16, endpoint=True)

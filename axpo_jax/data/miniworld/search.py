@@ -1,0 +1,126 @@
+"""Search family: two hops over a made-up land that no policy can know by heart.
+
+In: (seed, split, index). Out: a `Question`, a pure function of them, and the corpus that answers it:
+one sentence a document, for the local back end of the search tool.
+
+Every town has people in its offices, and every person wears a colour. "What is the colour of the
+teacher of Karlow?" takes two searches: "teacher of Karlow" finds a name, "colour of" that name the
+answer. One search stops short whatever it asks: no document says more than one of the two facts, the
+document with the colour does not name the town, and a query without the name ties with every
+person's colour. A policy that guesses is right once in six times, as is one that stops after its
+first search.
+
+Each split has towns and people of its own, so nothing that was learnt by heart in training helps.
+Names are two tokens of the miniature tokenizer (an initial and an ending), to be copied and not to
+be spelled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from axpo_jax.data.miniworld import perception
+from axpo_jax.data.question import Question
+
+OFFICES = ("teacher", "painter", "mayor", "author", "king", "queen")
+COLOURS = tuple(perception.COLOURS)
+_INITIALS = "BCDFGHJKLMNPRSTVWXYZ"
+_ENDINGS = ("arden", "orun", "unmere", "arlow", "uill", "ian", "orn", "und", "uth", "ult", "umn",
+            "erence", "ount", "ange", "oom", "edge", "ur", "il")
+_NOT_TWO_TOKENS = ("Forun", "Runmere", "Zoom")  # the tokenizer splits these otherwise
+NAMES = tuple(name for initial in _INITIALS for ending in _ENDINGS
+              if (name := initial + ending) not in _NOT_TWO_TOKENS)
+_STREAM = 101  # keeps the family's random stream apart from the others'
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+  """The part of the land that one split asks about.
+
+  Attributes:
+    towns: their names.
+    holders: who holds an office, by (town, office).
+    colours: what each person wears.
+  """
+
+  towns: tuple[str, ...]
+  holders: Mapping[tuple[str, str], str]
+  colours: Mapping[str, str]
+
+
+@functools.lru_cache(maxsize=4)
+def land(seed: int) -> Mapping[str, Region]:
+  """The regions of a seed's land by split; no name stands in two of them."""
+  rng = np.random.default_rng((seed, _STREAM))
+  names = [NAMES[i] for i in rng.permutation(len(NAMES))]
+  share = len(names) // (2 * len(perception.SPLITS))
+  regions = {}
+  for split in perception.SPLITS:
+    towns, people, names = names[:share], names[share:2 * share], names[2 * share:]
+    holders = {(town, office): people[rng.integers(share)] for town in towns for office in OFFICES}
+    shades = rng.permutation(share) % len(COLOURS)  # as even as can be
+    regions[split] = Region(tuple(towns), holders,
+                            {person: COLOURS[i] for person, i in zip(people, shades, strict=True)})
+  return regions
+
+
+def make_question(seed: int, index: int, split: str = "train") -> Question:
+  """Makes question `index` of a split's stream.
+
+  Args:
+    seed: of the land and of the stream.
+    index: place in the stream, from 0.
+    split: "train", "rl" or "eval"; each has a region of its own.
+
+  Returns:
+    A question of category "search" without an image. `meta` holds its `task` ("two_hop"), `town`,
+    `office`, and the bridge `person`; the answer is the person's colour.
+
+  Raises:
+    ValueError: for an unknown split.
+  """
+  if split not in perception.SPLITS:
+    raise ValueError(f"split {split!r} is not one of {tuple(perception.SPLITS)}")
+  region = land(seed)[split]
+  rng = np.random.default_rng((seed, perception.SPLITS[split], index, _STREAM))
+  town, office = region.towns[rng.integers(len(region.towns))], OFFICES[rng.integers(len(OFFICES))]
+  person = region.holders[town, office]
+  return Question(
+      id=f"search-{split}-{seed}-{index}", text=f"What is the colour of the {office} of {town}?",
+      images=(), answers=(region.colours[person],), kind="text", category="search",
+      source="miniworld",
+      meta={"task": "two_hop", "town": town, "office": office, "person": person})
+
+
+def office_fact(office: str, town: str, person: str) -> str:
+  """What a document says of an office."""
+  return f"The {office} of {town} is {person}."
+
+
+def colour_fact(person: str, colour: str) -> str:
+  """What a document says of a person."""
+  return f"The colour of {person} is {colour}."
+
+
+def documents(seed: int) -> list[dict[str, str]]:
+  """The corpus of a seed's land, all splits together, in an order that tells nothing."""
+  found = []
+  for region in land(seed).values():
+    found += [(town, office_fact(office, town, person))
+              for (town, office), person in region.holders.items()]
+    found += [(person, colour_fact(person, colour)) for person, colour in region.colours.items()]
+  rng = np.random.default_rng((seed, _STREAM, 1))
+  return [{"title": found[i][0], "content": found[i][1]} for i in rng.permutation(len(found))]
+
+
+def write_corpus(path: str | os.PathLike, seed: int) -> None:
+  """Writes `documents` as JSON lines, as the search tool's local back end reads them."""
+  lines = (json.dumps(document) + "\n" for document in documents(seed))
+  pathlib.Path(path).write_text("".join(lines))
