@@ -20,7 +20,6 @@ _TOOLS = [
   "httpx2>=2.10",  # search: Tavily
   "ipython>=9.0",  # python
   "mcp>=2.3,<3",
-  "pydantic>=2.10",  # functions
   "scipy>=1.14",  # python
   "sympy>=1.13",  # python
   "tenacity>=9.0",  # search: retries
