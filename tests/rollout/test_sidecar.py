@@ -21,7 +21,7 @@ from axpo_jax.rollout.sidecar.spec import (
   server_command,
   server_environment,
 )
-from axpo_jax.rollout.sidecar.supervisor import Keeper, ask, group_members
+from axpo_jax.rollout.sidecar.supervisor import Keeper, Program, ask, group_members
 
 CHECKPOINT = str(pathlib.Path(axpo_jax.__file__).parent / "assets" / "warm_start")
 # Answers like a server that is healthy, paused, or broken, as the word in the file argv[2] says.
@@ -64,11 +64,12 @@ def keep(tmp_path):
     port = free_port("127.0.0.1")
     fields = {"probe_every": 0.1, "hang_after": 1.0, "backoff": 0.1, "start_timeout": 30, **fields}
     reports = []
-    keeper = Keeper(
-      "server 0", f"http://127.0.0.1:{port}",
+    program = Program(
+      "server 0", "http://a-name-for-others", f"http://127.0.0.1:{port}",
       lambda: [sys.executable, "-c", SERVER, str(port), str(tmp_path / "mood")],
-      lambda scratch: dict(os.environ), tmp_path / "log", spec(**fields), reports.append,
+      lambda scratch: dict(os.environ), tmp_path / "log",
     )  # fmt: skip
+    keeper = Keeper(program, spec(**fields), reports.append)
     keeper.start()
     kept.append(keeper)
     return keeper, reports
@@ -85,7 +86,7 @@ def test_killed_server_comes_back_at_the_same_url(keep):
   os.killpg(pid, signal.SIGKILL)
   until(lambda: keeper.restarts == 1 and keeper.state == "serving")
   assert keeper.status().pid != pid
-  assert ask(f"{keeper.url}/health") == 200
+  assert ask(f"{keeper.program.address}/health") == 200
   assert "was ended by SIGKILL" in reports[0]
 
 
@@ -223,7 +224,7 @@ def test_bad_checkpoint_says_so_and_leaves_nothing(sidecar_python, tmp_path):
     data = b"not weights" if file.suffix == ".safetensors" else file.read_bytes()
     (tmp_path / file.name).write_bytes(data)
   sidecar = Sidecar(spec(model=str(tmp_path)), tmp_path / "logs")
-  with pytest.raises(SidecarError, match=r"(?s)server 0 ended .*server-0\.log.*Error"):
+  with pytest.raises(SidecarError, match=r"(?s)server 0 .*ended .*server-0\.log.*SafetensorError"):
     sidecar.start()
   assert not session(sidecar.status()[0].pid)
   assert sidecar.stats() == {"sidecar/servers": 1, "sidecar/serving": 0, "sidecar/restarts": 0}

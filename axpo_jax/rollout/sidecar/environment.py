@@ -25,6 +25,9 @@ _DONE = "complete"  # this file is written last
 
 def requirements(device: str) -> pathlib.Path:
   name = {"cuda": "requirements-sidecar.txt", "cpu": "requirements-sidecar-cpu.txt"}[device]
+  if not (_REPOSITORY / name).is_file():
+    raise SidecarError(f"{_REPOSITORY} has no {name}: this is no checkout of the repository. Name a "
+                       f"python that has SGLang in {PYTHON_VARIABLE}")
   return _REPOSITORY / name
 
 

@@ -135,9 +135,20 @@ def free_port(host: str) -> int:
     return probe.getsockname()[1]
 
 
+_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # and what reaches it from this machine
+
+
 def reachable(host: str) -> str:
-  """The host to put into a URL: this machine's name where the server listens on everything."""
-  host = socket.getfqdn() if host in ("0.0.0.0", "::") else host
+  """What others put into a URL: this machine's name where the server listens on everything."""
+  return _bracketed(socket.getfqdn() if host in _EVERYWHERE else host)
+
+
+def local(host: str) -> str:
+  """What this machine puts into a URL."""
+  return _bracketed(_EVERYWHERE.get(host, host))
+
+
+def _bracketed(host: str) -> str:
   return f"[{host}]" if ":" in host else host
 
 

@@ -34,6 +34,7 @@ from axpo_jax.rollout.sidecar.spec import (
   SidecarError,
   SidecarSpec,
   free_port,
+  local,
   process_environment,
   reachable,
   router_command,
@@ -105,33 +106,51 @@ class ServerStatus:
   reason: str  # why it went down last
 
 
-class Keeper(threading.Thread):
-  """One server's process and its lives.
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What a keeper runs.
 
-  command(): what to start, read at every start. environment(scratch): its variables.
-  health: path that answers 200 if the server does its work; without a key. liveness: path that
+  url: for clients. address: the same server, for us (a server on all interfaces is asked on loopback).
+  command(): read at every start. environment(scratch): its variables, given a folder of its own.
+  health: path that answers 200, without a key, if the server does its work. liveness: path that
     answers 200 if it merely is not stuck.
   """
 
-  def __init__(self, name: str, url: str, command: Callable[[], list[str]],
-               environment: Callable[[str], dict[str, str]], log: pathlib.Path, spec: SidecarSpec,
-               report: Callable[[str], None], health: str = "/health",
-               liveness: str = "/server_info"):  # fmt: skip
-    super().__init__(name=f"sidecar {name}", daemon=True)
-    self.url, self.log = url, log
-    self._health, self._liveness = f"{url}{health}", f"{url}{liveness}"
+  name: str
+  url: str
+  address: str
+  command: Callable[[], list[str]]
+  environment: Callable[[str], dict[str, str]]
+  log: pathlib.Path
+  health: str = "/health"
+  liveness: str = "/server_info"
+
+
+class Keeper(threading.Thread):
+  """One server's process and its lives. Limits are those of `spec`."""
+
+  def __init__(self, program: Program, spec: SidecarSpec, report: Callable[[str], None]):
+    super().__init__(name=f"sidecar {program.name}", daemon=True)
+    self.program, self._spec, self._report = program, spec, report
     self.state, self.reason, self.restarts = "starting", "", 0
-    self._label, self._spec, self._report = name, spec, report
-    self._command, self._environment = command, environment
-    self._process: subprocess.Popen | None = None
+    self._process: subprocess.Popen | None = None  # while it may be alive
+    self._pid: int | None = None
     self._ending = threading.Event()
     self._log_start = 0  # where the present life's lines begin
 
   def status(self) -> ServerStatus:
-    pid = self._process.pid if self._process else None
-    return ServerStatus(self.url, self.state, self.restarts, pid, self.log, self.reason)
+    return ServerStatus(
+      self.program.url, self.state, self.restarts, self._pid, self.program.log, self.reason)
 
   def run(self):
+    try:
+      self.state = self._keep()
+    except Exception:  # whatever it is, others must not believe that this server is kept
+      self.state = "failed"
+      _LOG.exception("%s is not kept any more", self.program.name)
+
+  def _keep(self) -> str:
+    """Life after life, until told to end or the first one fails; the state to end in."""
     wait, served_once = self._spec.backoff, False
     while not self._ending.is_set():
       served = self._live()
@@ -139,27 +158,29 @@ class Keeper(threading.Thread):
       if self._ending.is_set():
         break
       if not served_once:
-        self.state = "failed"
-        return
+        return "failed"
       if served > self._spec.backoff_max:
         wait = self._spec.backoff
       self.state = "down"
-      self._report(f"{self._label} {self.reason}; starting it again in {wait:.0f} s ({self.log})")
+      self._report(f"{self.program.name} {self.reason}; starting it again in {wait:.0f} s "
+                   f"({self.program.log})")
       if self._ending.wait(wait):
         break
       wait = min(2 * wait, self._spec.backoff_max)
       self.restarts += 1
-    self.state = "stopped"
+    return "stopped"
 
   def end(self):
     """Ends the process now, and the thread soon. May be called from any thread, more than once."""
     self._ending.set()
-    if self._process:
-      end_group(self._process)
+    if process := self._process:
+      end_group(process)
 
   def tail(self) -> str:
     """The last lines that the present life, or the last one, wrote into its log."""
-    with self.log.open("rb") as file:
+    if not self.program.log.exists():
+      return ""
+    with self.program.log.open("rb") as file:
       file.seek(self._log_start)
       lines = file.read().decode(errors="replace").splitlines()
     return "\n".join(lines[-_TAIL_LINES:])
@@ -170,11 +191,12 @@ class Keeper(threading.Thread):
     scratch = tempfile.mkdtemp(prefix="axpo-sidecar-")  # short: sockets' paths are limited
     try:
       self._process = self._start(scratch)
+      self._pid = self._process.pid
       self.reason = self._until_healthy()
       if not self.reason:
         self.state, served_from = "serving", time.monotonic()
         if self.restarts:
-          self._report(f"{self._label} is healthy again, with the weights of {self._spec.model}")
+          self._report(f"{self.program.name} is healthy again, with the weights of {self._spec.model}")
         self.reason = self._until_bad()
       return time.monotonic() - served_from if served_from else 0.0
     except OSError as error:
@@ -183,18 +205,19 @@ class Keeper(threading.Thread):
     finally:
       if self._process:
         end_group(self._process)
+        self._process = None  # its number may be another's from now on
       shutil.rmtree(scratch, ignore_errors=True)
 
   def _start(self, scratch: str) -> subprocess.Popen:
-    command = self._command()
-    descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    command = self.program.command()
+    descriptor = os.open(self.program.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     with os.fdopen(descriptor, "ab") as log:
       self._log_start = log.seek(0, os.SEEK_END)
       log.write(f"--- {time.strftime('%F %T')} {' '.join(command)}\n".encode())
       log.flush()
       return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-        env=self._environment(scratch), start_new_session=True,
+        env=self.program.environment(scratch), start_new_session=True,
       )  # fmt: skip
 
   def _until_healthy(self) -> str:
@@ -203,7 +226,7 @@ class Keeper(threading.Thread):
     while not self._ending.wait(0.2):
       if ended := self._ended():
         return ended
-      if ask(self._health) == 200:
+      if ask(self.program.address + self.program.health) == 200:
         return ""
       if time.monotonic() > deadline:
         return f"was not healthy within start_timeout={self._spec.start_timeout:.0f} s"
@@ -213,6 +236,8 @@ class Keeper(threading.Thread):
     """Watches a serving process until it ends, hangs, or is told to end; says which."""
     spec, key = self._spec, self._spec.api_key
     patience = min(10.0, spec.hang_after)
+    health_url = self.program.address + self.program.health
+    liveness_url = self.program.address + self.program.liveness
     answered = generated = probed = time.monotonic()
     while not self._ending.wait(min(0.2, spec.probe_every)):
       if ended := self._ended():
@@ -220,10 +245,10 @@ class Keeper(threading.Thread):
       now = time.monotonic()
       if now - probed < spec.probe_every:
         continue
-      health = ask(self._health, timeout=patience)
+      health = ask(health_url, timeout=patience)
       if health == 200:  # a token was made since the question
         answered = generated = time.monotonic()
-      elif health and ask(self._liveness, key, patience) == 200:
+      elif health and ask(liveness_url, key, patience) == 200:
         answered = time.monotonic()  # paused: its scheduler answers, no more
       probed = time.monotonic()
       if probed - answered > spec.hang_after:
@@ -257,12 +282,12 @@ class Sidecar:
   @property
   def urls(self) -> list[str]:
     """Of the servers: for sampling and for weights."""
-    return [keeper.url for keeper in self._keepers]
+    return [keeper.program.url for keeper in self._keepers]
 
   @property
   def router_url(self) -> str | None:
     """For sampling only: weights do not go through the router."""
-    return self._router.url if self._router else None
+    return self._router.program.url if self._router else None
 
   def start(self) -> list[str]:
     """Starts all servers, then the router if asked for. Returns `urls` when all are healthy.
@@ -315,22 +340,27 @@ class Sidecar:
   def _server(self, index: int) -> Keeper:
     spec = self.spec
     port = spec.port + index if spec.port else free_port(spec.host)
-    return Keeper(
-      f"server {index}", f"http://{reachable(spec.host)}:{port}",
-      lambda: [self._python, *server_command(spec, port)],
+    return self._keeper(
+      f"server {index}", port, lambda: server_command(spec, port),
       lambda scratch: server_environment(spec, index, scratch),
-      self._folder / f"server-{index}.log", spec, self._report,
     )  # fmt: skip
 
   def _make_router(self) -> Keeper:
-    spec = self.spec
-    port = spec.router_port or free_port(spec.host)
-    return Keeper(
-      "router", f"http://{reachable(spec.host)}:{port}",
-      lambda: [self._python, *router_command(spec, port, self.urls)],
+    spec, port = self.spec, self.spec.router_port or free_port(self.spec.host)
+    workers = [keeper.program.address for keeper in self._keepers]
+    return self._keeper(
+      "router", port, lambda: router_command(spec, port, workers),
       lambda scratch: process_environment(spec, scratch),
-      self._folder / "router.log", spec, self._report, "/readiness", "/liveness",
+      health="/readiness", liveness="/liveness",
     )  # fmt: skip
+
+  def _keeper(self, name: str, port: int, command, environment, **paths) -> Keeper:
+    log = self._folder / f"{name.replace(' ', '-')}.log"
+    url, address = (f"http://{host}:{port}" for host in (reachable(self.spec.host),
+                                                         local(self.spec.host)))
+    program = Program(
+      name, url, address, lambda: [self._python, *command()], environment, log, **paths)
+    return Keeper(program, self.spec, self._report)
 
   def _wait(self, keepers: list[Keeper]):
     """Starts them; returns when all serve."""
@@ -340,7 +370,8 @@ class Sidecar:
     while any(keeper.state != "serving" for keeper in keepers):
       for keeper in keepers:
         if not keeper.is_alive():
-          raise SidecarError(f"{keeper.name} {keeper.reason}. The end of {keeper.log}:\n{keeper.tail()}")
+          raise SidecarError(f"{keeper.program.name} {keeper.reason}. The end of "
+                             f"{keeper.program.log}:\n{keeper.tail()}")
       if time.monotonic() - told > 10:
         told = time.monotonic()
         ready = sum(keeper.state == "serving" for keeper in keepers)
