@@ -1,11 +1,11 @@
 """Evaluation: some rollouts of every held-out question, under the evaluation's own sampling.
 
 In: a config and an engine that holds the policy. Out: eval/ metrics (Pass@k with standard errors, tool
-use). The questions and the seeds are the same at every call, so two evaluations differ by the policy
-alone.
+use), by family too. The questions and the seeds are the same at every call, so two evaluations
+differ by the policy alone.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from ml_collections import ConfigDict
 
@@ -29,7 +29,15 @@ async def run(config: ConfigDict, bench: build.Workbench, engine: Engine, *,
     actor, build.eval_questions(config), config.eval.rollouts, seeds.derive(config.seed, "eval"),
     progress="evaluation" if progress else "")
   stats = collect.group_stats(groups, ResampleConfig(), bench.chat)
-  scored = [[rollout.reward for rollout in group.rollouts] for group in groups if group.rollouts]
-  return {**passk.summarise(scored, ks=sorted({1, config.eval.rollouts})),
-          **census.census(stats, prefix="eval"),
-          "eval/failed": float(sum(group.failed for group in groups))}
+  out = {**_pass_at(stats, "eval", config.eval.rollouts), **census.census(stats, prefix="eval"),
+         **census.census_by_family(stats, prefix="eval"),
+         "eval/failed": float(sum(group.failed for group in groups))}
+  for family, members in census.families(stats).items():
+    if any(group.rollouts for group in members):
+      out |= _pass_at(members, f"eval/{family}", config.eval.rollouts)
+  return out
+
+
+def _pass_at(stats: Sequence[census.GroupStats], prefix: str, k: int) -> dict[str, float]:
+  scored = [[rollout.reward for rollout in group.rollouts] for group in stats if group.rollouts]
+  return passk.summarise(scored, ks=sorted({1, k}), prefix=prefix)

@@ -1,9 +1,10 @@
-"""The end of a run: a table of start against end, and the figure of its curves.
+"""The end of a run: a table of start against end, also by family, and the figure of its curves.
 
 Both are made from metrics.jsonl alone, so `python -m axpo_jax.eval.summary RUN` makes them again.
 """
 
 import pathlib
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -22,6 +23,15 @@ TRAINED = (
   ("… after resampling", "rollout/tool_all_wrong_rate_after"),
   ("recovered share of triggered questions", "axpo/recovered_share"),
 )
+# Columns of the table by family, a row each; the last is of training rollouts.
+BY_FAMILY = (
+  ("Pass@1", "eval/{}/pass_at_1"),
+  ("Pass@4", "eval/{}/pass_at_4"),
+  ("tool attempts", "eval/{}/tool_attempt_rate"),
+  ("tool success", "eval/{}/tool_success_rate"),
+  ("tool subgroup all wrong", "rollout/{}/tool_all_wrong_rate"),
+)
+_FAMILY = re.compile(r"eval/(\w+)/pass_at_1")
 _WINDOW = 5  # training steps averaged at each end
 
 
@@ -32,21 +42,43 @@ def series(lines: Iterable[Mapping], name: str) -> tuple[list[int], list[float]]
 
 
 def table(lines: Sequence[Mapping]) -> str:
-  """Start against end, as text that is also Markdown."""
+  """Start against end, as text that is also Markdown; then the same by family, if there are any."""
   rows = [("", "start", "end")]
-  for label, name in EVALUATED:
-    _, values = series(lines, name)
-    rows.append((label, _percent(values[:1]), _percent(values[-1:] if len(values) > 1 else [])))
-  for label, name in TRAINED:
-    _, values = series(lines, name)
-    rows.append((label, _percent(values[:_WINDOW]), _percent(values[-_WINDOW:])))
-  widths = [max(len(row[i]) for row in rows) for i in range(3)]
+  for label, name in (*EVALUATED, *TRAINED):
+    rows.append((label, *_start_and_end(lines, name)))
+  parts = [_rendered(rows), "", f"Pass@k and tool use: held-out questions before and after RL. The "
+           f"last three rows: mean of the first and of the last {_WINDOW} training steps at which "
+           "they are defined."]
+  if names := families(lines):
+    rows = [("start → end, %", *(label for label, _ in BY_FAMILY))]
+    for family in names:
+      cells = (_start_and_end(lines, name.format(family)) for _, name in BY_FAMILY)
+      rows.append((family, *(" → ".join(cell.removesuffix(" %") for cell in pair)
+                             for pair in cells)))
+    parts += ["", _rendered(rows)]
+  return "\n".join(parts)
+
+
+def families(lines: Iterable[Mapping]) -> list[str]:
+  """Names of the families that were evaluated."""
+  names = (_FAMILY.fullmatch(name) for line in lines for name in line)
+  return sorted({found[1] for found in names if found})
+
+
+def _rendered(rows: Sequence[Sequence[str]]) -> str:
+  widths = [max(map(len, column)) for column in zip(*rows)]
   text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"
           for row in rows]
   text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-  return "\n".join([*text, "", f"Pass@k and tool use: held-out questions before and after RL. The "
-                    f"last three rows: mean of the first and of the last {_WINDOW} training steps "
-                    "at which they are defined."])
+  return "\n".join(text)
+
+
+def _start_and_end(lines: Sequence[Mapping], name: str) -> tuple[str, str]:
+  """A metric of the first and of the last evaluation, or of the first and last training steps."""
+  _, values = series(lines, name)
+  if name.startswith("eval/"):
+    return _percent(values[:1]), _percent(values[-1:] if len(values) > 1 else [])
+  return _percent(values[:_WINDOW]), _percent(values[-_WINDOW:])
 
 
 def _percent(values: Sequence[float]) -> str:

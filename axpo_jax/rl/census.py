@@ -10,6 +10,7 @@ Legend: N rollouts of one question, K continuations of one prefix.
 import collections
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from axpo_jax.rl.advantages import RIGHT
@@ -17,6 +18,12 @@ from axpo_jax.rl.credit import PREFIX, Credit
 
 # Stop reasons that mean "ran out of room"; the names are the episode loop's.
 TRUNCATED_STOPS = frozenset({"turn_limit", "token_limit", "length"})
+
+# Of the statistics of ordinary rollouts and of resampling, those that are told by family too.
+BY_FAMILY = (
+  "questions", "reward_mean", "tool_attempt_rate", "tool_success_rate", "no_tool_success_rate",
+  "tool_all_wrong_rate", "tool_all_wrong_rate_after", "calls_per_tool_rollout", "tool_error_rate")
+RESAMPLING_BY_FAMILY = ("triggered_share", "recovered_share", "continuation_success_rate")
 
 SUBGROUPS = ("tool", "no_tool")
 STATES = ("absent", "all_wrong", "mixed", "all_right")
@@ -85,11 +92,12 @@ class BranchStats:
 
 @dataclasses.dataclass(frozen=True)
 class GroupStats:
-  """One question: its rollouts, its branches, and whether it triggered."""
+  """One question: its rollouts, its branches, whether it triggered, and its family, if it has one."""
 
   rollouts: Sequence[RolloutStats]
   branches: Sequence[BranchStats] = ()
   triggered: bool = False
+  family: str = ""
 
 
 def census(
@@ -149,6 +157,37 @@ def resample_census(groups: Sequence[GroupStats], *, budget: int) -> dict[str, f
   }
   out |= _confidences(groups)
   return {f"axpo/{name}": value for name, value in out.items() if value is not None}
+
+
+def families(groups: Sequence[GroupStats]) -> dict[str, list[GroupStats]]:
+  """The groups of every family, by its name in metrics; those without a family are left out."""
+  out = collections.defaultdict(list)
+  for group in groups:
+    if group.family:
+      out[re.sub(r"\W+", "_", group.family)].append(group)
+  return dict(sorted(out.items()))
+
+
+def census_by_family(groups: Sequence[GroupStats], *, prefix: str = "rollout") -> dict[str, float]:
+  """The statistics `BY_FAMILY` of every family's groups, as {prefix}/{family}/..."""
+  return _selected(BY_FAMILY, {
+    f"{prefix}/{family}": census(members, prefix="") for family, members in families(groups).items()})
+
+
+def resample_census_by_family(groups: Sequence[GroupStats]) -> dict[str, float]:
+  """The statistics `RESAMPLING_BY_FAMILY` of every family's groups, as axpo/{family}/..."""
+  return _selected(RESAMPLING_BY_FAMILY, {
+    f"axpo/{family}": resample_census(members, budget=0)
+    for family, members in families(groups).items()})
+
+
+def _selected(names: Iterable[str], found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+  """Of every part's metrics those whose last part is among `names`, under the part's prefix."""
+  out = {}
+  for prefix, metrics in found.items():
+    by_name = {name.rpartition("/")[2]: value for name, value in metrics.items()}
+    out |= {f"{prefix}/{name}": by_name[name] for name in names if name in by_name}
+  return out
 
 
 def credit_census(credits: Sequence[Credit]) -> dict[str, float]:

@@ -216,7 +216,8 @@ def group_stats(groups: Sequence[Group], config: ResampleConfig, chat: Chat
       for branch in group.branches]
     seen = view(0, group, config)
     fired = triggered(seen.rewards_N, seen.used_tool_N, subgroup=config.subgroup)
-    out.append(census.GroupStats([stats(r) for r in group.rollouts], branches, fired))
+    out.append(census.GroupStats([stats(r) for r in group.rollouts], branches, fired,
+                                 family=group.question.category))
   return out
 
 

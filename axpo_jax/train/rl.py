@@ -142,8 +142,9 @@ class Loop:
     # Counted since the process began, so a resumed run differs: a matter of time, not of learning.
     compiled = engine.pop("compilations")
     return {
-      **census.census(stats),
+      **census.census(stats), **census.census_by_family(stats),
       **census.resample_census(stats, budget=prefix_budget(total, self.recipe.resample)),
+      **census.resample_census_by_family(stats),
       "rollout/failed": float(sum(group.failed for group in groups)),
       **{f"engine/{name}": float(value) for name, value in engine.items()},
       "time/engine_compilations": float(compiled),

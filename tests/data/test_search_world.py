@@ -1,7 +1,7 @@
 """The search family: its land, its corpus, and that it takes exactly two hops."""
 
+import asyncio
 import collections
-import json
 import math
 import pathlib
 import re
@@ -9,6 +9,9 @@ import re
 import pytest
 
 import axpo_jax
+from axpo_jax.agent.tools.base import EpisodeState, ToolBox
+from axpo_jax.agent.tools.corpus import Document, LocalSearch, read_documents
+from axpo_jax.agent.tools.search import SearchTool
 from axpo_jax.data.miniworld import perception, search
 from axpo_jax.model.chat import Chat
 
@@ -22,7 +25,7 @@ def questions(n, seed=0, split="train"):
 
 def facts(seed=0):
   """(relation, of whom) -> what, read from the documents' sentences alone."""
-  read = [OFFICE.fullmatch(document["content"]).groups() for document in search.documents(seed)]
+  read = [OFFICE.fullmatch(document["text"]).groups() for document in search.documents(seed)]
   found = {(relation, of): what for relation, of, what in read}
   assert len(found) == len(read)  # no fact stands twice, so none contradicts another
   return found
@@ -47,8 +50,45 @@ def test_the_answer_follows_in_two_hops_and_only_so(split):
     # No document ties the town to a colour, nor the two facts together.
     assert ("colour", town) not in known
     for document in search.documents(0):
-      words = re.findall(r"\w+", document["title"] + " " + document["content"])
+      words = re.findall(r"\w+", document["title"] + " " + document["text"])
       assert not (town in words and {"colour", *search.COLOURS} & set(words))
+
+
+@pytest.fixture(scope="module")
+def look_up():
+  """The real tool over the corpus: a query and a number of results -> what the policy reads."""
+  corpus = [Document(**document) for document in search.documents(0)]
+  box = ToolBox([SearchTool(LocalSearch(corpus))], ["network"])
+
+  def run(query, most):
+    observation = asyncio.run(box.call(
+        "tavily-search", {"query": query, "max_results": most}, EpisodeState("q", [])))
+    assert observation.error is None
+    return observation.text
+
+  return run
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_each_search_shows_the_next_hop_first(look_up, most):
+  for split in perception.SPLITS:
+    for question in questions(40, split=split):
+      meta, (colour,) = question.meta, question.answers
+      first = look_up(f"{meta['office']} of {meta['town']}", most)
+      assert search.office_fact(meta["office"], meta["town"], meta["person"]) in (
+          first.split("\n\n[2]")[0])
+      second = look_up(f"colour of {meta['person']}", most)
+      assert search.colour_fact(meta["person"], colour) in second.split("\n\n[2]")[0]
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_one_search_stops_short(look_up, most):
+  """Whatever of the question is asked for, no result says the colour."""
+  for question in questions(40, split="eval"):
+    meta, (colour,) = question.meta, question.answers
+    for query in (question.text, f"colour of {meta['town']}", meta["town"],
+                  f"{meta['office']} of {meta['town']}", f"colour {meta['office']} {meta['town']}"):
+      assert search.colour_fact(meta["person"], colour) not in look_up(query, most)
 
 
 def test_no_split_knows_of_another():
@@ -74,22 +114,17 @@ def test_a_guess_is_right_once_in_six_times():
 
 
 def test_a_name_is_two_tokens_wherever_it_stands():
-  """Its initial, with or without the space before it, and its ending: to be copied."""
+  """Its initial, with the space before it, and its ending: to be copied."""
   chat = Chat.from_pretrained(TINY)
-
-  def pieces(text):
-    return [chat.decode([i]) for i in chat.encode(text)]
-
   assert len(set(search.NAMES)) == len(search.NAMES) > 300
   for name in search.NAMES:
-    initial, ending = name[0], name[1:]
-    assert pieces(f"of {name}.")[-3:] == [f" {initial}", ending, "."]
-    assert pieces(f"king of {name}?")[-3:] == [f" {initial}", ending, "?"]
-    assert pieces(f'"query": "king of {name}"}}')[-3:] == [f" {initial}", ending, '"}']
+    for text in (f" of {name}.", f" of {name}?", f'"query": "king of {name}"}}'):
+      pieces = [chat.decode([i]) for i in chat.encode(text)]
+      assert pieces[-4:-1] == [" of", f" {name[0]}", name[1:]], text
 
 
-def test_the_corpus_is_written_as_json_lines(tmp_path):
+def test_the_corpus_is_written_as_the_tool_reads_it(tmp_path):
   search.write_corpus(tmp_path / "corpus.jsonl", 3)
-  lines = (tmp_path / "corpus.jsonl").read_text().splitlines()
-  assert [json.loads(line) for line in lines] == search.documents(3)
+  assert read_documents(tmp_path / "corpus.jsonl") == [
+      Document(**document) for document in search.documents(3)]
   assert search.documents(3) != search.documents(4)

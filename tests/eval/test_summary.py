@@ -44,6 +44,21 @@ def test_table_of_start_and_end(lines):
   assert table["recovered share of triggered questions"] == ["30.0 %", "30.0 %"]
 
 
+def test_a_row_a_family(lines):
+  assert "search" not in summary.table(lines)
+  lines[2] |= {"eval/search/pass_at_1": 0.2, "eval/search/pass_at_4": 0.4,
+               "eval/reasoning/pass_at_1": 0.5, "eval/search/tool_attempt_rate": 0.25}
+  lines[-1] |= {"eval/search/pass_at_1": 0.3, "eval/reasoning/pass_at_1": 0.75}
+  for s in range(7):
+    lines[3 + s]["rollout/search/tool_all_wrong_rate"] = 0.9 - 0.1 * s
+  table = rows(summary.table(lines))
+  assert table["start → end, %"] == ["Pass@1", "Pass@4", "tool attempts", "tool success",
+                                     "tool subgroup all wrong"]
+  assert table["search"] == ["20.0 → 30.0", "40.0 → –", "25.0 → –", "– → –", "70.0 → 50.0"]
+  assert table["reasoning"] == ["50.0 → 75.0", "– → –", "– → –", "– → –", "– → –"]
+  assert table["Pass@1"] == ["25.0 %", "37.5 %"]
+
+
 def test_what_was_not_measured_is_a_dash(lines):
   assert rows(summary.table(lines))["tool-success rate"] == ["12.5 %", "–"]
   empty = rows(summary.table([{"step": 1, "sft/nll": 2.0}]))

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from axpo_jax.rl import census as census_lib
-from axpo_jax.rl.census import BranchStats, GroupStats, RolloutStats, census, resample_census
+from axpo_jax.rl.census import (
+  BranchStats,
+  GroupStats,
+  RolloutStats,
+  census,
+  census_by_family,
+  resample_census,
+  resample_census_by_family,
+)
 from axpo_jax.rl.credit import Branch, CreditConfig, GroupOutcome, assign_credit
 
 
@@ -212,3 +220,21 @@ def test_a_continuation_does_not_make_a_tool_subgroup_where_there_was_none():
   ]
   got = census(groups)
   assert got["rollout/tool_all_wrong_rate"] == got["rollout/tool_all_wrong_rate_after"] == 0.0
+
+
+def test_by_family(step):
+  """Each family's figures are those of a step that has only its groups."""
+  families = ("search", "a b/c", "search", "")
+  groups = [dataclasses.replace(group, family=family) for group, family in zip(step, families)]
+  found = census_by_family(groups, prefix="eval")
+  for family, members in (("search", [step[0], step[2]]), ("a_b_c", [step[1]])):
+    alone = census(members, prefix="eval")
+    for name in census_lib.BY_FAMILY:
+      assert found.pop(f"eval/{family}/{name}", None) == alone.get(f"eval/{name}"), (family, name)
+  assert not found  # nothing of the group without a family
+
+  found = resample_census_by_family(groups)
+  alone = resample_census([step[0], step[2]], budget=1)
+  assert found["axpo/search/recovered_share"] == alone["axpo/recovered_share"]
+  assert found["axpo/search/continuation_success_rate"] == alone["axpo/continuation_success_rate"]
+  assert {name.split("/")[1] for name in found} == {"search", "a_b_c"}

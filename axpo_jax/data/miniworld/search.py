@@ -110,14 +110,15 @@ def colour_fact(person: str, colour: str) -> str:
 
 
 def documents(seed: int) -> list[dict[str, str]]:
-  """The corpus of a seed's land, all splits together, in an order that tells nothing."""
+  """The corpus of a seed's land as {"title", "text"}, all splits together, in an order that tells nothing."""
   found = []
   for region in land(seed).values():
-    found += [(town, office_fact(office, town, person))
+    found += [(f"{office} of {town}", office_fact(office, town, person))
               for (town, office), person in region.holders.items()]
-    found += [(person, colour_fact(person, colour)) for person, colour in region.colours.items()]
+    found += [(f"colour of {person}", colour_fact(person, colour))
+              for person, colour in region.colours.items()]
   rng = np.random.default_rng((seed, _STREAM, 1))
-  return [{"title": found[i][0], "content": found[i][1]} for i in rng.permutation(len(found))]
+  return [{"title": found[i][0], "text": found[i][1]} for i in rng.permutation(len(found))]
 
 
 def write_corpus(path: str | os.PathLike, seed: int) -> None:
