@@ -149,8 +149,9 @@ def _data() -> ConfigDict:
       large_share=0.5,        # questions whose glyph can be read without zooming
       # Mix of the question families, everywhere.
       families=ConfigDict(dict(perception=1.0, search=0.0, reasoning=0.0)),
-      # Mix of the perception family's kinds of questions in the RL and evaluation splits.
-      kinds=ConfigDict(dict(read=1.0)),
+      # Mix of each family's kinds of questions in the RL and evaluation splits; all kinds are in
+      # data.miniworld.world.KINDS.
+      kinds=ConfigDict(dict(read=1.0, two_hop=1.0, total=1.0)),
       easy_share=0.5,         # reasoning questions that can be answered without computing
     )),
   ))
@@ -318,8 +319,8 @@ def _sft() -> ConfigDict:
     examples=128,             # trajectories a step
     max_length=20_480,        # longer trajectories are dropped whole [paper]
     freeze_vision=True,
-    # Mix of the perception family's kinds of questions that the teacher answers.
-    kinds=ConfigDict(dict(read=1.0)),
+    # Mix of each family's kinds of questions that the teacher answers (miniworld).
+    kinds=ConfigDict(dict(read=1.0, two_hop=1.0, total=1.0)),
     # The scripted teacher's habits: fields of data.miniworld.habits.TeacherConfig.
     teacher=ConfigDict(dict(
       p_tool_small=0.45, p_tool_large=0.10, p_search=0.40, p_stop_short=0.20, p_python_hard=0.45,

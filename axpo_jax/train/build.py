@@ -143,7 +143,7 @@ def servers(config: ConfigDict, policy: str, folder: pathlib.Path) -> Iterator[t
     return
   with contextlib.ExitStack() as stack:
     try:
-      spec = SidecarSpec(model=str(policy), port=0, context_length=section.sglang.length + 1,
+      spec = SidecarSpec(model=str(policy), port=0, context_length=section.sglang.length + 16,
                          api_key=os.environ.get(API_KEY_VARIABLE, ""), **section.sidecar)
       sidecar = stack.enter_context(Sidecar(spec, folder / "sidecar"))
     except SidecarError as error:
@@ -223,13 +223,14 @@ def _questions(config: ConfigDict, split: str, path: str) -> pipeline.Source[Que
 
 def _world(config: ConfigDict, kinds: ConfigDict) -> world.WorldConfig:
   """The miniature world, whose readable crops must be what the zoom tool makes."""
-  mini = config.data.miniworld
+  mini, mixes = config.data.miniworld, world.kinds_by_family(kinds)
   canvas = perception.PerceptionConfig(
-    mix=tuple(kinds.items()), marks=tuple(mini.marks), large_share=mini.large_share,
+    mix=mixes["perception"], marks=tuple(mini.marks), large_share=mini.large_share,
     crop_min_pixels=config.images.zoom_min_pixels, crop_max_pixels=config.images.zoom_max_pixels)
   return world.WorldConfig(
-    families=tuple(mini.families.items()), perception=canvas,
-    reasoning=reasoning.ReasoningConfig(easy_share=mini.easy_share, canvas=canvas))
+    families=tuple(mini.families.items()), perception=canvas, search_mix=mixes["search"],
+    reasoning=reasoning.ReasoningConfig(
+      mix=mixes["reasoning"], easy_share=mini.easy_share, canvas=canvas))
 
 
 class SftBatches:

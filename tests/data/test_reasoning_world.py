@@ -71,6 +71,19 @@ def test_the_total_follows_from_the_picture_and_the_question():
     assert easy or 11 <= min(int(first), int(second)) <= max(int(first), int(second)) <= 99
 
 
+def test_dense_tasks_ask_what_a_total_rests_on():
+  for index in range(30):
+    config = dataclasses.replace(CONFIG, mix=(("prices", 1.0), ("formula", 1.0)))
+    question = reasoning.make_question(0, index, config)
+    table = read_table(question)
+    if question.meta["task"] == "prices":  # read from top to bottom
+      assert question.answers == ("; ".join(f"{c} {price}" for c, price in table.items()),)
+    else:
+      asked = re.fullmatch(r"How to compute (\d+) (\w+) and (\d+) (\w+)\?", question.text).groups()
+      assert question.answers == (
+          f"{table[asked[1]]} * {asked[0]} + {table[asked[3]]} * {asked[2]}",)
+
+
 def test_prices_stand_one_below_the_other():
   for index in range(60):
     cells = [mark.cell for mark in reasoning.make_question(0, index, FAST).meta["marks"]]

@@ -123,6 +123,17 @@ def test_a_name_is_two_tokens_wherever_it_stands():
       assert pieces[-4:-1] == [" of", f" {name[0]}", name[1:]], text
 
 
+def test_a_look_up_is_answered_by_its_own_text():
+  for index in range(60):
+    question = search.make_question(0, index, mix=(("look_up", 1.0),))
+    told, asked = question.text.rsplit("Who is the ", 1)
+    facts = {(office, town): person for office, town, person in OFFICE.findall(told)}
+    assert 2 <= len(facts) <= 4
+    office, town = re.fullmatch(r"(\w+) of (\w+)\?", asked).groups()
+    assert question.answers == (facts[office, town],)
+    assert len(set(facts.values())) == len(facts)
+
+
 def test_the_corpus_is_written_as_the_tool_reads_it(tmp_path):
   search.write_corpus(tmp_path / "corpus.jsonl", 3)
   assert read_documents(tmp_path / "corpus.jsonl") == [

@@ -8,7 +8,14 @@ import re
 
 import pytest
 
-from axpo_jax.data.miniworld import perception, script, teach_perception, teacher
+from axpo_jax.data.miniworld import (
+  perception,
+  reasoning,
+  script,
+  teach_perception,
+  teacher,
+  world,
+)
 from axpo_jax.data.miniworld.habits import TeacherConfig
 from axpo_jax.data.miniworld.script import Step
 from axpo_jax.data.question import Question
@@ -131,6 +138,18 @@ def test_history_tells_the_open_turn_and_ignores_calls_that_are_only_thought():
 def test_dense_tasks_are_answered_right_and_without_tools(task):
   for index in range(10):
     question = make(index, mix=((task, 1.0),))
+    (text,) = trajectory(question, TeacherConfig(), index)
+    assert answer(text) == question.answers[0]
+
+
+@pytest.mark.parametrize("kind", ["look_up", "prices", "formula"])
+def test_so_are_those_of_the_other_families(kind):
+  families = {"search" if kind == "look_up" else "reasoning": 1.0}
+  mixes = world.kinds_by_family({kind: 1.0})
+  config = world.WorldConfig(families=tuple(families.items()), search_mix=mixes["search"],
+                             reasoning=reasoning.ReasoningConfig(mix=mixes["reasoning"]))
+  for index in range(10):
+    question = world.make_question(0, index, config)
     (text,) = trajectory(question, TeacherConfig(), index)
     assert answer(text) == question.answers[0]
 

@@ -52,5 +52,15 @@ def test_bad_mixes_are_errors():
     mixed(search=0)
   with pytest.raises(ValueError, match="0 or more"):
     mixed(search=-1, perception=2)
+  with pytest.raises(ValueError, match=r"no kind of question .* \['search'\]"):
+    world.WorldConfig(families=(("search", 1),), search_mix=())
   with pytest.raises(ValueError, match="split 'test'"):
     world.make_question(0, 0, mixed(search=1), "test")
+
+
+def test_kinds_go_to_their_families():
+  mixes = world.kinds_by_family({"read": 1, "formula": 2, "look_up": 3, "where": 4})
+  assert mixes == {"perception": (("read", 1), ("where", 4)), "search": (("look_up", 3),),
+                   "reasoning": (("formula", 2),)}
+  with pytest.raises(ValueError, match=r"kinds \['raed'\]"):
+    world.kinds_by_family({"raed": 1})

@@ -9,11 +9,15 @@ one of each (`easy`): a sum of two digits, of which there are few enough to know
 
 A policy that guesses is right two times in nine where the question is easy (6, 9 and 11 come up that
 often) and never elsewhere; one that reads nothing but calculates is right once in nine times.
+
+Besides `total` (the family's question) there are two tasks for the warm start: `prices` asks for all
+of the table, `formula` for the sum to be computed and not for its value.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,6 +27,7 @@ from axpo_jax.data.question import Question
 
 # The digits among the glyphs that the perception family teaches to read.
 PRICES = tuple(int(glyph) for glyph in perception.GLYPHS if glyph.isdigit())
+QUESTION_KINDS = ("total", "prices", "formula")
 _STREAM = 102  # keeps the family's random stream apart from the others'
 
 
@@ -31,12 +36,14 @@ class ReasoningConfig:
   """Numbers of the reasoning family.
 
   Attributes:
+    mix: (kind, weight) pairs, kinds of `QUESTION_KINDS`.
     rows: least and greatest number of prices in a table.
     easy_share: probability that one of each is asked for.
     quantities: least and greatest of the numbers asked for otherwise.
     canvas: how the table is drawn.
   """
 
+  mix: tuple[tuple[str, float], ...] = (("total", 1.0),)
   rows: tuple[int, int] = (2, 3)
   easy_share: float = 0.5
   quantities: tuple[int, int] = (11, 99)
@@ -65,9 +72,9 @@ def make_question(
     split: "train", "rl" or "eval"; folded into the seed.
 
   Returns:
-    A question of category "reasoning" with one rendered RGB image. `meta` holds its `task`
-    ("total"), the `items` as (quantity, colour, price) in the order of the question, the
-    `difficulty` ("easy": one of each, "hard") and all `marks` of the table.
+    A question of category "reasoning" with one rendered RGB image. `meta` holds its `task` (its
+    kind), the `items` as (quantity, colour, price) in the order of the question, the `difficulty`
+    ("easy": one of each, "hard") and all `marks` of the table.
 
   Raises:
     ValueError: for an unknown split.
@@ -75,6 +82,8 @@ def make_question(
   if split not in perception.SPLITS:
     raise ValueError(f"split {split!r} is not one of {tuple(perception.SPLITS)}")
   rng = np.random.default_rng((seed, perception.SPLITS[split], index, _STREAM))
+  kinds, weights = zip(*config.mix)
+  task = kinds[perception.weighted_index(rng, weights)]
   grid = config.canvas.grids[rng.integers(len(config.canvas.grids))]
   marks = _table(rng, grid, config)
   easy = rng.random() < config.easy_share
@@ -83,14 +92,30 @@ def make_question(
     low, high = (1, 1) if easy else config.quantities
     quantity = int(rng.integers(low, high, endpoint=True))
     items.append((quantity, marks[i].colour, int(marks[i].glyph)))
-  wanted = " and ".join(f"{quantity} {colour}" for quantity, colour, _ in items)
+  text, answer = _ask(task, items, marks)
   return Question(
-      id=f"reasoning-{split}-{seed}-{index}", text=f"What is the total of {wanted}?",
-      images=(perception.render(rng, grid, marks, config.canvas),),
-      answers=(str(sum(quantity * price for quantity, _, price in items)),), kind="number",
-      category="reasoning", source="miniworld",
-      meta={"task": "total", "items": tuple(items), "difficulty": "easy" if easy else "hard",
+      id=f"reasoning-{split}-{seed}-{index}", text=text,
+      images=(perception.render(rng, grid, marks, config.canvas),), answers=(answer,),
+      kind="number" if task == "total" else "text", category="reasoning", source="miniworld",
+      meta={"task": task, "items": tuple(items), "difficulty": "easy" if easy else "hard",
             "grid": grid, "marks": marks})
+
+
+def formula(items: Sequence[tuple[int, str, int]]) -> str:
+  """The sum over (quantity, colour, price) as one would type it."""
+  return " + ".join(f"{price} * {quantity}" for quantity, _, price in items)
+
+
+def _ask(task: str, items: Sequence[tuple[int, str, int]],
+         marks: Sequence[Mark]) -> tuple[str, str]:
+  """Question text and gold answer."""
+  if task == "prices":
+    return "List the prices.", "; ".join(f"{mark.colour} {mark.glyph}" for mark in marks)
+  wanted = " and ".join(f"{quantity} {colour}" for quantity, colour, _ in items)
+  if task == "formula":
+    return f"How to compute {wanted}?", formula(items)
+  total = sum(quantity * price for quantity, _, price in items)
+  return f"What is the total of {wanted}?", str(total)
 
 
 def _table(rng: np.random.Generator, grid: tuple[int, int],

@@ -13,6 +13,10 @@ first search.
 Each split has towns and people of its own, so nothing that was learnt by heart in training helps.
 Names are two tokens of the miniature tokenizer (an initial and an ending), to be copied and not to
 be spelled.
+
+Besides `two_hop` (the family's question) there is `look_up` for the warm start: who holds an office,
+where the question itself says it. It teaches to find a name in a text and to copy it, which is what
+each hop rests on. Its facts are drawn anew for every question and are not the land's.
 """
 
 from __future__ import annotations
@@ -22,13 +26,15 @@ import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from axpo_jax.data.miniworld import perception
 from axpo_jax.data.question import Question
 
+QUESTION_KINDS = ("two_hop", "look_up")
+TWO_HOP_MIX = (("two_hop", 1.0),)
 OFFICES = ("teacher", "painter", "mayor", "author", "king", "queen")
 COLOURS = tuple(perception.COLOURS)
 _INITIALS = "BCDFGHJKLMNPRSTVWXYZ"
@@ -37,6 +43,7 @@ _ENDINGS = ("arden", "orun", "unmere", "arlow", "uill", "ian", "orn", "und", "ut
 _NOT_TWO_TOKENS = ("Forun", "Runmere", "Zoom")  # the tokenizer splits these otherwise
 NAMES = tuple(name for initial in _INITIALS for ending in _ENDINGS
               if (name := initial + ending) not in _NOT_TWO_TOKENS)
+_FACTS = (2, 4)  # least and greatest number that a look-up's text tells
 _STREAM = 101  # keeps the family's random stream apart from the others'
 
 
@@ -71,32 +78,53 @@ def land(seed: int) -> Mapping[str, Region]:
   return regions
 
 
-def make_question(seed: int, index: int, split: str = "train") -> Question:
+def make_question(seed: int, index: int, split: str = "train",
+                  mix: Sequence[tuple[str, float]] = TWO_HOP_MIX) -> Question:
   """Makes question `index` of a split's stream.
 
   Args:
     seed: of the land and of the stream.
     index: place in the stream, from 0.
     split: "train", "rl" or "eval"; each has a region of its own.
+    mix: (kind, weight) pairs, kinds of `QUESTION_KINDS`.
 
   Returns:
-    A question of category "search" without an image. `meta` holds its `task` ("two_hop"), `town`,
-    `office`, and the bridge `person`; the answer is the person's colour.
+    A question of category "search" without an image. `meta` holds its `task` (its kind), `town` and
+    `office`, and the `person` who holds it: the answer of `look_up`, and the bridge of `two_hop`,
+    whose answer is the person's colour.
 
   Raises:
     ValueError: for an unknown split.
   """
   if split not in perception.SPLITS:
     raise ValueError(f"split {split!r} is not one of {tuple(perception.SPLITS)}")
-  region = land(seed)[split]
   rng = np.random.default_rng((seed, perception.SPLITS[split], index, _STREAM))
-  town, office = region.towns[rng.integers(len(region.towns))], OFFICES[rng.integers(len(OFFICES))]
-  person = region.holders[town, office]
+  kinds, weights = zip(*mix)
+  task = kinds[perception.weighted_index(rng, weights)]
+  if task == "look_up":
+    town, office, person, text = _look_up(rng)
+    answer = person
+  else:
+    region = land(seed)[split]
+    town = region.towns[rng.integers(len(region.towns))]
+    office = OFFICES[rng.integers(len(OFFICES))]
+    person = region.holders[town, office]
+    text, answer = f"What is the colour of the {office} of {town}?", region.colours[person]
   return Question(
-      id=f"search-{split}-{seed}-{index}", text=f"What is the colour of the {office} of {town}?",
-      images=(), answers=(region.colours[person],), kind="text", category="search",
-      source="miniworld",
-      meta={"task": "two_hop", "town": town, "office": office, "person": person})
+      id=f"search-{split}-{seed}-{index}", text=text, images=(), answers=(answer,), kind="text",
+      category="search", source="miniworld",
+      meta={"task": task, "town": town, "office": office, "person": person})
+
+
+def _look_up(rng: np.random.Generator) -> tuple[str, str, str, str]:
+  """Town, office and person of the fact that is asked for, and the text with it among others."""
+  count = int(rng.integers(_FACTS[0], _FACTS[1], endpoint=True))
+  names = [NAMES[i] for i in rng.permutation(len(NAMES))[:2 * count]]
+  facts = [(names[2 * i], OFFICES[rng.integers(len(OFFICES))], names[2 * i + 1])
+           for i in range(count)]
+  town, office, person = facts[rng.integers(count)]
+  told = " ".join(office_fact(office, town, person) for town, office, person in facts)
+  return town, office, person, f"{told} Who is the {office} of {town}?"
 
 
 def office_fact(office: str, town: str, person: str) -> str:

@@ -23,12 +23,18 @@ _GUESS = ("I read {first} and {second}. I think I know the total.",
           "I see {first} and {second}. I could use python, but I think I know the total.")
 _BROKEN = ("The call was not valid. I try again.",
            "That was wrong. I compute it again.")
+_DENSE = {
+    "prices": ("I list the prices.", "I read the table."),
+    "formula": ("I read {first} and {second}.", "I see {first} and {second}."),
+}
 _GIVE_UP = ("That was wrong. I think I know the total.",)
 
 
 def turn(question: Question, steps: Sequence[Step], rng: random.Random,
          config: TeacherConfig) -> str:
-  """The next turn for a total over a table of prices."""
+  """The next turn for a question of any of the family's tasks."""
+  if (task := question.meta["task"]) in _DENSE:
+    return script.answer(_thought(rng, _DENSE[task], question), question.answers[0])
   if steps and _is_number(steps[-1].result):
     return script.answer(_thought(rng, _SHOWN, question), steps[-1].result.strip())
   if _wants_call(question, steps, rng, config):
@@ -44,8 +50,7 @@ def call(question: Question, steps: Sequence[Step], rng: random.Random,
   items, draw = question.meta["items"], rng.random()
   if draw < config.p_wrong_code:
     items = _confused(items, rng)
-  (quantity, _, price), (other_quantity, _, other_price) = items
-  code = f"print({price} * {quantity} + {other_price} * {other_quantity})"
+  code = f"print({reasoning.formula(items)})"
   if config.p_wrong_code <= draw < config.p_wrong_code + config.p_broken_code:
     code = code[:-1]
   return script.tool_call(rng, TOOL, {"code": code}, malformed=draw >= 1 - config.p_malformed)

@@ -8,13 +8,15 @@ family has at this place. So a stream of perception alone is the perception fami
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
 from axpo_jax.data.miniworld import perception, reasoning, search
 from axpo_jax.data.question import Question
 
-FAMILIES = ("perception", "search", "reasoning")
+KINDS = {"perception": perception.QUESTION_KINDS, "search": search.QUESTION_KINDS,
+         "reasoning": reasoning.QUESTION_KINDS}
 _STREAM = 100  # keeps the choice of families apart from the families' random streams
 
 
@@ -24,8 +26,8 @@ class WorldConfig:
 
   Attributes:
     families: (name, weight) pairs.
-    perception: numbers of the perception family.
-    reasoning: numbers of the reasoning family. The search family has none.
+    perception, reasoning: numbers of these families.
+    search_mix: (kind, weight) pairs of the search family, which has no other numbers.
   """
 
   families: tuple[tuple[str, float], ...] = (("perception", 1.0),)
@@ -33,12 +35,17 @@ class WorldConfig:
       default_factory=perception.PerceptionConfig)
   reasoning: reasoning.ReasoningConfig = dataclasses.field(
       default_factory=reasoning.ReasoningConfig)
+  search_mix: tuple[tuple[str, float], ...] = search.TWO_HOP_MIX
 
   def __post_init__(self):
-    if unknown := sorted({name for name, _ in self.families} - set(FAMILIES)):
-      raise ValueError(f"families names {unknown}; there are {FAMILIES}")
+    if unknown := sorted({name for name, _ in self.families} - set(KINDS)):
+      raise ValueError(f"families names {unknown}; there are {tuple(KINDS)}")
     if any(weight < 0 for _, weight in self.families) or not sum(w for _, w in self.families):
       raise ValueError(f"families={self.families}: weights are 0 or more, and one is above 0")
+    mixes = {"perception": self.perception.mix, "search": self.search_mix,
+             "reasoning": self.reasoning.mix}
+    if empty := [name for name, weight in self.families if weight and not mixes[name]]:
+      raise ValueError(f"no kind of question is named for the families {empty}; see KINDS")
 
 
 def make_question(seed: int, index: int, config: WorldConfig, split: str = "train") -> Question:
@@ -55,5 +62,17 @@ def make_question(seed: int, index: int, config: WorldConfig, split: str = "trai
   if family == "perception":
     return perception.make_question(seed, index, config.perception, split)
   if family == "search":
-    return search.make_question(seed, index, split)
+    return search.make_question(seed, index, split, config.search_mix)
   return reasoning.make_question(seed, index, config.reasoning, split)
+
+
+def kinds_by_family(kinds: Mapping[str, float]) -> dict[str, tuple[tuple[str, float], ...]]:
+  """A mix of kinds of questions as one mix for each family.
+
+  Raises:
+    ValueError: a kind that no family has.
+  """
+  if unknown := sorted(set(kinds) - {kind for known in KINDS.values() for kind in known}):
+    raise ValueError(f"there are no questions of the kinds {unknown}; there are {KINDS}")
+  return {family: tuple((kind, kinds[kind]) for kind in known if kind in kinds)
+          for family, known in KINDS.items()}
