@@ -9,8 +9,12 @@ import pytest
 import axpo_jax
 from axpo_jax.agent.episode import EpisodeLimits, continue_episode, start_transcript
 from axpo_jax.agent.tools.base import ToolBox
+from axpo_jax.agent.tools.corpus import Document, LocalSearch
+from axpo_jax.agent.tools.kernels import KernelConfig, SandboxError
+from axpo_jax.agent.tools.python import PythonTool
+from axpo_jax.agent.tools.search import SearchTool
 from axpo_jax.agent.tools.zoom import ImageZoomIn
-from axpo_jax.data.miniworld import perception
+from axpo_jax.data.miniworld import perception, search, world
 from axpo_jax.data.miniworld.habits import TeacherConfig
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageLimits, ImageProcessor
@@ -34,12 +38,29 @@ def chat():
 
 
 @pytest.fixture(scope="module")
-def play(chat):
+def python_tool():
+  """The real one: namespaces, or limits alone on a host that forbids those."""
+  for isolation in ("namespaces", "rlimits"):
+    tool = PythonTool(KernelConfig(isolation=isolation, memory_mb=1024, warm=1))
+    try:
+      tool.start()
+    except SandboxError as error:
+      reason = str(error)
+      continue
+    yield tool
+    tool.close()
+    return
+  pytest.skip(reason)
+
+
+@pytest.fixture(scope="module")
+def play(chat, python_tool):
   """Plays the questions to their ends, or goes on from `transcripts`."""
   processor = ImageProcessor.from_checkpoint(TINY)
   zoom = ImageZoomIn(ImageLimits(WORLD.crop_min_pixels, WORLD.crop_max_pixels),
                      factor=processor.factor)
-  tools = ToolBox([zoom], ["read_image"])
+  land = SearchTool(LocalSearch(Document(**document) for document in search.documents(0)))
+  tools = ToolBox([zoom, python_tool, land], ["read_image", "execute", "network"])
   limits = EpisodeLimits(max_turns=3, max_new_tokens_per_turn=128, max_response_tokens=512,
                          max_total_tokens=2048, max_images=4)
 
@@ -112,6 +133,34 @@ def test_a_prefix_cut_inside_its_call_is_continued_with_a_call(play):
   for prefix, rollout in zip(cut, resampled):
     assert rollout.transcript.ids[:len(prefix)] == prefix.ids
     assert len(rollout.calls) == 1 and rollout.reward == 1
+
+
+def mixed(n, **families):
+  config = world.WorldConfig(families=tuple(families.items()))
+  return [world.make_question(0, index, config) for index in range(n)]
+
+
+def test_a_flawless_teacher_solves_every_family_with_its_tool(play):
+  asked = mixed(24, perception=1, search=1, reasoning=1)
+  for tool, category, calls in (("image_zoom_in", "perception", 1), ("tavily-search", "search", 2),
+                                ("python", "reasoning", 1)):
+    family = [question for question in asked if question.category == category]
+    assert len(family) > 3
+    rollouts = play(family, habits(p_tool_small=1, p_tool_large=1, p_search=1, p_python_hard=1,
+                                   p_python_easy=1))
+    for rollout in rollouts:
+      assert rollout.reward == 1
+      assert [(call.name, call.error) for call in rollout.calls] == [(tool, None)] * calls
+
+
+def test_a_search_that_was_cut_is_continued_with_the_same_hop(play):
+  asked = mixed(6, search=1)
+  sources = play(asked, habits(p_search=1, p_wrong_query=1))
+  cut = [rollout.transcript.cut(rollout.transcript.prefix_end()) for rollout in sources]
+  for question, rollout in zip(asked, play(asked, habits(p_search=1), cut)):
+    office, town = question.meta["office"], question.meta["town"]
+    assert rollout.calls[0].arguments == {"query": f"{office} of {town}"}
+    assert rollout.reward == 1
 
 
 def test_tokens_beyond_the_limit_are_cut(play):
