@@ -73,7 +73,7 @@ class Launched:
 
   def back_after(self, reason: str, times: int) -> int:
     """Waits for the report that the server is back, the n-th time; its process."""
-    until(lambda: self.errors.read_text().count("healthy again") == times, 180)
+    until(lambda: self.errors.read_text().count("healthy again") == times, 400)
     assert reason in self.errors.read_text()
     assert generates(self.url, KEY) == 4
     return self.server()
@@ -169,7 +169,7 @@ def test_killed_supervisor_leaves_no_process(launched):
 
 def test_stop_during_the_start_leaves_no_process(sidecar_python, tmp_path):
   running = Launched(tmp_path)
-  leader = until(running.server, 120)  # it has started processes of its own
+  leader = until(running.server, 300)  # it has started processes of its own
   running.process.terminate()
   assert running.process.wait(60) == 0
   assert not session(leader)

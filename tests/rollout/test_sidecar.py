@@ -158,13 +158,6 @@ def test_wrong_spec_is_refused_by_name(fields, named):
     spec(**fields)
 
 
-def test_no_environment_says_how_to_get_one(monkeypatch, tmp_path):
-  monkeypatch.setenv("AXPO_CACHE", str(tmp_path))
-  monkeypatch.delenv("AXPO_SIDECAR_PYTHON", raising=False)
-  with pytest.raises(SidecarError, match=r"launch/sidecar\.py --install --device=cpu"):
-    Sidecar(spec(), tmp_path)
-
-
 def test_gpus_are_dealt_out_in_turn(tmp_path):
   wanted = spec(device="cuda", servers=2, tensor_parallel=2, gpus=("3", "5", "6", "7"))
   assert [server_environment(wanted, i, "/s")["CUDA_VISIBLE_DEVICES"] for i in (0, 1)] == [

@@ -72,15 +72,9 @@ def _missing_kernel(name: str):
   return kernel
 
 
-def assign_req_to_token_pool_cpu(rows, table_RxT, starts, ends, slots, _width) -> None:
-  """table[row, start:end] = that request's part of `slots`, which holds all requests end to end."""
-  sizes = (ends - starts).tolist()
-  for row, start, size, part in zip(rows.tolist(), starts.tolist(), sizes, slots[: sum(sizes)].split(sizes)):
-    table_RxT[row, start : start + size] = part.to(table_RxT.dtype)
-
-
 def _declare_torchvision_operators(torch):
-  """Unless torchvision's library loads as it is. Returns what must stay alive."""
+  """Unless torchvision's library loads as it is, as with a CUDA build of torch. Returns what must
+  stay alive."""
   folder = pathlib.Path(importlib.util.find_spec("torchvision").origin).parent
   try:
     torch.ops.load_library(folder / "_C.so")
@@ -101,7 +95,6 @@ def _prepare_cpu():
     stub.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None)
     stub.__version__ = "0"
     stub.__getattr__ = _missing_kernel
-    stub.assign_req_to_token_pool_cpu = assign_req_to_token_pool_cpu
     sys.modules["sgl_kernel"] = stub
     for name in _NAMED_KERNELS:
       setattr(torch.ops.sgl_kernel, name, _missing_kernel(name))
