@@ -41,7 +41,8 @@ class LoopThread:
 
 
 async def _cancel_all() -> None:
-  tasks = asyncio.all_tasks() - {asyncio.current_task()}
-  for task in tasks:
-    task.cancel()
-  await asyncio.gather(*tasks, return_exceptions=True)
+  """Again and again: a cancellation that arrives together with a time limit can be lost."""
+  while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+    for task in tasks:
+      task.cancel()
+    await asyncio.wait(tasks, timeout=1.0)

@@ -65,7 +65,6 @@ class Member:
 
   Attributes:
     tag: of the weights that we verified on it; None when we cannot be sure what it holds.
-    sums: checksums of its tensors as of `tag`; None as long.
     why_out: what took it out; None while it is in.
     load: requests that run or wait here. homes: sessions that belong here.
   """
@@ -73,7 +72,6 @@ class Member:
   def __init__(self, server: Server, slots: int):
     self.server = server
     self.tag: str | None = None
-    self.sums: dict[str, str] | None = None
     self.why_out: str | None = "not seen yet"
     self.slots = asyncio.Semaphore(slots)
     self.calls: set[asyncio.Task] = set()
@@ -91,7 +89,8 @@ class Member:
     try:
       return await asyncio.shield(task)
     except asyncio.CancelledError:
-      if task.cancelled():  # by `Fleet.take_out`; else our caller gave up
+      # By `Fleet.take_out`, unless our caller gives up.
+      if task.cancelled() and not asyncio.current_task().cancelling():
         raise ServerError(f"{self.server.url} went out: {self.why_out}") from None
       task.cancel()
       raise
@@ -318,7 +317,7 @@ class Fleet:
       tag = await member.server.weight_tag(self.config.probe_timeout_s)
       wanted = self._wanted()
       if wanted is not None and not tag == wanted == member.tag:
-        member.tag = member.sums = None  # it was restarted, or failed while it loaded
+        member.tag = None  # it was restarted, or failed while it loaded
         await self._install(member)
       elif not await member.server.healthy(self.config.probe_timeout_s):
         return

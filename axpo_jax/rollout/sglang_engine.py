@@ -54,7 +54,8 @@ class SGLangConfig:
   """How servers are used. All times in seconds.
 
   Attributes:
-    length: expanded tokens of the longest sequence; at most the servers' --context-length.
+    length: expanded tokens of the longest sequence. The servers' --context-length must be some more:
+      SGLang keeps a few tokens for itself.
     push: how weights get to the servers.
     fleet: deadlines, health checks and concurrency.
     request_s: limit of one request to one server.
@@ -97,12 +98,17 @@ class SGLangEngine:
   """See the module docstring. Implements `rollout.engine.Engine`; use it from any event loop.
 
   Nothing can be sampled before the first `update_weights`: whatever checkpoint a server was
-  started with, only weights that the trainer pushed count.
+  started with, only weights that the trainer pushed count. Servers belong to one run: two engines
+  would take turns in putting their own weights back.
 
   Args:
     urls: base URLs of the servers; they may come up later.
     model_config: sizes and token ids.
     config: see SGLangConfig.
+
+  Attributes:
+    last_push: what the last update wrote: its bytes, the share that changed, its seconds; or None.
+    retries: requests that were asked again because a server failed.
   """
 
   def __init__(self, urls: Sequence[str], model_config: ModelConfig, config: SGLangConfig):
@@ -111,9 +117,12 @@ class SGLangEngine:
     self._images = ImageSender(config.image_folder, config.image_cache_bytes)
     self._stats = EngineStats()
     self._push: Push | None = None
-    self._sums: dict[frozenset[str], dict[str, str]] = {}  # of the current push, by tensor names
+    # Verified checksums of servers with the current push and with the one before, by their keys.
+    self._sums: dict[frozenset[str], dict[str, str]] = {}
+    self._old_sums: dict[frozenset[str], dict[str, str]] = {}
     self._closed = False
-    self.retries = 0  # requests asked again because a server failed
+    self.retries = 0
+    self.last_push: Push | None = None
     servers = [Server(url, config.api_key) for url in urls]
     self._fleet = Fleet(servers, config.fleet, self._install,
                         lambda: self._push.tag if self._push else None)
@@ -169,11 +178,6 @@ class SGLangEngine:
       await asyncio.to_thread(self._loop.stop)
       self._folder.remove_all()
       self._images.close()
-
-  @property
-  def last_push(self) -> Push | None:
-    """What `update_weights` wrote last: its size, the share that changed, the time it took."""
-    return self._push
 
   def fleet_metrics(self) -> dict[str, float]:
     """For a step's log: servers in, how often one went out, requests that were asked again."""
@@ -297,7 +301,7 @@ class SGLangEngine:
         push = await asyncio.to_thread(self._folder.write, params, version)
         await self._fleet.drain(self.config.drain_s)
         await asyncio.to_thread(weight_push.barrier, "samples drained")
-        self._push, self._sums = push, {}
+        self._take(push)
         await self._fleet.install_all()
       finally:
         if self._push is not None:
@@ -305,6 +309,14 @@ class SGLangEngine:
       await asyncio.to_thread(weight_push.barrier, "weights installed")
       self._folder.remove_old()
       self._images.trim()
+
+  def _take(self, push: Push) -> None:
+    """Makes `push` the weights that every server must hold."""
+    self.last_push = push
+    if self._push is not None and push.tag == self._push.tag:  # equal weights under a new number
+      self._push = dataclasses.replace(self._push, version=push.version)
+    else:
+      self._push, self._sums, self._old_sums = push, {}, self._sums
 
   async def _install(self, member: Member) -> None:
     """Loads the current push into a server and verifies it. A server that fails stays paused: it
@@ -314,20 +326,17 @@ class SGLangEngine:
       if jax.process_index():
         await self._wait_for_first_process(member, push)
         return
-      before = (member.tag, member.sums)
-      member.tag = member.sums = None
+      held, member.tag = member.tag, None
       await self._check_flags(server)
       await server.pause(_CONTROL_S)
-      if before[0] == push.tag:
+      if held == push.tag:
         await server.flush(_CONTROL_S)
-        sums = before[1]
       else:
-        sums = await self._fleet.while_alive(member, self._load(server, push, *before))
+        await self._fleet.while_alive(member, self._load(server, push, held))
       await server.resume(_CONTROL_S)
-      member.tag, member.sums = push.tag, sums
+      member.tag = push.tag
 
-  async def _load(self, server: Server, push: Push, held: str | None,
-                  before: dict[str, str] | None) -> dict[str, str] | None:
+  async def _load(self, server: Server, push: Push, held: str | None) -> None:
     """Loads base and delta, or the delta alone where the base is there already; then verifies."""
     folders = [push.base, *([push.delta] if push.delta else [])]
     if push.delta and held in push.tags_of_base:
@@ -338,39 +347,39 @@ class SGLangEngine:
     found = await server.weight_tag(_CONTROL_S)
     if found != push.tag:
       raise LoadError(f"{server.url} reports weights {found!r} after loading {push.tag!r}")
-    return await self._verify(server, push, held, before) if self.config.verify else None
+    if self.config.verify:
+      await self._verify(server, push)
 
   async def _check_flags(self, server: Server) -> None:
     """Raises LoadError for a server that was started with flags that cannot work."""
     info = await server.info(self.config.fleet.probe_timeout_s)  # and a first sign of life
     length, dtype = self.config.length, self.config.push.dtype
-    room = info.get("context_length") or length + 1
-    if room <= length:
-      raise LoadError(f"{server.url} has a context of {room} tokens, sequences have up to {length}: "
-                      "start it with a larger --context-length")
+    room = info.get("max_req_input_len", length)
+    if room < length:
+      raise LoadError(f"{server.url} takes prompts of up to {room} tokens, sequences have up to "
+                      f"{length}: start it with --context-length={length + 16} or more")
     if dtype == "float32" and info.get("dtype") != "float32":
       raise LoadError(f"{server.url} runs in {info.get('dtype')} and weights come in float32: start "
                       "it with --dtype float32, or push bfloat16")
 
-  async def _verify(self, server: Server, push: Push, tag: str | None,
-                    before: dict[str, str] | None) -> dict[str, str]:
-    """The server's checksums, if they say that it holds the push.
+  async def _verify(self, server: Server, push: Push) -> None:
+    """Raises LoadError if the server's checksums say that it does not hold the push.
 
     `/update_weights_from_disk` skips what it does not know and still succeeds. So: the server's
-    tensors are those of the model, exactly those that the push changed have changed, and servers
-    with one layout agree in all of them.
+    tensors are those of the model; those that differ from the push before, wherever that was
+    verified, are those that the push changed; and servers with one layout agree in all of them.
     """
     sums = await server.checksums(self.config.load_s)
     found = frozenset(key.partition("/")[2] for key in sums if key.endswith((".weight", ".bias")))
     _agree(f"{server.url} holds other tensors than the model", found, self._folder.server_names)
-    if before is not None and tag == push.previous:
-      changed = frozenset(key.partition("/")[2] for key in sums if sums[key] != before.get(key))
+    old = self._old_sums.get(frozenset(sums))
+    if old is not None and push.changed is not None:
+      changed = frozenset(key.partition("/")[2] for key in sums if sums[key] != old[key])
       _agree(f"{server.url} did not take the push as written", changed,
              weight_push.server_names(push.changed))
-    first = self._sums.setdefault(frozenset(sums), sums)
+    others = self._sums.setdefault(frozenset(sums), sums)
     _agree(f"{server.url} and another server hold different weights",
-           frozenset(sums.items()), frozenset(first.items()))
-    return sums
+           frozenset(sums.items()), frozenset(others.items()))
 
   async def _wait_for_first_process(self, member: Member, push: Push) -> None:
     """The first process of a run loads the weights; the others look until they are there."""

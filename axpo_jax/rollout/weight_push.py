@@ -55,7 +55,8 @@ class PushConfig:
       earlier run left in it is removed.
     dtype: of the written tensors. "bfloat16" unless the servers run in float32.
     skip_vision: leave the vision tower out: it is frozen, and the servers started with it.
-    delta: compare with the last push and write only what changed (reads that push once more).
+    delta: compare with the last push and write only what changed. It reads that push again, which may
+      cost more than it saves where the folder is a bucket; switched off, every push is whole.
     shard_bytes: size of a file.
     writers: files written at once; each holds `shard_bytes` (for a moment twice) of host memory.
   """
@@ -87,8 +88,8 @@ class Push:
     delta: folder with the tensors that differ from the base; None: none does.
     previous: tag of the push before; None for the first.
     tags_of_base: of the pushes that have this base: a server that holds one needs only the delta.
-    changed: names of the tensors that changed since the push before; all of them if unknown.
-    changed_share: share of their values that changed since then.
+    changed: names of the tensors that changed since the push before; None if they were not compared.
+    changed_share: share of the values that changed since then; 1 if they were not compared.
     bytes_written: by all processes.
     seconds: that writing took.
   """
@@ -99,7 +100,7 @@ class Push:
   delta: pathlib.Path | None
   previous: str | None
   tags_of_base: frozenset[str]
-  changed: frozenset[str]
+  changed: frozenset[str] | None
   changed_share: float
   bytes_written: int
   seconds: float
@@ -240,13 +241,15 @@ class PushFolder:
   def _finish(self, staging, tag, version, parts, seconds) -> Push:
     """From the staged shards to the push; the same in all processes."""
     last = self._last
-    changed = frozenset(name for part in parts for name in part.changed)
+    changed = None
+    if self.config.delta and last is not None:
+      changed = frozenset(name for part in parts for name in part.changed)
     kept = frozenset(name for part in parts for name in part.kept)
     numbers = dict(
       version=version, previous=last.tag if last else None, changed=changed, seconds=seconds,
       changed_share=sum(p.changed_values for p in parts) / sum(p.values for p in parts),
       bytes_written=sum(part.bytes for part in parts))
-    if last is not None and not changed:
+    if changed is not None and not changed:
       if not jax.process_index():
         shutil.rmtree(staging, ignore_errors=True)
       return dataclasses.replace(last, **numbers)

@@ -5,17 +5,21 @@
 """
 
 import asyncio
+import collections
+import copy
 import dataclasses
 import json
 import pathlib
 import warnings
 from collections.abc import Callable
 
+import aiohttp
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from aiohttp import web
 from flax import nnx
 from PIL import Image
 
@@ -24,12 +28,14 @@ from axpo_jax.model.config import ModelConfig, TextConfig, VisionConfig
 from axpo_jax.model.images import ImageLimits, ImageProcessor, ProcessedImage
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.model.vision_inputs import mrope_positions, pack_images
+from axpo_jax.rollout.background import LoopThread
 from axpo_jax.rollout.embedded import EmbeddedConfig, EmbeddedEngine
 from axpo_jax.rollout.engine import Engine, SampleRequest, SamplingParams
 from axpo_jax.rollout.fleet import FleetConfig
 from axpo_jax.rollout.sglang_engine import SGLangConfig, SGLangEngine
 from axpo_jax.rollout.sidecar import Sidecar, SidecarError, SidecarSpec
 from axpo_jax.rollout.sidecar.environment import find_python
+from axpo_jax.rollout.sidecar.spec import free_port
 from axpo_jax.rollout.weight_push import PushConfig
 
 PAD, START, END = 2, 0, 1
@@ -64,10 +70,15 @@ class Reference:
     self.params = jax.jit(lambda: nnx.state(init()))()
     self._forward = jax.jit(self._logits)
 
-  def _logits(self, params, tokens, positions, real, vision, index):
+  def _logits(self, params, tokens, positions, ends, vision, index):
     model = nnx.merge(self.graphdef, params)
-    hidden, _ = model(tokens, positions, real, vision=vision, image_index_BxT=index)
+    hidden, _ = model(tokens, positions, ends, vision=vision, image_index_BxT=index)
     return model.logits(hidden)[0]
+
+  def with_params(self, params) -> "Reference":
+    other = copy.copy(self)
+    other.params = params
+    return other
 
   def logits(self, ids, images=()) -> np.ndarray:
     """[expanded T, V] of collapsed ids."""
@@ -84,8 +95,8 @@ class Reference:
     index[padded == PAD] = np.concatenate(
       [np.zeros(0)] + [o + np.arange(i.num_tokens) for o, i in zip(offsets, images, strict=True)]
     )
-    real = (np.arange(LENGTH) < size).astype(np.int32)[None]
-    return np.asarray(self._forward(self.params, padded, at, real, vision, index))[:size]
+    ends = np.where(np.arange(LENGTH) < size, size, 0).astype(np.int32)[None]
+    return np.asarray(self._forward(self.params, padded, at, ends, vision, index))[:size]
 
   def greedy(self, ids, images, count, *, presence=0.0, banned=()) -> tuple[int, ...]:
     ids, new = list(ids), []
@@ -142,7 +153,8 @@ def reference() -> Reference:
   return Reference()
 
 
-@pytest.fixture(scope="session", params=["embedded", "sglang"])
+# Not for the session: two engines on one server would take turns in pushing their weights.
+@pytest.fixture(scope="module", params=["embedded", "sglang"])
 def _served(request, reference):
   if request.param == "embedded":
     engine = EmbeddedEngine(CONFIG, reference.graphdef, reference.params, config=ENGINE)
@@ -181,6 +193,70 @@ def server(start_servers):
   """One server that all tests share; they leave it running."""
   with start_servers() as sidecar:
     yield sidecar
+
+
+@pytest.fixture
+def proxy():
+  """proxy(url): a Proxy in front of the server at `url`."""
+  made = []
+
+  def make(url: str) -> Proxy:
+    made.append(Proxy(url))
+    return made[-1]
+
+  yield make
+  for each in made:
+    each.stop()
+
+
+class Proxy:
+  """Stands between an engine and a real server, and spoils what it is told to.
+
+  Attributes:
+    before: route -> function of the request's JSON, called before it is passed on; it returns None, a
+      changed request, or a web.Response that is the answer.
+    after: route -> function of the answer's JSON; it returns what is answered instead.
+    seen: JSON of every request, by route.
+  """
+
+  def __init__(self, target: str):
+    self.target, self.before, self.after = target, {}, {}
+    self.seen = collections.defaultdict(list)
+    self._loop = LoopThread("proxy")
+    port = free_port("127.0.0.1")
+    self.url = f"http://127.0.0.1:{port}"
+    self._loop.start(self._serve(port)).result()
+
+  def stop(self):
+    self._loop.start(self._runner.cleanup()).result()
+    self._loop.stop()
+
+  async def _serve(self, port: int):
+    app = web.Application(client_max_size=1 << 30)
+    app.router.add_route("*", "/{route:.*}", self._pass)
+    self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await self._runner.setup()
+    await web.TCPSite(self._runner, "127.0.0.1", port).start()
+
+  async def _pass(self, request: web.Request) -> web.StreamResponse:
+    route, body = request.path, await request.read()
+    sent = json.loads(body) if body else None
+    self.seen[route].append(sent)
+    changed = self.before.get(route, lambda _: None)(sent)
+    if isinstance(changed, web.StreamResponse):
+      return changed
+    try:
+      async with (aiohttp.ClientSession() as session,
+                  session.request(request.method, f"{self.target}{request.path_qs}",
+                                  json=changed or sent) as answer):
+        text, status = await answer.text(), answer.status
+    except aiohttp.ClientError:  # the server died: so does this connection
+      request.transport.close()
+      raise
+    if status == 200 and route in self.after:
+      text = self.after[route](json.loads(text))
+      text = text if isinstance(text, str) else json.dumps(text)
+    return web.Response(status=status, text=text, content_type="application/json")
 
 
 @pytest.fixture(scope="session")
@@ -255,9 +331,10 @@ def text():
 @pytest.fixture(scope="session")
 def ask():
   """ask(ids, images, max_new, seeds=..., **params): a SampleRequest; pads are always banned."""
-  def make(ids, images=(), max_new=8, *, seeds=(0,), banned_ids=(), **params) -> SampleRequest:
+  def make(ids, images=(), max_new=8, *, seeds=(0,), banned_ids=(), session="", **params
+           ) -> SampleRequest:
     params = SamplingParams(max_new, banned_ids=(*BANNED, *banned_ids), **params)
-    return SampleRequest(tuple(ids), tuple(images), params, tuple(seeds))
+    return SampleRequest(tuple(ids), tuple(images), params, tuple(seeds), session)
 
   return make
 
