@@ -42,7 +42,7 @@ _KEY_FILE = flags.DEFINE_string("api_key_file", None, "File that holds the key."
 _CONTEXT = flags.DEFINE_integer("context_length", 0, "Most tokens of a sequence; 0: 40,960, or the model's.")
 _DTYPE = flags.DEFINE_string("dtype", "", "Default: bfloat16 on GPUs, float32 on a CPU.")
 _MEMORY = flags.DEFINE_float(
-  "mem_fraction", 0.8, "Share of GPU memory for weights and KV; images need the rest.", 0.05, 0.95)
+  "mem_fraction", 0.8, "Share of free GPU memory for weights and KV; images need the rest.", 0.05, 0.95)
 _POOL = flags.DEFINE_integer("max_total_tokens", 0, "Size of the KV pool; 0: what memory allows.")
 _RUNNING = flags.DEFINE_integer("max_running", 64, "Sequences decoded at once by one server.")
 _START = flags.DEFINE_float("start_timeout", 900, "Seconds until a started server must be healthy.")

@@ -47,7 +47,8 @@ class SidecarSpec:
   context_length: most tokens of a sequence, images expanded; 0 means 40,960 (the paper's evaluation
     with room for its prompts) or the model's limit, whichever is less.
   dtype: of weights and KV cache; empty means bfloat16 on GPUs, float32 on CPUs.
-  mem_fraction: share of GPU memory for weights and KV cache together. Images need what is left.
+  mem_fraction: share of the GPU memory that is free at the start, for weights and KV cache together.
+    Images need what is left.
   max_total_tokens: size of the KV pool; 0 means what `mem_fraction` leaves (GPUs), 32768 (CPU).
   max_running: sequences decoded at once.
   extra_flags: for SGLang, last, so that they win.
