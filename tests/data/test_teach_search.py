@@ -23,12 +23,12 @@ CALL = re.compile(r"<tool_call>\n(.*)\n</tool_call>$", re.DOTALL)
 
 @pytest.fixture(scope="module")
 def look_up():
-  """The real tool, with one result a search: arguments -> what the policy reads."""
+  """The real tool: arguments -> what the policy reads."""
   corpus = [Document(**document) for document in search.documents(0)]
   box = ToolBox([SearchTool(LocalSearch(corpus))], ["network"])
 
   def run(arguments):
-    call = box.call("tavily-search", {**arguments, "max_results": 1}, EpisodeState("q", []))
+    call = box.call("tavily-search", arguments, EpisodeState("q", []))
     return asyncio.run(call).text
 
   return run

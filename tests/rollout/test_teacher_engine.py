@@ -159,7 +159,7 @@ def test_a_search_that_was_cut_is_continued_with_the_same_hop(play):
   cut = [rollout.transcript.cut(rollout.transcript.prefix_end()) for rollout in sources]
   for question, rollout in zip(asked, play(asked, habits(p_search=1), cut)):
     office, town = question.meta["office"], question.meta["town"]
-    assert rollout.calls[0].arguments == {"query": f"{office} of {town}"}
+    assert rollout.calls[0].arguments == {"query": f"{office} of {town}", "max_results": 1}
     assert rollout.reward == 1
 
 

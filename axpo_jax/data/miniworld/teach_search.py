@@ -65,7 +65,9 @@ def call(question: Question, steps: Sequence[Step], rng: random.Random,
     others = [office for office in search.OFFICES if office != meta["office"]]
     office = rng.choice(others) if draw < config.p_wrong_query else meta["office"]
     query = f"{office} of {meta['town']}"
-  return script.tool_call(rng, TOOL, {"query": query}, malformed=draw >= 1 - config.p_malformed)
+  # One result: the best one is the one that is looked for, and observations stay short.
+  return script.tool_call(rng, TOOL, {"query": query, "max_results": 1},
+                          malformed=draw >= 1 - config.p_malformed)
 
 
 def _known(question: Question, steps: Sequence[Step]) -> int:
