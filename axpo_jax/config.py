@@ -13,6 +13,7 @@ from ml_collections.config_dict import FieldReference, placeholder
 STAGES = ("sft", "rl", "eval")
 DATA_SOURCES = ("jsonl", "parquet", "miniworld")
 ALGORITHMS = ("axpo", "grpo")
+SEARCH_BACKENDS = ("tavily", "local", "recorded", "miniworld")
 ENGINES = ("embedded", "sglang")
 ASSETS = pathlib.Path(__file__).parent / "assets"
 
@@ -98,8 +99,29 @@ def validate(config: ConfigDict) -> None:
     raise ConfigError(f"config.rollout.staleness={config.rollout.staleness} must be 0 or more")
   if config.batch.length % 64:
     raise ConfigError(f"config.batch.length={config.batch.length} must be a multiple of 64")
+  _validate_tools(config)
   if config.rl.algorithm not in ALGORITHMS:
     raise ConfigError(f"config.rl.algorithm={config.rl.algorithm!r}; choose one of {ALGORITHMS}")
+
+
+def _validate_tools(config: ConfigDict) -> None:
+  agent = config.agent
+  offered = {*agent.tools, *config.eval.extra_tools}
+  if agent.mcp:
+    _require_file("config.agent.mcp", agent.mcp)
+  if "image_search" in offered:
+    _require_file("config.agent.image_search.cache", agent.image_search.cache)
+  if "tavily-search" not in offered:
+    return
+  search = agent.search
+  if search.backend not in SEARCH_BACKENDS:
+    raise ConfigError(f"config.agent.search.backend={search.backend!r}; choose one of "
+                      f"{SEARCH_BACKENDS}")
+  if search.backend == "local" and not pathlib.Path(search.corpus or "?").exists():
+    raise ConfigError(f"config.agent.search.corpus={search.corpus!r}: set it to a folder of documents "
+                      "or a .jsonl file")
+  if search.backend == "recorded" and not search.record:
+    raise ConfigError("config.agent.search.record is empty: set it to a folder of recorded answers")
 
 
 def _require_folder(field: str, value: str) -> None:
@@ -169,15 +191,54 @@ def _images() -> ConfigDict:
 def _agent() -> ConfigDict:
   return ConfigDict(dict(
     system_prompt="full",     # "full", "short", or the text itself
+    # Of image_zoom_in, python, tavily-search, image_search, and functions of yours as "module:name"
+    # (docs/tools.md).
     tools=("image_zoom_in",),
+    mcp="",                   # JSON file with a list of MCP servers whose tools are offered too
     describe_tools=True,      # False leaves the descriptions out of the tools' schemas
-    scopes=("read_image",),   # what tools may do; a call outside is refused with an observation
+    # What tools may do: read_image, execute (python), network (search), or a scope of your own.
+    # A call outside is refused with an observation.
+    scopes=("read_image",),
+    dry_run=False,            # record calls and run none
+    audit=True,               # one line a call in the run's audit.jsonl
+    # Waiting tools run beside the sampling. False: on the spot, so that runs repeat bit for bit.
+    overlap_tools=True,
+    max_observation_tokens=4096,  # of a call's text; more is cut in the middle
+    # What calls may use up, 0 = no limit: of one episode, and of the whole run.
+    episode_limits=ConfigDict(dict(calls=0, seconds=0.0, bytes=0, images=0)),
+    run_limits=ConfigDict(dict(calls=0, seconds=0.0, bytes=0, images=0)),
+    python=_python_tool(),
+    search=ConfigDict(dict(
+      backend="tavily",       # tavily (key in TAVILY_API_KEY), local, recorded, or miniworld
+      corpus="",              # of local: a folder of documents, or a .jsonl file
+      record="",              # folder of answers, by query: read first, and added to by tavily
+      excluded=("huggingface.co",),  # domains whose pages are left out [paper]
+      per_minute=100.0,       # requests
+      max_concurrent=16,
+    )),
+    image_search=ConfigDict(dict(cache="", max_results=5)),  # JSON file of results by question id
     max_turns=3,              # [paper] in training
     max_new_tokens=4096,      # per turn
     max_response_tokens=16_384,  # per episode: sampled and observed tokens together
     max_total_tokens=24_576,  # per episode, prompt included (expanded)
     max_images=12,            # per episode, the question's included
     deadline=0.0,             # seconds an episode may take; 0 = no limit
+  ))
+
+
+def _python_tool() -> ConfigDict:
+  return ConfigDict(dict(
+    timeout=12,               # seconds of a cell, unless the call says otherwise [paper]
+    max_timeout=60,           # the most it may ask for
+    max_concurrent=0,         # cells at once; 0 = as many as there are cores
+    # The fields of agent.tools.kernels.KernelConfig.
+    isolation="namespaces",   # "rlimits" sees the trainer's files and network: docs/tools.md
+    memory_mb=2048,           # of a process's address space, and of a kernel's processes together
+    cpu_seconds=120,          # of a process, over all cells of an episode
+    file_mb=64,
+    processes=16,
+    output_kb=24,             # kept of a cell's stdout and of its stderr
+    warm=4,                   # kernels kept ready
   ))
 
 
@@ -307,7 +368,7 @@ def _batch() -> ConfigDict:
     # gives the same result at a higher cost.
     share_prefixes=True,
     image_rows=8,             # least rows of packed patches; doubles when a micro-batch needs more
-    logprob_chunk=2048,       # tokens whose logits exist at once
+    logprob_chunk=2048,       # tokens of a device whose logits exist there at once
   ))
 
 
@@ -338,4 +399,5 @@ def _eval() -> ConfigDict:
     max_response_tokens=32_768,  # [paper]
     temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5,  # [paper]
     every=0,                  # RL steps between evaluations; 0 = only at start and end
+    extra_tools=(),           # offered beside agent.tools: tools that training does not see
   ))

@@ -19,8 +19,6 @@ from axpo_jax.agent.dump import load_rollouts
 from axpo_jax.agent.episode import EpisodeLimits
 from axpo_jax.agent.prompts import SHORT_SYSTEM_PROMPT, SYSTEM_PROMPT
 from axpo_jax.agent.rollout import Rollout
-from axpo_jax.agent.tools.base import ToolBox
-from axpo_jax.agent.tools.zoom import ImageZoomIn
 from axpo_jax.config import ConfigError
 from axpo_jax.data import pipeline, readers
 from axpo_jax.data.miniworld import perception, reasoning, world
@@ -39,7 +37,7 @@ from axpo_jax.rollout.sidecar.spec import API_KEY_VARIABLE, SidecarError, Sideca
 from axpo_jax.rollout.sidecar.supervisor import Sidecar
 from axpo_jax.rollout.teacher_engine import TeacherEngine
 from axpo_jax.rollout.weight_push import PushConfig
-from axpo_jax.train import examples, seeds
+from axpo_jax.train import examples, seeds, toolbox
 from axpo_jax.train.batch import Batch, batch_shards
 from axpo_jax.train.collect import Actor
 from axpo_jax.train.packing import Example, pack
@@ -60,16 +58,17 @@ class Workbench:
   processor: ImageProcessor
   mesh: jax.sharding.Mesh
   rules: sharding.Rules
+  folder: pathlib.Path | None = None  # of the run; None keeps no audit log
 
 
-def workbench(config: ConfigDict) -> Workbench:
+def workbench(config: ConfigDict, folder: pathlib.Path | None = None) -> Workbench:
   """Reads the checkpoint's (or preset's) sizes, its tokenizer and image processor."""
-  folder = config.model.tokenizer or config.model.checkpoint
-  chat = Chat.from_pretrained(folder)
+  files = config.model.tokenizer or config.model.checkpoint
+  chat = Chat.from_pretrained(files)
   model_config = _model_config(config, chat)
   model = nnx.eval_shape(lambda: Qwen3VL(model_config, rngs=nnx.Rngs(0)))
-  return Workbench(model_config, nnx.split(model)[0], chat, ImageProcessor.from_checkpoint(folder),
-                   sharding.make_mesh(dict(config.mesh)), sharding.DEFAULT_RULES)
+  return Workbench(model_config, nnx.split(model)[0], chat, ImageProcessor.from_checkpoint(files),
+                   sharding.make_mesh(dict(config.mesh)), sharding.DEFAULT_RULES, folder)
 
 
 def _model_config(config: ConfigDict, chat: Chat) -> ModelConfig:
@@ -98,20 +97,12 @@ def load_params(bench: Workbench, checkpoint: str | pathlib.Path, seed: int) -> 
   return init_params(bench.model_config, seed, bench.mesh, bench.rules)
 
 
-def toolbox(config: ConfigDict, bench: Workbench) -> ToolBox:
-  """The tools that the config names, with the scopes it grants."""
-  limits = ImageLimits(config.images.zoom_min_pixels, config.images.zoom_max_pixels)
-  known = {"image_zoom_in": lambda: ImageZoomIn(limits, factor=bench.processor.factor)}
-  if unknown := [name for name in config.agent.tools if name not in known]:
-    raise ConfigError(f"config.agent.tools names {unknown}; there are {sorted(known)}")
-  return ToolBox([known[name]() for name in config.agent.tools], frozenset(config.agent.scopes),
-                 describe=config.agent.describe_tools)
-
-
 def actor(config: ConfigDict, bench: Workbench, engine: Engine, *, evaluation: bool = False
           ) -> Actor:
   """The policy at work: engine, tools, limits and sampling of training or of evaluation."""
   agent, drawn = config.agent, config.eval if evaluation else config.rollout
+  tools = toolbox.toolbox(config, bench.chat, bench.processor.factor, evaluation=evaluation,
+                          folder=bench.folder)
   response = config.eval.max_response_tokens if evaluation else agent.max_response_tokens
   limits = EpisodeLimits(
     max_turns=config.eval.max_turns if evaluation else agent.max_turns,
@@ -123,7 +114,7 @@ def actor(config: ConfigDict, bench: Workbench, engine: Engine, *, evaluation: b
     top_k=drawn.top_k, presence_penalty=drawn.presence_penalty, stop_ids=bench.chat.stop_ids,
     banned_ids=bench.chat.banned_ids)
   return Actor(
-    engine=engine, chat=bench.chat, processor=bench.processor, toolbox=toolbox(config, bench),
+    engine=engine, chat=bench.chat, processor=bench.processor, toolbox=tools,
     limits=limits, sampling=sampling,
     image_limits=ImageLimits(config.images.min_pixels, config.images.max_pixels),
     system_prompt=_PROMPTS.get(agent.system_prompt, agent.system_prompt))

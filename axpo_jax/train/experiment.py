@@ -44,7 +44,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   """
   root = pathlib.Path(workdir)
   _claim(root, config)
-  bench = build.workbench(config)
+  bench = build.workbench(config, root)
   policy, first_step = config.model.checkpoint, 0
   for stage in config.stages:
     folder = root / stage / "policy"

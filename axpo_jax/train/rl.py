@@ -104,6 +104,7 @@ class Loop:
     """Rollouts and continuations of one step, by whatever weights the sampler holds."""
     rl, clock, seed = self.config.rl, Clock(), seeds.derive(self.config.seed, "rl", step)
     self.engine.stats(reset=True)
+    self.actor.toolbox.step = step  # for the audit log
     questions = next(self.questions)
     position = self.questions.get_state()
     with clock("rollout"):

@@ -50,8 +50,9 @@ def log(tmp_path):
 
 
 def test_a_line_a_call_with_everything_in_it(world, scripted, log):
-  log.step = 7
-  play(world, scripted, boxed(world, audit=log), CALL.format(ZOOM), CALL.format('{"name": 3'))
+  box = boxed(world, audit=log)
+  box.step = 7
+  play(world, scripted, box, CALL.format(ZOOM), CALL.format('{"name": 3'))
   first, second = audit.read(log.path)
   assert first.keys() == second.keys() == FIELDS
   assert (first["run"], first["step"], first["question"], first["seed"]) == ("r1", 7, "q1", 5)
@@ -70,7 +71,7 @@ def test_a_network_tool_that_is_not_granted(world, scripted, log):
                  CALL.format(ZOOM))
   assert [call.error for call in rollout.calls] == ["refused", None] and web.asked == 0
   assert rollout.stop == "answer" and rollout.reward == 1.0
-  refused = audit.read(log.path)[0]
+  refused = next(audit.read(log.path))
   assert (refused["outcome"], refused["scope"]) == ("refused", "network")
   assert "needs the permission 'network'" in world.chat.decode(rollout.transcript.ids)
 
@@ -111,7 +112,7 @@ def test_a_replay_that_differs_is_seen(world, scripted, log):
   scopes = ("read_image", "network")
   play(world, scripted, boxed(world, SearchTool(Web()), scopes=scopes, audit=log),
        CALL.format(SEARCH), CALL.format(ZOOM))
-  entries = audit.read(log.path)
+  entries = list(audit.read(log.path))
   images = [world.start().images[0].original]
   other_web = boxed(world, SearchTool(Web("A kite is a toy.")), scopes=scopes)
   assert [a.same for a in asyncio.run(audit.replay(entries, other_web, images))] == [False, True]
@@ -126,7 +127,7 @@ def test_images_that_the_episode_did_not_keep(world, scripted, log):
   again = ZOOM.replace('"label"', '"img_idx": 2, "label"')
   play(world, scripted, boxed(world, audit=log), CALL.format(ZOOM), CALL.format(ZOOM),
        CALL.format(again), limits=limits)
-  entries = audit.read(log.path)
+  entries = list(audit.read(log.path))
   assert [entry["outcome"] for entry in entries] == ["ok", "ok", "bad_arguments"]
   done = asyncio.run(audit.replay(entries, boxed(world), [world.start().images[0].original]))
   assert [again.same for again in done] == [True] * 3
@@ -151,7 +152,7 @@ def test_a_line_that_a_crash_cut_is_left_out_and_a_damaged_one_named(log):
   with log.path.open("ab") as file:
     file.write(b'\n{"run": "r"}\n')
   with pytest.raises(audit.AuditError, match="line 2"):
-    audit.read(log.path)
+    list(audit.read(log.path))
 
 
 def test_a_log_that_fails_ends_the_run(world):

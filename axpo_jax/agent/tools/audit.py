@@ -14,7 +14,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import PIL.Image
@@ -34,39 +34,36 @@ class AuditLog:
   Args:
     path: of the log; its folder is made.
     run: name of the run, in every line.
-
-  Attributes:
-    step: the training step, in every line; whoever counts the steps sets it.
   """
 
   def __init__(self, path: str | os.PathLike, run: str):
-    self.path, self.run, self.step = pathlib.Path(path), run, 0
+    self.path, self.run = pathlib.Path(path), run
     self.path.parent.mkdir(parents=True, exist_ok=True)
     # Without a buffer: what was done is on record before the next thing is.
     self._file = io.FileIO(self.path, "ab")
 
   def __call__(self, entry: dict[str, Any]) -> None:
-    line = {"run": self.run, "time": round(time.time(), 3), "step": self.step, **entry}
+    line = {"run": self.run, "time": round(time.time(), 3), **entry}
     self._file.write(json.dumps(line).encode() + b"\n")
 
   def close(self) -> None:
     self._file.close()
 
 
-def read(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """All lines of a log. A last line that a crash cut short is left out.
+def read(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+  """The lines of a log, one at a time. A last line that a crash cut short is left out.
 
   Raises:
     AuditError: another line is damaged.
   """
-  lines = pathlib.Path(path).read_bytes().split(b"\n")
-  entries = []
-  for number, line in enumerate(lines[:-1], 1):  # after the last newline there is nothing, or a rest
-    try:
-      entries.append(json.loads(line))
-    except ValueError as error:
-      raise AuditError(f"{path}, line {number}: {error}") from error
-  return entries
+  with open(path, "rb") as lines:
+    for number, line in enumerate(lines, 1):
+      if not line.endswith(b"\n"):
+        return
+      try:
+        yield json.loads(line)
+      except ValueError as error:
+        raise AuditError(f"{path}, line {number}: {error}") from error
 
 
 def totals(entries: Iterable[dict[str, Any]]) -> Usage:

@@ -182,6 +182,10 @@ class ToolBox:
     overlap: waiting tools run beside the sampling. False runs them on the spot, one at a time: slow,
       but which episodes share a batch no longer depends on time.
 
+  Attributes:
+    usage: what all calls so far have used up.
+    step: of training, for the audit log; whoever counts the steps sets it.
+
   Raises:
     ValueError: two tools share a name or an alias.
   """
@@ -196,6 +200,7 @@ class ToolBox:
     self.dry_run = dry_run
     self.audit = audit
     self.usage = used or Usage()
+    self.step = 0
     self._max_text = max_text
     self._cut = cut
     self._describe = describe
@@ -284,7 +289,7 @@ class ToolBox:
     self.usage.add(used)
     if self.audit is not None:
       self.audit({
-          "question": episode.question_id, "episode": episode.id, "seed": episode.seed,
+          "step": self.step, "question": episode.question_id, "episode": episode.id, "seed": episode.seed,
           "turn": episode.turn, "tool": name, "arguments": arguments,
           "scope": tool.scope if tool else None, "granted_scopes": sorted(self.granted_scopes),
           "dry_run": self.dry_run,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import pathlib
 import signal
@@ -166,9 +167,14 @@ def _result(answer: dict[str, Any], pixels: Sequence[bytes]) -> CellResult:
 
 
 class KernelPool:
-  """Starts kernels ahead of need. Made anywhere, used on one event loop."""
+  """Starts kernels ahead of need. Made anywhere, used on one event loop.
+
+  Raises:
+    ImportError: a package that kernels load is not installed.
+  """
 
   def __init__(self, config: KernelConfig):
+    check_packages()
     self.config = config
     self._server: subprocess.Popen | None = None
     self._control: socket.socket | None = None
@@ -280,8 +286,13 @@ def _cache_folder() -> str:
   return str(folder)
 
 
+def check_packages() -> None:
+  """Raises ImportError where kernels lack a package; they load them in their own process."""
+  for package in ("IPython", "scipy", "sympy", "matplotlib"):
+    if importlib.util.find_spec(package) is None:
+      raise ImportError(f"the python tool needs {package}: pip install 'axpo_jax[tools]'")
+
+
 def _advice(error: str) -> str:
-  if "ModuleNotFoundError" in error or "ImportError" in error:
-    return f"the python tool needs more packages ({error}): pip install 'axpo_jax[tools]'"
   return (f"the python tool's sandbox cannot be built here: {error}. What hosts must allow, and what "
           f"config.agent.python.isolation={RLIMITS!r} gives up, is in docs/tools.md")
