@@ -162,7 +162,7 @@ def _data() -> ConfigDict:
     # Names of the columns in your file; see docs/data.md.
     columns=ConfigDict(dict(id="id", text="question", images="images", answers="answer",
                             kind="kind", options="options", category="category",
-                            source="source")),
+                            source="source", acting="acting")),
     max_bad_share=0.01,       # more unreadable records than this share stop the run
     miniworld=ConfigDict(dict(
       seed=0,                 # of the world; config.seed does not change the questions

@@ -19,6 +19,7 @@ ImageSource = pathlib.Path | bytes | PIL.Image.Image
 
 IMAGE_MARK = "<image>"
 KINDS = ("auto", "choice", "math", "number", "text")
+ACTING = ("either", "act", "decline")
 
 
 class ImageError(ValueError):
@@ -38,6 +39,8 @@ class Question:
     options: for kind "choice"; an answer is a letter "A".. or the text of an option.
     category: e.g. "perception", "search", "reasoning".
     source: name of the data set.
+    acting: whether one should act (call a tool) to answer it: one of `ACTING`. For reports alone:
+      no reward depends on it.
     meta: anything else worth keeping (pass counts, the world's hidden state, ...).
   """
 
@@ -49,11 +52,14 @@ class Question:
   options: tuple[str, ...] = ()
   category: str = ""
   source: str = ""
+  acting: str = "either"
   meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     if self.kind not in KINDS:
       raise ValueError(f"question {self.id!r}: kind {self.kind!r} is not one of {KINDS}")
+    if self.acting not in ACTING:
+      raise ValueError(f"question {self.id!r}: acting {self.acting!r} is not one of {ACTING}")
     if not self.answers:
       raise ValueError(f"question {self.id!r} has no gold answer; give at least one")
     marks = self.text.count(IMAGE_MARK)

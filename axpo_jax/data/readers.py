@@ -58,6 +58,7 @@ class Columns:
   options: str = "options"
   category: str = "category"
   source: str = "source"
+  acting: str = "acting"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +250,7 @@ def _question(record: Any, path: pathlib.Path, row: int, config: ReaderConfig) -
         kind=_optional_text(record, columns.kind) or "auto",
         options=tuple(str(option) for option in _as_list(_field(record, columns.options))),
         category=_optional_text(record, columns.category),
+        acting=_optional_text(record, columns.acting) or "either",
         source=_optional_text(record, columns.source) or path.stem,
         meta={name: _field(record, name) for name in config.meta})
   except RecordError:

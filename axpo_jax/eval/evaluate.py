@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from axpo_jax.eval import passk
 from axpo_jax.rl import census
+from axpo_jax.rl.acting import acting_census
 from axpo_jax.rl.resample import ResampleConfig
 from axpo_jax.rollout.engine import Engine
 from axpo_jax.train import build, collect, seeds
@@ -30,7 +31,7 @@ async def run(config: ConfigDict, bench: build.Workbench, engine: Engine, *,
     progress="evaluation" if progress else "")
   stats = collect.group_stats(groups, ResampleConfig(), bench.chat)
   out = {**_pass_at(stats, "eval", config.eval.rollouts), **census.census(stats, prefix="eval"),
-         **census.census_by_family(stats, prefix="eval"),
+         **census.census_by_family(stats, prefix="eval"), **acting_census(stats, prefix="eval"),
          "eval/failed": float(sum(group.failed for group in groups))}
   for family, members in census.families(stats).items():
     if any(group.rollouts for group in members):

@@ -92,12 +92,14 @@ class BranchStats:
 
 @dataclasses.dataclass(frozen=True)
 class GroupStats:
-  """One question: its rollouts, its branches, whether it triggered, and its family, if it has one."""
+  """One question: its rollouts, its branches, whether it triggered, its family, if it has one, and
+  whether one should act on it ("act", "decline" or "either"; see `rl.acting`)."""
 
   rollouts: Sequence[RolloutStats]
   branches: Sequence[BranchStats] = ()
   triggered: bool = False
   family: str = ""
+  acting: str = "either"
 
 
 def census(

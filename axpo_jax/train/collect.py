@@ -217,7 +217,8 @@ def group_stats(groups: Sequence[Group], config: ResampleConfig, chat: Chat
     seen = view(0, group, config)
     fired = triggered(seen.rewards_N, seen.used_tool_N, subgroup=config.subgroup)
     out.append(census.GroupStats([stats(r) for r in group.rollouts], branches, fired,
-                                 family=group.question.category))
+                                 family=group.question.category,
+                                 acting=group.question.acting))
   return out
 
 

@@ -26,6 +26,7 @@ from axpo_jax.agent.dump import dump_rollouts
 from axpo_jax.eval import evaluate
 from axpo_jax.model.chat import Chat
 from axpo_jax.rl import census, credit, recipes
+from axpo_jax.rl.acting import acting_census
 from axpo_jax.rl.losses import LossConfig
 from axpo_jax.rl.resample import ResampleConfig, prefix_budget
 from axpo_jax.train import build, collect, examples, seeds
@@ -143,7 +144,7 @@ class Loop:
     # Counted since the process began, so a resumed run differs: a matter of time, not of learning.
     compiled = engine.pop("compilations")
     return {
-      **census.census(stats), **census.census_by_family(stats),
+      **census.census(stats), **census.census_by_family(stats), **acting_census(stats),
       **census.resample_census(stats, budget=prefix_budget(total, self.recipe.resample)),
       **census.resample_census_by_family(stats),
       "rollout/failed": float(sum(group.failed for group in groups)),

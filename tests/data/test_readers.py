@@ -53,11 +53,12 @@ def test_reads_all_fields(tmp_path):
   (tmp_path / "images" / "a.png").write_bytes(png())
   path = write(tmp_path / "q.jsonl", record(
       id=7, images=["images/a.png"], answer=["B", 2], kind="choice", options=["one", "two"],
-      category="perception", source="mine", passes=3))
+      category="perception", source="mine", acting="decline", passes=3))
   (question,), report = read(path, readers.ReaderConfig(meta=("passes",)))
   assert (question.id, question.answers, question.kind) == ("7", ("B", "2"), "choice")
   assert (question.options, question.category) == (("one", "two"), "perception")
   assert (question.source, question.meta) == ("mine", {"passes": 3})
+  assert question.acting == "decline"
   assert load_image(question.images[0]).getpixel((0, 0)) == RED
   assert (report.records, report.bad) == (1, 0)
 

@@ -11,6 +11,7 @@ import pytest
 
 from axpo_jax.eval import passk
 from axpo_jax.rl import census, losses, recipes
+from axpo_jax.rl.acting import acting_census
 from axpo_jax.rl.credit import Branch, CreditConfig, GroupOutcome, assign_credit
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
@@ -56,6 +57,8 @@ def _produced():
   branch = census.BranchStats(0, rollouts[1:3], prefix_tokens=4, cached_tokens=3)
   groups = [census.GroupStats(rollouts, [branch], triggered=True)]
   names = set(census.census(groups)) | set(census.resample_census(groups, budget=2))
+  names |= set(acting_census([census.GroupStats(rollouts, acting=label)
+                              for label in ("act", "decline")]))
   outcome = GroupOutcome(np.zeros(4), np.ones(4, bool), [Branch(0, np.array([1.0, 0.0]))])
   names |= set(census.credit_census(assign_credit([outcome], CreditConfig())))
   x = jnp.linspace(-2.0, -1.0, 8)
