@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
   c.model.checkpoint, c.model.preset = "", "tiny"
   c.model.tokenizer = str(ASSETS / "tiny_tokenizer")
   c.data.miniworld.train_size = 10_000_000
+  c.data.miniworld.families.update(search=0.0, reasoning=0.0)
   c.agent.system_prompt, c.agent.tools = "", ()
   c.batch.update(rows=16, length=192)
   c.data.miniworld.marks = (1, 4)  # one mark alone shows where it is before colours must be told apart

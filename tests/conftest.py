@@ -32,6 +32,24 @@ def sidecar_python(pytestconfig):
     pytest.skip(str(error))
 
 
+@pytest.fixture(scope="session")
+def python_isolation():
+  """How the python tool can be kept apart here: namespaces, or limits alone where those are forbidden."""
+  from axpo_jax.agent.tools.kernels import KernelConfig, SandboxError
+  from axpo_jax.agent.tools.python import PythonTool
+
+  for isolation in ("namespaces", "rlimits"):
+    tool = PythonTool(KernelConfig(isolation=isolation, warm=1))
+    try:
+      tool.start()
+    except SandboxError as error:
+      reason = str(error)
+      continue
+    tool.close()
+    return isolation
+  pytest.skip(reason)
+
+
 def pytest_terminal_summary(terminalreporter, config):
   if reason := config.stash.get(_NO_SIDECAR, ""):
     terminalreporter.section("NOTHING WAS TESTED AGAINST A REAL SGLANG SERVER", sep="!", red=True)

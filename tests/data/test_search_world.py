@@ -10,7 +10,7 @@ import pytest
 
 import axpo_jax
 from axpo_jax.agent.tools.base import EpisodeState, ToolBox
-from axpo_jax.agent.tools.corpus import Document, LocalSearch, read_documents
+from axpo_jax.agent.tools.corpus import Document, LocalSearch
 from axpo_jax.agent.tools.search import SearchTool
 from axpo_jax.data.miniworld import perception, search
 from axpo_jax.model.chat import Chat
@@ -132,10 +132,3 @@ def test_a_look_up_is_answered_by_its_own_text():
     office, town = re.fullmatch(r"(\w+) of (\w+)\?", asked).groups()
     assert question.answers == (facts[office, town],)
     assert len(set(facts.values())) == len(facts)
-
-
-def test_the_corpus_is_written_as_the_tool_reads_it(tmp_path):
-  search.write_corpus(tmp_path / "corpus.jsonl", 3)
-  assert read_documents(tmp_path / "corpus.jsonl") == [
-      Document(**document) for document in search.documents(3)]
-  assert search.documents(3) != search.documents(4)

@@ -10,7 +10,7 @@ import axpo_jax
 from axpo_jax.agent.episode import EpisodeLimits, continue_episode, start_transcript
 from axpo_jax.agent.tools.base import ToolBox
 from axpo_jax.agent.tools.corpus import Document, LocalSearch
-from axpo_jax.agent.tools.kernels import KernelConfig, SandboxError
+from axpo_jax.agent.tools.kernels import KernelConfig
 from axpo_jax.agent.tools.python import PythonTool
 from axpo_jax.agent.tools.search import SearchTool
 from axpo_jax.agent.tools.zoom import ImageZoomIn
@@ -38,19 +38,11 @@ def chat():
 
 
 @pytest.fixture(scope="module")
-def python_tool():
-  """The real one: namespaces, or limits alone on a host that forbids those."""
-  for isolation in ("namespaces", "rlimits"):
-    tool = PythonTool(KernelConfig(isolation=isolation, memory_mb=1024, warm=1))
-    try:
-      tool.start()
-    except SandboxError as error:
-      reason = str(error)
-      continue
-    yield tool
-    tool.close()
-    return
-  pytest.skip(reason)
+def python_tool(python_isolation):
+  tool = PythonTool(KernelConfig(isolation=python_isolation, memory_mb=1024, warm=1))
+  tool.start()
+  yield tool
+  tool.close()
 
 
 @pytest.fixture(scope="module")

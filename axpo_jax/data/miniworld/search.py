@@ -23,9 +23,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -147,9 +144,3 @@ def documents(seed: int) -> list[dict[str, str]]:
               for person, colour in region.colours.items()]
   rng = np.random.default_rng((seed, _STREAM, 1))
   return [{"title": found[i][0], "text": found[i][1]} for i in rng.permutation(len(found))]
-
-
-def write_corpus(path: str | os.PathLike, seed: int) -> None:
-  """Writes `documents` as JSON lines, as the search tool's local back end reads them."""
-  lines = (json.dumps(document) + "\n" for document in documents(seed))
-  pathlib.Path(path).write_text("".join(lines))
