@@ -1,6 +1,7 @@
 """What a real SGLang server gives: agreement, cached prefixes, speed, and what pushes cost.
 
   python benchmarks/sidecar.py [--policy runs/axpo_tiny/sft/policy] [--urls http://...] [--steps 2]
+                               [--push_dtype float32]
 
 Starts a CPU server unless `--urls` names servers that run, then makes a few steps of the miniature's
 AXPO job with them. Prints
@@ -42,6 +43,7 @@ def main() -> None:
   config = axpo_tiny.get_config()
   config.rollout.engine = "sglang"
   config.rollout.urls = tuple(args.urls)
+  config.rollout.sglang.push_dtype = args.push_dtype
   config.model.checkpoint = args.policy or config.model.checkpoint
   print(f"machine   {platform.processor() or platform.machine()}, {os.cpu_count()} cores, load "
         f"{os.getloadavg()[0]:.1f} at the start; policy {config.model.checkpoint}")
@@ -110,6 +112,7 @@ def _arguments() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--policy", default="", help="checkpoint folder; default: the warm start")
   parser.add_argument("--urls", nargs="*", default=[], help="servers that run already")
+  parser.add_argument("--push_dtype", default="float32", help="or bfloat16, as GPUs would get it")
   parser.add_argument("--steps", type=int, default=2)
   return parser.parse_args()
 

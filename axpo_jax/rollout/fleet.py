@@ -154,7 +154,7 @@ class Fleet:
     """A place at the server of `session`.
 
     Raises:
-      NoServer: none was in within deadline_s. (Time in which weights change does not count.)
+      NoServer: none was in within deadline_s. (Waiting for the gate does not count.)
     """
     member = await self._take_place(session)
     self._leases += 1
@@ -306,7 +306,7 @@ class Fleet:
   async def _looks_well(self, member: Member) -> bool:
     """Whether it answers and holds what we gave it. A restarted server that lost it goes out."""
     wanted, well = self._wanted(), await member.server.healthy(self.config.probe_timeout_s)
-    if not (self.is_in(member) and self.gate_is_open):
+    if not self.is_in(member):
       return True  # weights began to load meanwhile: a paused server does not answer
     if well and await member.server.weight_tag(self.config.probe_timeout_s) != wanted == member.tag:
       self.take_out(member, ServerError("it was restarted and lost its weights"))

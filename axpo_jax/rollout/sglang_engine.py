@@ -234,11 +234,13 @@ class SGLangEngine:
           # An abort while weights change is our own doing.
           if self._fleet.gate_is_open or not isinstance(error, wire.Aborted):
             failures += 1
-            if self._router is None:  # else nobody knows which server it was
+            if self._router is None:
               self._fleet.take_out(member, error)
           if failures >= self.config.attempts:
             raise
           self.retries += 1
+          if self._router is not None:  # nobody knows which server it was; the router finds out
+            await asyncio.sleep(self.config.fleet.probe_s)
 
   async def _draw(self, member: Member, push: Push, request: SampleRequest, seed: int,
                   images: Sequence[str]) -> Sample:

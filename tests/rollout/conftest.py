@@ -320,6 +320,12 @@ def image():
 
 
 @pytest.fixture(scope="session")
+def picture() -> tuple[int, ...]:
+  """How an image stands in a prompt."""
+  return START, PAD, END
+
+
+@pytest.fixture(scope="session")
 def text():
   """text(seed, count): random text ids, without any id that means something."""
   def make(seed: int, count: int) -> tuple[int, ...]:

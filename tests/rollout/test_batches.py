@@ -30,9 +30,9 @@ def test_buckets_double_up_to_the_largest():
     Buckets(8, 100)(101)
 
 
-def test_a_prompt_expands_its_pictures(prompt, subject, image):
-  pads = prompt((7, *subject.picture, 8), (image(0),))
-  start, pad, end = subject.picture
+def test_a_prompt_expands_its_pictures(prompt, picture, image):
+  pads = prompt((7, *picture, 8), (image(0),))
+  start, pad, end = picture
   assert pads.tokens_T.tolist() == [7, start] + [pad] * 6 + [end, 8]
   assert pads.image_T.tolist() == [-1, -1] + [0] * 6 + [-1, -1]
   assert pads.offset_T[2:8].tolist() == [0, 1, 2, 3, 4, 5]
@@ -62,10 +62,10 @@ def test_prefills_are_grouped_by_length_within_the_budget(prompt):
   assert [i.tokens_BxT.shape for i, _ in _prefills(jobs, most_tokens=4)] == [(1, 4)] * 6 + [(1, 8)]
 
 
-def test_each_distinct_picture_is_packed_once(prompt, model_config, subject, image):
-  twice = prompt((7, *subject.picture, *subject.picture, 8), (image(0), image(1)))
-  again = prompt((9, *subject.picture, 8), (image(1),))
-  cached = prompt((6, *subject.picture, 8, 8, 8), (image(2),))
+def test_each_distinct_picture_is_packed_once(prompt, model_config, picture, image):
+  twice = prompt((7, *picture, *picture, 8), (image(0), image(1)))
+  again = prompt((9, *picture, 8), (image(1),))
+  cached = prompt((6, *picture, 8, 8, 8), (image(2),))
   jobs = [(twice, Move(0, 0, 0)), (again, Move(1, 1, 4)), (cached, Move(2, 2, 10))]
   vision, place = wave_images(jobs, model_config)
   assert sorted(place) == sorted({image(0).key, image(1).key})

@@ -11,7 +11,10 @@ from axpo_jax.model import sharding
 from axpo_jax.rollout.embedded import EmbeddedConfig, EmbeddedEngine
 from axpo_jax.rollout.engine import EngineClosed
 
+the_embedded = pytest.mark.parametrize("_served", ["embedded"], indirect=True)
 
+
+@the_embedded
 def test_a_pool_smaller_than_the_work_gives_the_same_samples(subject, embedded, ask, text, image):
   small = embedded(rows=3, max_running=2)
 
@@ -37,6 +40,7 @@ def test_a_pool_smaller_than_the_work_gives_the_same_samples(subject, embedded, 
   assert counted[0].prefill_tokens_computed > counted[1].prefill_tokens_computed
 
 
+@the_embedded
 def test_a_small_prefill_budget_changes_nothing(subject, embedded, ask, text):
   tight = embedded(prefill_tokens=1, min_tokens=8)
   requests = [ask(text(i, 5 + 9 * i), temperature=0) for i in range(6)]
@@ -137,6 +141,7 @@ def test_bfloat16_copies_keep_norms_exact(embedded, ask, text, reference):
   assert dtypes == {"bfloat16", "float32"}
 
 
+@the_embedded
 def test_on_a_mesh_of_devices(subject, ask, text, image):
   mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
   config, reference = subject.engine.config, subject.reference

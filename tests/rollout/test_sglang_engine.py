@@ -51,14 +51,11 @@ def assert_from(reference, request, sample, atol=1e-4):
   np.testing.assert_allclose(sample.logprobs, expected, atol=atol)
 
 
-PICTURE = (0, 2, 1)
-
-
 # Weights ----------------------------------------------------------------------------------------
 
 
-def test_a_push_replaces_weights_and_prefixes(engine, reference, other_params, ask, text, image):
-  request = ask(text(0, 9) + PICTURE + text(1, 9), (image(0),), 12)
+def test_a_push_replaces_weights_and_prefixes(engine, reference, other_params, ask, text, image, picture):
+  request = ask(text(0, 9) + picture + text(1, 9), (image(0),), 12)
   ((before,),) = run(engine, request)
   ((cached,),) = run(engine, request)
   assert cached.cached_tokens == cached.prompt_tokens - 1
@@ -69,7 +66,7 @@ def test_a_push_replaces_weights_and_prefixes(engine, reference, other_params, a
   assert_from(reference.with_params(other_params), request, after)
 
 
-def test_a_delta_is_enough(engine, reference, ask, text, image):
+def test_a_delta_is_enough(engine, reference, ask, text, image, picture):
   """One matrix of one layer changes: the server gets no more."""
   def bump(path, leaf):
     return leaf.at[1].add(0.05) if "down" in str(path) else leaf
@@ -79,7 +76,7 @@ def test_a_delta_is_enough(engine, reference, ask, text, image):
   push = engine.last_push
   assert push.delta is not None and push.changed == {
     "model.language_model.layers.1.mlp.down_proj.weight"}
-  request = ask(text(0, 9) + PICTURE + text(1, 9), (image(0),), 12)
+  request = ask(text(0, 9) + picture + text(1, 9), (image(0),), 12)
   ((sample,),) = run(engine, request)
   assert_from(reference.with_params(params), request, sample)
   assert np.abs(reference.logprobs(request.ids, request.images, sample.ids)
@@ -123,9 +120,9 @@ def test_sampling_needs_weights(connect, server, ask, text):
 # Prompts and prefixes ---------------------------------------------------------------------------
 
 
-def test_resamples_find_their_prefix_with_its_images(engine, ask, text, image):
+def test_resamples_find_their_prefix_with_its_images(engine, ask, text, image, picture):
   """AXPO's case: two images, a turn that was cut, K continuations that come one by one."""
-  ids = text(0, 8) + PICTURE + text(1, 8) + PICTURE + text(2, 8)
+  ids = text(0, 8) + picture + text(1, 8) + picture + text(2, 8)
   images = (image(1, 6, 6), image(2, 8, 4))
   ((source,),) = run(engine, ask(ids, images, 20, session="q"))
   prefix = ids + source.ids[:12]
@@ -136,11 +133,30 @@ def test_resamples_find_their_prefix_with_its_images(engine, ask, text, image):
   assert engine.stats().images_encoded == 0
 
 
-def test_images_by_path(connect, server, reference, ask, text, image, tmp_path):
+def test_behind_a_router(connect, server, reference, proxy, ask, text):
+  """Samples come through it; weights cannot (its answer to their routes is 404) and need not."""
+  router = proxy(server.urls[0])
+  for route in ("/update_weights_from_disk", "/pause_generation"):
+    router.before[route] = lambda _: web.Response(status=404)
+  engine = connect(server.urls, router_url=router.url, attempts=2)
+  asyncio.run(engine.update_weights(reference.params, 0))
+  request = ask(text(0, 9))
+  ((sample,),) = run(engine, request)
+  assert_from(reference, request, sample)
+  assert len(router.seen["/generate"]) == 1
+  # What the router does wrong takes no server out: nobody knows whose fault it was.
+  router.before["/generate"] = lambda _: web.Response(status=503)
+  with pytest.raises(BadStatus, match="503"):
+    run(engine, request)
+  assert engine.fleet_metrics() == {"servers_in": 1, "servers_lost": 0, "retries": 1}
+  asyncio.run(engine.close())
+
+
+def test_images_by_path(connect, server, reference, ask, text, image, picture, tmp_path):
   folder = tmp_path / "images"
   engine = connect(server.urls, image_folder=str(folder))
   asyncio.run(engine.update_weights(reference.params, 0))
-  request = ask(text(0, 9) + PICTURE + text(1, 9), (image(0),), 12)
+  request = ask(text(0, 9) + picture + text(1, 9), (image(0),), 12)
   ((sample,),) = run(engine, request)
   assert_from(reference, request, sample)
   assert [file.stem for file in folder.iterdir()] == [image(0).key]
@@ -148,10 +164,10 @@ def test_images_by_path(connect, server, reference, ask, text, image, tmp_path):
   assert not list(folder.iterdir())
 
 
-def test_an_image_is_encoded_once_and_sent_alike(spoilt, ask, text, image):
+def test_an_image_is_encoded_once_and_sent_alike(spoilt, ask, text, image, picture):
   engine, between = spoilt
   for turn in range(3):
-    run(engine, ask(text(0, 9) + PICTURE + text(1, 1 + turn), (image(5),), 2))
+    run(engine, ask(text(0, 9) + picture + text(1, 1 + turn), (image(5),), 2))
   sent = [request["image_data"] for request in between.seen["/generate"] if "image_data" in request]
   assert len(sent) == 3 and len({url for (url,) in sent}) == 1
 
@@ -222,11 +238,11 @@ WRONG = {
 
 
 @pytest.fixture(scope="module")
-def genuine(connect, server, reference, ask, text, image):
+def genuine(connect, server, reference, ask, text, image, picture):
   """A request, what the server answered, and the tag of its weights."""
   engine = connect(server.urls)
   asyncio.run(engine.update_weights(reference.params, 3))
-  request = ask(text(0, 10) + PICTURE + text(1, 8), (image(0),))
+  request = ask(text(0, 10) + picture + text(1, 8), (image(0),))
   images = asyncio.run(ImageSender("", 1 << 20).encode(request.images))
   payload = wire.payload(request, 0, images, 96)
   answer = asyncio.run(Server(server.urls[0]).generate(payload, 30))
