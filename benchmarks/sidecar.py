@@ -77,7 +77,7 @@ async def _measure(loop: Loop, steps: int) -> None:
       print(f"prefix    step {step}: {metrics['axpo/prefix_cached_share']:.1%} of "
             f"{metrics['axpo/prefixes']:.0f} prefixes that AXPO chose")
     await _push(loop, f"after step {step}")
-  print(f"fleet     {loop.engine.fleet_metrics()}")
+  print(f"fleet     {loop.engine.gauges()}")
 
 
 async def _push(loop: Loop, what: str) -> None:

@@ -180,6 +180,9 @@ class EmbeddedEngine:
       self._stats = EngineStats()
     return stats
 
+  def gauges(self) -> dict[str, float]:
+    return {}
+
   async def close(self) -> None:
     if not self._closed:
       self._closed = True

@@ -178,6 +178,9 @@ class Engine(Protocol):
   def stats(self, *, reset: bool = False) -> EngineStats:
     """A copy of the counters; with `reset` they start again from zero."""
 
+  def gauges(self) -> dict[str, float]:
+    """What else a step's log should hold of this kind of engine, by name."""
+
   async def close(self) -> None:
     """Fails what is queued with EngineClosed and frees the engine's buffers. Idempotent."""
 

@@ -179,13 +179,18 @@ class SGLangEngine:
       self._folder.remove_all()
       self._images.close()
 
-  def fleet_metrics(self) -> dict[str, float]:
-    """For a step's log: servers in, how often one went out, requests that were asked again."""
-    return {
+  def gauges(self) -> dict[str, float]:
+    """Servers in, how often one went out and requests asked again since the start; the last push:
+    its seconds, bytes, and share of values that changed."""
+    found = {
       "servers_in": float(sum(map(self._fleet.is_in, self._fleet.members))),
       "servers_lost": float(self._fleet.times_out),
       "retries": float(self.retries),
     }
+    if self._push is not None:
+      found |= {"push_s": self._push.seconds, "push_bytes": float(self._push.bytes_written),
+                "push_changed_share": self._push.changed_share}
+    return found
 
   def _check_open(self) -> None:
     if self._closed:

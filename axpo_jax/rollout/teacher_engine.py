@@ -99,5 +99,8 @@ class TeacherEngine:
     self._stats = EngineStats() if reset else EngineStats(**vars(stats))
     return stats
 
+  def gauges(self) -> dict[str, float]:
+    return {}
+
   async def close(self) -> None:
     self._closed = True
