@@ -9,6 +9,7 @@ and in most of the groups that try them every tool-using rollout is wrong: the T
 A policy of about one million parameters that has learnt to see (the warm start that ships with the
 package; `configs/warmstart_tiny.py` makes it) learns the agent's format from a scripted teacher, and
 then by AXPO when to zoom and where. The run ends with a table, start against end, and curves.png.
+`axpo_tiny_mix.py` adds questions that want a search or a computation.
 """
 
 from ml_collections import ConfigDict
@@ -23,15 +24,10 @@ def get_config() -> ConfigDict:
   c.model.dtype = "float32"  # a CPU has no fast bfloat16
   c.model.remat = "none"     # memory is no concern here
   c.data.source = "miniworld"
-  c.data.miniworld.families.update(perception=1.0, search=1.0, reasoning=1.0)
 
   # A canvas of 5 x 5 cells is shown at 16 pixels a cell: 25 tokens. A zoomed cell is 16 tokens.
   c.images.min_pixels, c.images.max_pixels = 16 * 16, 25 * 16 * 16
   c.images.zoom_min_pixels, c.images.zoom_max_pixels = 48 * 48, 72 * 72
-  c.agent.tools = ("image_zoom_in", "python", "tavily-search")
-  c.agent.scopes = ("read_image", "execute", "network")
-  c.agent.search.backend = "miniworld"  # an index in this process
-  c.agent.overlap_tools = False         # so that a run repeats to the last bit
   c.agent.system_prompt = "short"
   c.agent.describe_tools = False  # a third of the prompt, and this policy cannot read prose
   c.agent.max_new_tokens = 64

@@ -15,9 +15,7 @@ def get_config() -> ConfigDict:
   c = axpo_tiny()
   c.model.checkpoint = ""
   c.data.source = "jsonl"
-  c.data.miniworld.families.update(search=0.0, reasoning=0.0)
   c.mesh.update(data=1, fsdp=1, tensor=1)
-  c.agent.update(tools=("image_zoom_in",), scopes=("read_image",))
   c.agent.update(max_new_tokens=64, max_response_tokens=192, max_total_tokens=384, max_turns=2)
   c.rollout.embedded.update(rows=32, length=384, max_running=8, decode_block=8)
   c.batch.update(rows=6, length=576, image_rows=4, logprob_chunk=1024)
