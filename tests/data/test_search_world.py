@@ -114,21 +114,36 @@ def test_a_guess_is_right_once_in_six_times():
 
 
 def test_a_name_is_two_tokens_wherever_it_stands():
-  """Its initial, with the space before it, and its ending: to be copied."""
+  """Its letter, with or without the space before it, and its digit: to be copied."""
   chat = Chat.from_pretrained(TINY)
-  assert len(set(search.NAMES)) == len(search.NAMES) > 300
+  assert len(set(search.NAMES)) == len(search.NAMES) > 200
   for name in search.NAMES:
-    for text in (f" of {name}.", f" of {name}?", f'"query": "king of {name}"}}'):
+    for text in (f" of {name}.", f" of {name}?", f'"query": "king of {name}"}}', f"of {name}\n\n"):
       pieces = [chat.decode([i]) for i in chat.encode(text)]
-      assert pieces[-4:-1] == [" of", f" {name[0]}", name[1:]], text
+      assert pieces[-4:-1][-2:] == [f" {name[0]}", name[1:]], text
+    pieces = [chat.decode([i]) for i in chat.encode(f"\\boxed{{{name}}}")]
+    assert pieces[-3:] == [name[0], name[1:], "}"]
+
+
+def test_a_line_to_repeat_has_words_of_every_kind():
+  words = []
+  for index in range(80):
+    question = search.make_question(0, index, mix=(("repeat", 1.0),))
+    assert question.text == f"Repeat: {question.answers[0]}"
+    words += question.answers[0].split()
+  for kind in (search.NAMES, search.OFFICES, search.COLOURS, [str(n) for n in range(2000)]):
+    assert sum(word in kind for word in words) > 15
+    words = [word for word in words if word not in kind]
+  assert not words
 
 
 def test_a_look_up_is_answered_by_its_own_text():
-  for index in range(60):
+  for index in range(80):
     question = search.make_question(0, index, mix=(("look_up", 1.0),))
-    told, asked = question.text.rsplit("Who is the ", 1)
-    facts = {(office, town): person for office, town, person in OFFICE.findall(told)}
-    assert 2 <= len(facts) <= 4
-    office, town = re.fullmatch(r"(\w+) of (\w+)\?", asked).groups()
-    assert question.answers == (facts[office, town],)
-    assert len(set(facts.values())) == len(facts)
+    told, asked = question.text.rsplit("What is the ", 1)
+    found = OFFICE.findall(told)
+    facts = {(relation, name): what for relation, name, what in found}
+    assert 1 <= len(facts) == len(found) <= 3
+    relation, name = re.fullmatch(r"(\w+) of (\w+)\?", asked).groups()
+    assert question.answers == (facts[relation, name],)
+    assert len({name for _, name in facts}) <= 2

@@ -142,9 +142,9 @@ def test_dense_tasks_are_answered_right_and_without_tools(task):
     assert answer(text) == question.answers[0]
 
 
-@pytest.mark.parametrize("kind", ["look_up", "prices", "formula"])
+@pytest.mark.parametrize("kind", ["repeat", "look_up", "prices", "formula"])
 def test_so_are_those_of_the_other_families(kind):
-  families = {"search" if kind == "look_up" else "reasoning": 1.0}
+  families = {"search" if kind in ("repeat", "look_up") else "reasoning": 1.0}
   mixes = world.kinds_by_family({kind: 1.0})
   config = world.WorldConfig(families=tuple(families.items()), search_mix=mixes["search"],
                              reasoning=reasoning.ReasoningConfig(mix=mixes["reasoning"]))

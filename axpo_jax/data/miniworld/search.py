@@ -3,20 +3,20 @@
 In: (seed, split, index). Out: a `Question`, a pure function of them, and the corpus that answers it:
 one sentence a document, for the local back end of the search tool.
 
-Every town has people in its offices, and every person wears a colour. "What is the colour of the
-teacher of Karlow?" takes two searches: "teacher of Karlow" finds a name, "colour of" that name the
-answer. One search stops short whatever it asks: no document says more than one of the two facts, the
-document with the colour does not name the town, and a query without the name ties with every
-person's colour. A policy that guesses is right once in six times, as is one that stops after its
-first search.
+The land is one of robots. Some hold towns, which are called like those who built them; others serve
+there, and everyone who serves wears a colour. "What is the colour of the teacher of K7?" takes two
+searches: "teacher of K7" finds a name, "colour of" that name the answer. One search stops short
+whatever it asks: no document says more than one of the two facts, the document with the colour does
+not name the town, and a query without the name ties with everyone's colour. A policy that guesses is
+right once in six times, as is one that stops after its first search.
 
-Each split has towns and people of its own, so nothing that was learnt by heart in training helps.
-Names are two tokens of the miniature tokenizer (an initial and an ending), to be copied and not to
-be spelled.
+Each split has names of its own, so nothing that was learnt by heart in training helps. A name is two
+tokens of the miniature tokenizer, a letter and a digit: to be copied and not to be spelled.
 
-Besides `two_hop` (the family's question) there is `look_up` for the warm start: who holds an office,
-where the question itself says it. It teaches to find a name in a text and to copy it, which is what
-each hop rests on. Its facts are drawn anew for every question and are not the land's.
+Besides `two_hop` (the family's question) there are two tasks for the warm start: `repeat` a line of
+words, and `look_up` a fact in the question's own text, which reads like results of a search. They
+teach to copy, and to find what to copy, which is what each hop rests on (and the answer from any
+tool's result). Their words are drawn anew for every question and tell nothing of the land.
 """
 
 from __future__ import annotations
@@ -24,23 +24,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from axpo_jax.data.miniworld import perception
 from axpo_jax.data.question import Question
 
-QUESTION_KINDS = ("two_hop", "look_up")
+T = TypeVar("T")
+
+QUESTION_KINDS = ("two_hop", "repeat", "look_up")
 TWO_HOP_MIX = (("two_hop", 1.0),)
 OFFICES = ("teacher", "painter", "mayor", "author", "king", "queen")
 COLOURS = tuple(perception.COLOURS)
-_INITIALS = "BCDFGHJKLMNPRSTVWXYZ"
-_ENDINGS = ("arden", "orun", "unmere", "arlow", "uill", "ian", "orn", "und", "uth", "ult", "umn",
-            "erence", "ount", "ange", "oom", "edge", "ur", "il")
-_NOT_TWO_TOKENS = ("Forun", "Runmere", "Zoom")  # the tokenizer splits these otherwise
-NAMES = tuple(name for initial in _INITIALS for ending in _ENDINGS
-              if (name := initial + ending) not in _NOT_TWO_TOKENS)
-_FACTS = (2, 4)  # least and greatest number that a look-up's text tells
+NAMES = tuple(letter + digit for letter in "ABCDEFGHJKLMNPQRSTUVWXYZ" for digit in "123456789")
+_FACTS = (1, 3)  # least and greatest number that a look-up's text tells
+_WORDS = (1, 5)  # and of words that a line to repeat has
 _STREAM = 101  # keeps the family's random stream apart from the others'
 
 
@@ -86,9 +85,8 @@ def make_question(seed: int, index: int, split: str = "train",
     mix: (kind, weight) pairs, kinds of `QUESTION_KINDS`.
 
   Returns:
-    A question of category "search" without an image. `meta` holds its `task` (its kind), `town` and
-    `office`, and the `person` who holds it: the answer of `look_up`, and the bridge of `two_hop`,
-    whose answer is the person's colour.
+    A question of category "search" without an image. `meta` holds its `task` (its kind) and, of
+    `two_hop`, the `town`, the `office` and the bridge `person`; the answer is the person's colour.
 
   Raises:
     ValueError: for an unknown split.
@@ -98,40 +96,61 @@ def make_question(seed: int, index: int, split: str = "train",
   rng = np.random.default_rng((seed, perception.SPLITS[split], index, _STREAM))
   kinds, weights = zip(*mix)
   task = kinds[perception.weighted_index(rng, weights)]
-  if task == "look_up":
-    town, office, person, text = _look_up(rng)
-    answer = person
+  meta = {"task": task}
+  if task == "repeat":
+    text, answer = _repeat(rng)
+  elif task == "look_up":
+    text, answer = _look_up(rng)
   else:
     region = land(seed)[split]
     town = region.towns[rng.integers(len(region.towns))]
     office = OFFICES[rng.integers(len(OFFICES))]
     person = region.holders[town, office]
     text, answer = f"What is the colour of the {office} of {town}?", region.colours[person]
+    meta |= {"town": town, "office": office, "person": person}
   return Question(
       id=f"search-{split}-{seed}-{index}", text=text, images=(), answers=(answer,), kind="text",
-      category="search", source="miniworld",
-      meta={"task": task, "town": town, "office": office, "person": person})
+      category="search", source="miniworld", meta=meta)
 
 
-def _look_up(rng: np.random.Generator) -> tuple[str, str, str, str]:
-  """Town, office and person of the fact that is asked for, and the text with it among others."""
+def _repeat(rng: np.random.Generator) -> tuple[str, str]:
+  """The text that asks for a line of names, numbers, offices and colours, and the line."""
+  count = int(rng.integers(_WORDS[0], _WORDS[1], endpoint=True))
+  kinds = (NAMES, NAMES, range(2000), range(2000), OFFICES, COLOURS)
+  line = " ".join(str(_one(rng, _one(rng, kinds))) for _ in range(count))
+  return f"Repeat: {line}", line
+
+
+def _look_up(rng: np.random.Generator) -> tuple[str, str]:
+  """A list of results that ends with a question, and what one of them answers."""
   count = int(rng.integers(_FACTS[0], _FACTS[1], endpoint=True))
-  names = [NAMES[i] for i in rng.permutation(len(NAMES))[:2 * count]]
-  facts = [(names[2 * i], OFFICES[rng.integers(len(OFFICES))], names[2 * i + 1])
-           for i in range(count)]
-  town, office, person = facts[rng.integers(count)]
-  told = " ".join(office_fact(office, town, person) for town, office, person in facts)
-  return town, office, person, f"{told} Who is the {office} of {town}?"
+  names = [NAMES[i] for i in rng.permutation(len(NAMES))[:2]]
+  known: dict[tuple[str, str], str] = {}
+  while len(known) < count:  # of two towns, so that neither name nor office alone tells
+    relation = _one(rng, (*OFFICES, "colour", "colour"))
+    known[relation, _one(rng, names)] = _one(rng, COLOURS if relation == "colour" else NAMES)
+  told = "\n\n".join(f"[{number}] {relation} of {name}\n\n{_fact(relation, name, what)}"
+                     for number, ((relation, name), what) in enumerate(known.items(), 1))
+  relation, name = _one(rng, list(known))
+  return f"{told}\n\nWhat is the {relation} of {name}?", known[relation, name]
+
+
+def _one(rng: np.random.Generator, things: Sequence[T]) -> T:
+  return things[rng.integers(len(things))]
+
+
+def _fact(relation: str, name: str, what: str) -> str:
+  return f"The {relation} of {name} is {what}."
 
 
 def office_fact(office: str, town: str, person: str) -> str:
   """What a document says of an office."""
-  return f"The {office} of {town} is {person}."
+  return _fact(office, town, person)
 
 
 def colour_fact(person: str, colour: str) -> str:
   """What a document says of a person."""
-  return f"The colour of {person} is {colour}."
+  return _fact("colour", person, colour)
 
 
 def documents(seed: int) -> list[dict[str, str]]:

@@ -30,17 +30,20 @@ _STOP = ("The {office} is {person}. I think the colour is {colour}.",
          "The result says {person}. It should be {colour}.")
 _AGAIN = ("The search did not show it. I search again.",
           "That was wrong. I will search again.")
-_TOLD = ("The text says {person}.",
-         "I read it. It is {person}.")
+_DENSE = {
+    "repeat": ("I repeat the line.", "I say it again."),
+    "look_up": ("The text says {answer}.", "I read it. It is {answer}."),
+}
 _GIVE_UP = ("The search did not show it. I think it is {colour}.",
             "No result says it. It should be {colour}.")
 
 
 def turn(question: Question, steps: Sequence[Step], rng: random.Random,
          config: TeacherConfig) -> str:
-  """The next turn for a question of either of the family's tasks."""
-  if question.meta["task"] == "look_up":
-    return script.answer(_thought(rng, _TOLD, question), question.answers[0])
+  """The next turn for a question of any of the family's tasks."""
+  if (task := question.meta["task"]) in _DENSE:
+    (answer,) = question.answers
+    return script.answer(script.thought(rng, _DENSE[task], answer=answer), answer)
   known = _known(question, steps)
   if known == 2:
     colour = question.answers[0]
