@@ -367,7 +367,7 @@ def _batch() -> ConfigDict:
     # Compute what trajectories have in common (prompt, images, frozen prefix) once a row. False
     # gives the same result at a higher cost.
     share_prefixes=True,
-    image_rows=8,             # least rows of packed patches; doubles when a micro-batch needs more
+    image_rows=8,             # least rows of packed patches; more in steps of a quarter
     logprob_chunk=2048,       # tokens of a device whose logits exist there at once
   ))
 

@@ -1,13 +1,13 @@
 """Attention: the one function that a faster back end would replace.
 
-Who sees whom is told by two integers a token, not by a mask: a query of order i sees the keys with
-order <= i < end. Causal text has its index as order and the end of its sequence as end; trajectories
-that share a prefix stand in one row depth first, and a token's end is where its subtree ends, so it is
-seen by its descendants and by nobody beside them. All patches of an image have one order, and the
-next number as end. An end of 0 is padding, which nobody sees. Short sequences turn this into one
-boolean mask, made once outside of the layer scan; long ones are done in blocks of queries, recomputed
-in the backward pass, and a full [T, S] array never exists. Where most blocks of keys are out of
-sight, `key_blocks` says which are not, and the others are left out.
+Who sees whom is told by two integers a token, not by a mask: a query of order i sees the keys
+with order <= i < end. Causal text has its index as order and the end of its sequence as end.
+Trajectories that share a prefix stand in one row depth first, and a token's end is where its
+subtree ends, so it is seen by its descendants and by nobody beside them. All patches of an image
+have one order, and the next number as end. An end of 0 is padding, which nobody sees. Short
+sequences turn this into one boolean mask, made once outside of the layer scan; long ones are done
+in blocks of queries, recomputed in the backward pass, and a full [T, S] array never exists. Where
+most blocks of keys are out of sight, `key_blocks` says which are not, and the others are left out.
 
 Keys and values may come in several blocks (a cache, then the new tokens) which share one softmax,
 so that a cache need not be copied to append to it. A block has the cache's order of axes: keys
@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -78,10 +79,11 @@ def visibility(queries: Tags, keys: Sequence[Tags], chunk: int,
 def key_blocks(end_BxT: np.ndarray, size: int) -> np.ndarray | None:
   """Which blocks of `size` keys each block of queries may see, where a token's order is its index.
 
-  On the host, from the ends alone: a key of an earlier block is seen from a block on if it ends behind
-  the block's first token. N is rounded up to a few numbers, so that few shapes are compiled.
+  On the host, from the ends alone: a block sees a key of an earlier one if that key ends behind the
+  block's first token. N is rounded up to a few numbers, so that few shapes are compiled.
 
-  Returns: int32 [B, C, N], ascending, -1 behind the last; None if it would save nothing.
+  Returns: int32 [B, C, N], ascending, -1 behind the last; None if it would save less than half,
+    since taking blocks costs something too.
   """
   rows, length = end_BxT.shape
   count = length // size
@@ -90,12 +92,18 @@ def key_blocks(end_BxT: np.ndarray, size: int) -> np.ndarray | None:
   sees_BxCxC = last_BxC[:, None, :] > block_C[:, None] * size
   sees_BxCxC &= block_C <= block_C[:, None]
   most = max(int(sees_BxCxC.sum(-1).max(initial=0)), 1)
-  most = next(n for i in range(32) for n in (2**i, 3 * 2**i // 2) if n >= most)
-  if most >= count:
+  most = next(n for n in quarter_steps() if n >= most)
+  if 2 * most > count:
     return None
   taken_BxCxN = np.argsort(~sees_BxCxC, axis=-1, kind="stable")[..., :most]
   seen_BxCxN = np.take_along_axis(sees_BxCxC, taken_BxCxN, -1)
   return np.where(seen_BxCxN, taken_BxCxN, -1).astype(np.int32)
+
+
+def quarter_steps() -> Iterator[int]:
+  """1 to 8, 10, 12, 14, 16, 20, ...: sizes that few shapes come from, at most a quarter apart."""
+  yield from (1, 2, 3)
+  yield from (quarters << power for power in itertools.count() for quarters in (4, 5, 6, 7))
 
 
 def block(k_BxSxKxD: jax.Array, v_BxSxKxD: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -148,21 +156,51 @@ def _attend(q_BxTxHxD, blocks, masks) -> jax.Array:
   # Plain batches of matrices (M = all queries that share a head's keys): CPU back ends are fast at
   # these and at no other order of axes.
   q_BxKxGxTxD = q_BxTxHxD.reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4)
-  q_BxKxMxD = q_BxKxGxTxD.reshape(B, K, -1, D)
-  scores = []
-  for (k_BxKxDxS, _), mask_BxTxS in zip(blocks, masks, strict=True):
-    s_BxKxMxS = _matmul(q_BxKxMxD, k_BxKxDxS) * D**-0.5
-    s_BxKxGxTxS = s_BxKxMxS.reshape(B, K, H // K, T, -1)
-    scores.append(jnp.where(mask_BxTxS[:, None, None], s_BxKxGxTxS, _HIDDEN))
-  probs = jax.nn.softmax(jnp.concatenate(scores, -1) if len(scores) > 1 else scores[0], axis=-1)
-  out, at = 0, 0
-  for _, v_BxKxSxD in blocks:
-    S = v_BxKxSxD.shape[2]
-    p_BxKxMxS = probs[..., at : at + S].astype(v_BxKxSxD.dtype).reshape(B, K, -1, S)
-    out += _matmul(p_BxKxMxS, v_BxKxSxD)
-    at += S
+  out = _softmax(q_BxKxGxTxD.reshape(B, K, -1, D), tuple(blocks), tuple(masks))
   out_BxTxKxGxD = out.reshape(B, K, H // K, T, D).transpose(0, 3, 1, 2, 4)
   return out_BxTxKxGxD.reshape(B, T, H, D).astype(q_BxTxHxD.dtype)
+
+
+@jax.custom_vjp
+def _softmax(q_BxKxMxD, blocks, masks) -> jax.Array:
+  """softmax(q k / sqrt(D)) v over all blocks: float32 [B, K, M, D].
+
+  Forward and backward pass are written so that they go over arrays of M x S as seldom as possible:
+  on a CPU that is what attention costs. So nothing but narrow arrays is ever divided or transposed.
+  """
+  return _softmax_forward(q_BxKxMxD, blocks, masks)[0]
+
+
+def _softmax_forward(q_BxKxMxD, blocks, masks):
+  B, K, M, D = q_BxKxMxD.shape
+  scores = []
+  for (k_BxKxDxS, _), mask_BxTxS in zip(blocks, masks, strict=True):
+    _, T, S = mask_BxTxS.shape
+    s_BxKxGxTxS = (_matmul(q_BxKxMxD, k_BxKxDxS) * D**-0.5).reshape(B, K, M // T, T, S)
+    scores.append(jnp.where(mask_BxTxS[:, None, None], s_BxKxGxTxS, _HIDDEN).reshape(B, K, M, S))
+  top = functools.reduce(jnp.maximum, (s.max(-1, keepdims=True) for s in scores))
+  exps = [jnp.exp(s - top) for s in scores]
+  total = sum(e.sum(-1, keepdims=True) for e in exps)
+  out = sum(_matmul(e.astype(v.dtype), v) for e, (_, v) in zip(exps, blocks)) / total
+  return out, (q_BxKxMxD, blocks, exps, total, out)
+
+
+def _softmax_backward(saved, g_BxKxMxD):
+  q, blocks, exps, total, out = saved
+  scale = q.shape[-1] ** -0.5
+  inner = (g_BxKxMxD * out).sum(-1, keepdims=True) / total
+  g = (g_BxKxMxD / total).astype(q.dtype)
+  dq, dblocks = 0, []
+  for (k, v), e in zip(blocks, exps, strict=True):
+    ds = (e * (_matmul(g, v.mT) - inner)).astype(q.dtype)
+    dq += _matmul(ds, k.mT)
+    dk = _matmul(q.mT, ds) * scale
+    dv = _matmul(g.mT, e.astype(q.dtype)).mT
+    dblocks.append((dk.astype(k.dtype), dv.astype(v.dtype)))
+  return (dq * scale).astype(q.dtype), tuple(dblocks), None
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:

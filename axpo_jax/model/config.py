@@ -142,6 +142,15 @@ class ModelConfig:
         f"there are {self.text.num_layers}"
       )
 
+  def unrolls(self, layers: int) -> bool:
+    """Whether so few layers are better written out than scanned.
+
+    A loop moves whatever the backward pass needs into arrays over all layers and out again, which on
+    a CPU takes a quarter of a small model's step. With remat the loop stays: it is what keeps the
+    recomputation apart from the first pass.
+    """
+    return layers < 4 and self.remat == "none"
+
   @classmethod
   def from_hf(cls, source: Mapping[str, Any] | str | os.PathLike, **options) -> ModelConfig:
     """Reads a Hugging Face Qwen3-VL config (dict, `config.json` or the folder that holds it).

@@ -89,16 +89,20 @@ class LayerNorm(nnx.Module):
 
 
 def scan_layers(
-  layers: nnx.Module, step: Callable[[nnx.Module, Any, Any], tuple[Any, Any]], carry: Any, xs: Any
+  layers: nnx.Module, step: Callable[[nnx.Module, Any, Any], tuple[Any, Any]], carry: Any, xs: Any,
+  *, unroll: bool = False,
 ) -> tuple[Any, Any]:
-  """`jax.lax.scan` of step(layer, carry, x) -> (carry, y) over a stack of layers."""
+  """`jax.lax.scan` of step(layer, carry, x) -> (carry, y) over a stack of layers.
+
+  unroll: write the layers out one by one, see `ModelConfig.unrolls`.
+  """
   graphdef, stacked = nnx.split(layers)
 
   def body(carry, slices):
     state, x = slices
     return step(nnx.merge(graphdef, state), carry, x)
 
-  return jax.lax.scan(body, carry, (stacked, xs))
+  return jax.lax.scan(body, carry, (stacked, xs), unroll=True if unroll else 1)
 
 
 def remat(function: Callable, policy: str) -> Callable:

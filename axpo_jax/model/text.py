@@ -138,7 +138,9 @@ class TextDecoder(nnx.Module):
       return x_BxTxD, (new if cache is not None else None, None if taps is None else x_BxTxD)
 
     xs = (jnp.arange(text.num_layers), () if cache is None else cache.blocks)
-    x_BxTxD, (new, hidden_LxBxTxD) = scan_layers(self.layers, step, x_BxTxD, xs)
+    x_BxTxD, (new, hidden_LxBxTxD) = scan_layers(
+      self.layers, step, x_BxTxD, xs,
+      unroll=cache is None and self.config.unrolls(text.num_layers))
     x_BxTxD = self.norm(x_BxTxD)
     if taps is not None:
       taps.update({"text.layers": hidden_LxBxTxD, "text.norm": x_BxTxD})

@@ -135,7 +135,8 @@ class VisionTower(nnx.Module):
     writes_LxN = np.arange(vision.depth)[:, None] == np.asarray(vision.deepstack_layers, int)
     tapped = jnp.zeros((writes_LxN.shape[1], *x_RxPxD.shape), x_RxPxD.dtype)
     (out_RxPxD, tapped), blocks = scan_layers(
-      self.blocks, step, (x_RxPxD, tapped), jnp.asarray(writes_LxN)
+      self.blocks, step, (x_RxPxD, tapped), jnp.asarray(writes_LxN),
+      unroll=self.config.unrolls(vision.depth),
     )
     merge = remat(Merger.__call__, self.config.remat)
     features = VisionFeatures(merge(self.merger, out_RxPxD), self._merge_taps(tapped, merge))

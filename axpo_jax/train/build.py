@@ -177,7 +177,8 @@ def pack_examples(config: ConfigDict, bench: Workbench, batch: list[Example],
     vision_config=bench.model_config.vision, share_prefixes=config.batch.share_prefixes,
     aggregation=aggregation,
     banned_ids=bench.chat.banned_ids, rows_multiple_of=batch_shards(bench.mesh, bench.rules),
-    row_buckets=[config.batch.image_rows * 2**i for i in range(16)])
+    row_buckets=[(config.batch.image_rows * quarters << doubled) // 4
+                 for doubled in range(16) for quarters in (4, 5, 6, 7)])
 
 
 def export(params: nnx.State, config: ConfigDict, bench: Workbench, policy: str | pathlib.Path,

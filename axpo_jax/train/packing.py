@@ -2,10 +2,11 @@
 
 In: Examples, one per trajectory, everything aligned with the token it belongs to. Out: Batches with
 rows of tokens to compute, and for every row a list of the targets that are scored, each with the
-position that predicts it. What trajectories share (prompt, images, a frozen prefix) stands once, see
-`train.tree`: a position may then predict several targets, of different weight and advantage. Tokens
-behind a trajectory's last target are left out. An image that several trajectories of a micro-batch
-show is encoded once. All batches of one call have the same shapes, so the step compiles once for them.
+position that predicts it. What trajectories share (prompt, images, a frozen prefix) stands once,
+see `train.tree`: a position may then predict several targets, of different weight and advantage.
+Tokens behind a trajectory's last target are left out. An image that several trajectories of a
+micro-batch show is encoded once. All batches of one call have the same shapes, so the step
+compiles once for them.
 
 Legend: B rows, T tokens of a row or an example, G targets of a row, S sequences.
 """
@@ -13,20 +14,24 @@ Legend: B rows, T tokens of a row or an example, G targets of a row, S sequences
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
-from axpo_jax.model.attention import key_blocks
+from axpo_jax.model.attention import key_blocks, quarter_steps
 from axpo_jax.model.config import VisionConfig
 from axpo_jax.model.images import ProcessedImage
-from axpo_jax.model.vision_inputs import PATCH_BUCKETS, ROW_BUCKETS, pack_images
+from axpo_jax.model.vision_inputs import pack_images
 from axpo_jax.rl.losses import aggregation_weights
 from axpo_jax.train import tree
 from axpo_jax.train.batch import Batch
 
 # Tokens of a block of attention: a row's length is a multiple of it.
 BLOCK = 64
+# Rows of the vision tower, and patches in one: few shapes, and little padding.
+ROW_BUCKETS = tuple(itertools.takewhile(lambda n: n <= 4096, quarter_steps()))
+PATCH_BUCKETS = tuple(16 * n for n in itertools.takewhile(lambda n: n <= 1024, quarter_steps()))
 
 
 class PackingError(ValueError):

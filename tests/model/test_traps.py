@@ -134,6 +134,21 @@ def test_program_does_not_grow_with_depth(untied, case, remat):
   assert size(4) == size(12)
 
 
+@pytest.mark.parametrize(("remat", "depth", "loops"), [("none", 3, 0), ("none", 4, 1),
+                                                       ("full", 3, 1)])
+def test_few_layers_are_written_out(untied, remat, depth, loops):
+  """A loop costs a small model a quarter of its step; with remat it must stay."""
+  text = dataclasses.replace(untied.config.text, num_layers=depth)
+  config = dataclasses.replace(untied.config, text=text, remat=remat)
+  graphdef, params = nnx.split(nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0))))
+  ids = jnp.zeros((1, 8), jnp.int32)
+
+  def hidden(params):
+    return nnx.merge(graphdef, params)(ids, jnp.zeros((1, 8, 3), jnp.int32), ids + 8)[0]
+
+  assert jax.jit(hidden).lower(params).as_text().count("stablehlo.while") == loops
+
+
 def _shapes(jaxpr):
   for eqn in jaxpr.eqns:
     yield from (tuple(v.aval.shape) for v in eqn.outvars)

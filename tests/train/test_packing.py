@@ -99,8 +99,8 @@ def test_a_family_stands_once(make_family, options):
   assert metrics["pack/images"] == 2
   batch = batches[0]
   # Position 10 predicts a token of the first and of both continuations.
-  [place_of_10] = np.flatnonzero((batch.tokens_BxT[0] == family[0].ids_T[10])
-                                 & (batch.positions_BxTx3[0, :, 0] == family[0].positions_Tx3[10, 0]))
+  at_its_time = batch.positions_BxTx3[0, :, 0] == family[0].positions_Tx3[10, 0]
+  [place_of_10] = np.flatnonzero(at_its_time & (batch.tokens_BxT[0] == family[0].ids_T[10]))
   scored = batch.targets_BxG[0][(batch.at_BxG[0] == place_of_10) & (batch.weights_BxG[0] > 0)]
   assert sorted(scored) == sorted(int(family[i].ids_T[11]) for i in (0, 2, 3))
 

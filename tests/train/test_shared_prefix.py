@@ -1,5 +1,5 @@
-"""Computing what trajectories share once changes no number: loss, metrics and gradients on random trees
-of text and images equal those of one trajectory a row, which is written down without `pack`."""
+"""Computing what trajectories share once changes no number: loss, metrics and gradients on random
+trees of text and images equal those of one trajectory a row, written down without `pack`."""
 
 import dataclasses
 
@@ -29,7 +29,8 @@ TREES = st.lists(st.tuples(st.integers(0, 20), st.floats(0, 1), PIECES), min_siz
 
 @pytest.fixture(scope="module")
 def images(make_image):
-  return [make_image(i, grid) for i, grid in enumerate([(4, 4), (2, 4), (4, 2), (2, 2)] * 2)][:IMAGES]
+  grids = [(4, 4), (2, 4), (4, 2), (2, 2), (4, 4), (2, 4)]
+  return [make_image(number, grid) for number, grid in enumerate(grids)]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +132,7 @@ def test_random_trees(tree, seed, mean, config, images, one_a_row, learner, poli
   weights_S, _ = aggregation_weights([e.loss_mask_T.sum() for e in examples], mean)
   alone = []
   for example, weight in zip(examples, weights_S):
-    [batch] = [one_a_row([example], LENGTH, **vision)]
+    batch = one_a_row([example], LENGTH, **vision)
     alone.append(dataclasses.replace(batch, weights_BxG=batch.weights_BxG * weight))
   if not any(e.images for e in examples):  # `pack` leaves the vision inputs out then
     shared, plain = ([dataclasses.replace(
