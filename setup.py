@@ -25,6 +25,9 @@ _TOOLS = [
   "tenacity>=9.0",  # search: retries
 ]
 
+# The compiler of launch/compile.py; the release that fits jax 0.10.2.
+_AOT = ["libtpu==0.0.42.1; platform_system == 'Linux' and platform_machine == 'x86_64'"]
+
 setup(
   name="axpo_jax",
   version="0.1.0",
@@ -36,10 +39,11 @@ setup(
   package_data={"axpo_jax": ["assets/**/*"]},
   install_requires=_requirements(),
   extras_require={
+    "aot": _AOT,
     "cuda": ["jax[cuda12]>=0.10,<0.11"],
     "tpu": ["jax[tpu]>=0.10,<0.11"],
     "tools": _TOOLS,
     # torch is here to compare with: the port's second implementation. Never imported by the package.
-    "test": [*_TOOLS, "hypothesis>=6.100", "pytest>=8", "ruff>=0.9", "torch==2.13.0"],
+    "test": [*_AOT, *_TOOLS, "hypothesis>=6.100", "pytest>=8", "ruff>=0.9", "torch==2.13.0"],
   },
 )

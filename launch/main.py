@@ -5,6 +5,10 @@
 Every field of the config can be overridden: `--config.seed=1 --config.rl.resample.k=8`. The same
 command run again resumes: finished stages are skipped, an unfinished one goes on from its newest
 checkpoint. `--help` lists the flags, `--print_config` the whole configuration.
+
+On several hosts, start the same command on each of them, with a --workdir that all of them see. On a TPU
+pod or under Slurm they find each other; elsewhere add --coordinator=<host of process 0>:<port>
+--processes=<how many> --process_id=<0, 1, ...> (docs/pods.md).
 """
 
 import os
@@ -24,6 +28,10 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder for checkpoints, metrics.jsonl, transcripts and figures.")
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the configuration and stop.")
+_COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0.")
+_PROCESSES = flags.DEFINE_integer(
+  "processes", 0, "Processes of the run; 0: as the environment says, 1: only this one.", lower_bound=0)
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "This process, from 0.", lower_bound=-1)
 flags.mark_flag_as_required("config")
 
 
@@ -39,7 +47,8 @@ def main(argv: list[str]) -> None:
   try:
     validate(_CONFIG.value)
     # Imported late: --help, a misspelt override and a bad field answer without waiting for JAX.
-    from axpo_jax.train import experiment
+    from axpo_jax.train import distributed, experiment
+    distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
     experiment.run(_CONFIG.value, _WORKDIR.value)
   except ConfigError as error:
     sys.exit(f"configuration error: {error}")

@@ -77,7 +77,7 @@ def test_package_does_not_import_torch(path):
 
 def test_launch_needs_train_only():
   assert ours(REPO / "launch" / "main.py") == {"config.ConfigError", "config.validate",
-                                               "train.experiment"}
+                                               "train.distributed", "train.experiment"}
 
 
 def test_every_room_has_a_rule():

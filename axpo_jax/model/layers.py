@@ -50,12 +50,15 @@ class Linear(nnx.Module):
   """
 
   def __init__(self, make: Maker, shape, names, *, fan_in: int = 1, bias: bool = False):
-    self.fan_in = fan_in
+    self.fan_in, self.names = fan_in, tuple(names)
     self.kernel = make.normal(shape, names, math.prod(shape[:fan_in]))
     self.bias = make(_zeros, shape[fan_in:], names[fan_in:]) if bias else None
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    y = jnp.tensordot(x, self.kernel[...].astype(x.dtype), self.fan_in)
+    kernel = self.kernel[...].astype(x.dtype)
+    if x.size > kernel.size:  # else it is cheaper to leave the kernel where it is: decoding
+      kernel = sharding.gather_stored(kernel, self.names)
+    y = jnp.tensordot(x, kernel, self.fan_in)
     return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

@@ -62,7 +62,12 @@ DEFAULT_RULES: Rules = MappingProxyType({
   "act_vocab": "tensor",
   "vision_rows": ("data", "fsdp"),
   "patches": None,
+  # What is looked up by index is split by width, which all devices can then do at once.
+  "lookup_batch": "data",
+  "lookup_embed": "fsdp",
 })
+# Axes of parameters that are split to be stored, and whole where the parameter is used.
+_STORED_SPLIT = ("embed", "vision_embed")
 
 _log = logging.getLogger(__name__)
 _context: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar(
@@ -192,6 +197,23 @@ def constrain(x: jax.Array, names: Names) -> jax.Array:
   if context is None:
     return x
   return jax.lax.with_sharding_constraint(x, sharding_for(names, x.shape, *context))
+
+
+def gather_stored(x: jax.Array, names: Names) -> jax.Array:
+  """A parameter (or a cast of it) for use with larger activations: its fsdp shards are collected.
+
+  Left to itself, the compiler may instead contract shard by shard and sum up whole batches of
+  activations over all devices.
+  """
+  return constrain(x, [None if name in _STORED_SPLIT else name for name in names])
+
+
+def put(x: Any, target: NamedSharding) -> jax.Array:
+  """An array where `target` says. In a run of several processes all of them pass the same values,
+  and each puts only its own devices' part on them."""
+  if isinstance(x, jax.Array) or target.is_fully_addressable:
+    return jax.device_put(x, target)
+  return jax.make_array_from_callback(np.shape(x), target, lambda index: np.asarray(x)[index])
 
 
 def logical(initializer: Callable[..., Any], names: Names) -> Callable[..., Any]:

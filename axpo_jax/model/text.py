@@ -24,6 +24,9 @@ from axpo_jax.model.sharding import constrain
 
 Cache = KVCache | DecodeCache
 Intermediates = MutableMapping[str, jax.Array]
+# Every device looks all rows up in its part of the width; an all-to-all then gives each its rows.
+# Neither the table nor its gradient ever stands whole on one.
+_LOOKUP = ("lookup_batch", "length", "lookup_embed")
 
 
 class DecoderLayer(nnx.Module):
@@ -89,7 +92,9 @@ class DeepStack:
 
 def gather_image(features_MxD: jax.Array, index_BxT: jax.Array, otherwise_BxTxD) -> jax.Array:
   """features[index] where index >= 0, else `otherwise`: [B, T, D]."""
-  taken_BxTxD = features_MxD[jnp.maximum(index_BxT, 0)]
+  features_MxD = constrain(features_MxD, (None, "lookup_embed"))
+  taken_BxTxD = constrain(features_MxD[jnp.maximum(index_BxT, 0)], _LOOKUP)
+  taken_BxTxD = constrain(taken_BxTxD, ("batch", "length", "act_embed"))
   return jnp.where(index_BxT[..., None] >= 0, taken_BxTxD, otherwise_BxTxD)
 
 
@@ -107,9 +112,8 @@ class TextDecoder(nnx.Module):
 
   def embed(self, tokens_BxT: jax.Array) -> jax.Array:
     """[B, T, D] in the compute dtype."""
-    # A lookup in a table that is split over its width would move every looked-up row twice.
-    table_VxD = constrain(self.embedding[...], ("vocab", "act_embed"))
-    return table_VxD[tokens_BxT].astype(self.config.dtype)
+    x_BxTxD = constrain(self.embedding[...][tokens_BxT], _LOOKUP)
+    return constrain(x_BxTxD.astype(self.config.dtype), ("batch", "length", "act_embed"))
 
   def __call__(
     self,

@@ -90,8 +90,9 @@ class Merger(nnx.Module):
     y_RxMxD = x_RxPxD.reshape(rows, -1, self.merged)
     if self.norm_merged:
       y_RxMxD = self.norm(y_RxMxD)
-    y_RxMxO = self.fc2(jax.nn.gelu(self.fc1(y_RxMxD), approximate=False))
-    return y_RxMxO.reshape(-1, y_RxMxO.shape[-1])
+    y_RxMxF = jax.nn.gelu(self.fc1(constrain(y_RxMxD, _ROW)), approximate=False)
+    y_RxMxO = self.fc2(constrain(y_RxMxF, ("vision_rows", "patches", "act_mlp")))
+    return constrain(y_RxMxO, _ROW).reshape(-1, y_RxMxO.shape[-1])
 
 
 class VisionTower(nnx.Module):
@@ -169,4 +170,5 @@ class VisionTower(nnx.Module):
 # Checkpointed, because `where` would leave its condition, as large as the buffer, in every layer.
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _write_taps(tapped_NxRxPxD, x_RxPxD, writes_N):
-  return jnp.where(writes_N[:, None, None, None], x_RxPxD, tapped_NxRxPxD)
+  tapped_NxRxPxD = jnp.where(writes_N[:, None, None, None], x_RxPxD, tapped_NxRxPxD)
+  return constrain(tapped_NxRxPxD, (None, *_ROW))

@@ -60,15 +60,20 @@ class Batch:
 
 
 def place(batch: Batch, mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None) -> Batch:
-  """The batch on the devices: token rows over the batch axes, patch rows over the vision rows'."""
+  """The batch on the devices, as `shardings` says."""
+  return jax.tree.map(sharding.put, batch, shardings(batch, mesh, rules))
 
-  def put(path, x):
+
+def shardings(batch: Batch, mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None) -> Batch:
+  """A NamedSharding for every array (or shape): token rows over the batch axes, patch rows over the
+  vision rows'."""
+
+  def of(path, x):
     names = ("vision_rows", "patches") if path[0].name == "vision" else ("batch", "length")
     names += (None,) * (x.ndim - 2)
-    label = sharding.path_name(path)
-    return jax.device_put(x, sharding.sharding_for(names, x.shape, mesh, rules, label=label))
+    return sharding.sharding_for(names, x.shape, mesh, rules, label=sharding.path_name(path))
 
-  return jax.tree_util.tree_map_with_path(put, batch)
+  return jax.tree_util.tree_map_with_path(of, batch)
 
 
 def batch_shards(mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None) -> int:

@@ -36,8 +36,8 @@ from axpo_jax.rollout.sglang_engine import SGLangConfig, SGLangEngine
 from axpo_jax.rollout.sidecar.spec import API_KEY_VARIABLE, SidecarError, SidecarSpec
 from axpo_jax.rollout.sidecar.supervisor import Sidecar
 from axpo_jax.rollout.teacher_engine import TeacherEngine
-from axpo_jax.rollout.weight_push import PushConfig
-from axpo_jax.train import examples, seeds, toolbox
+from axpo_jax.rollout.weight_push import PushConfig, PushFolder
+from axpo_jax.train import distributed, examples, seeds, toolbox
 from axpo_jax.train.batch import Batch, batch_shards
 from axpo_jax.train.collect import Actor
 from axpo_jax.train.packing import Example, pack
@@ -129,12 +129,14 @@ def servers(config: ConfigDict, policy: str, folder: pathlib.Path) -> Iterator[t
     ConfigError: they cannot be started; says what to install or to change.
   """
   section = config.rollout
-  if section.engine != "sglang" or section.urls:
+  if section.engine != "sglang" or section.urls or not distributed.is_main():
     yield tuple(section.urls)
     return
   with contextlib.ExitStack() as stack:
     try:
       spec = SidecarSpec(model=str(policy), port=0, context_length=section.sglang.length + 16,
+                         # A server that loads weights does not answer: it does not hang.
+                         hang_after=max(section.sglang.load_s, 300.0),
                          api_key=os.environ.get(API_KEY_VARIABLE, ""), **section.sidecar)
       sidecar = stack.enter_context(Sidecar(spec, folder / "sidecar"))
     except SidecarError as error:
@@ -149,18 +151,34 @@ def engine(config: ConfigDict, bench: Workbench, params: nnx.State, urls: Sequen
   Args:
     urls: of the servers, see `servers`.
     folder: of the stage; weights are handed to servers through it unless the config names another.
+
+  In a run of several processes all of them call this, and `update_weights` of what they get; only the
+  main one samples.
   """
   if config.rollout.engine == "embedded":
-    return EmbeddedEngine(
-      bench.model_config, bench.graphdef, params, config=EmbeddedConfig(**config.rollout.embedded),
-      mesh=bench.mesh, rules=bench.rules)
+    return _embedded(config, bench, params)
   s = config.rollout.sglang
   push = PushConfig(folder=os.path.abspath(s.push_folder or folder / "push"), dtype=s.push_dtype,
                     delta=s.push_delta, skip_vision=config.model.freeze_vision)
+  if not distributed.is_main():
+    return distributed.Follower(PushFolder(push, bench.model_config).write)
   return SGLangEngine(urls, bench.model_config, SGLangConfig(
     push=push, length=s.length, fleet=FleetConfig(**s.fleet), request_s=s.request_s,
     attempts=s.attempts, drain_s=s.drain_s, load_s=s.load_s, verify=s.verify,
     image_folder=s.image_folder, api_key=os.environ.get(API_KEY_VARIABLE, "")))
+
+
+def _embedded(config: ConfigDict, bench: Workbench, params: nnx.State) -> Engine:
+  args = bench.model_config, bench.graphdef, params
+  options = {"config": EmbeddedConfig(**config.rollout.embedded), "rules": bench.rules}
+  if jax.process_count() == 1:
+    return EmbeddedEngine(*args, mesh=bench.mesh, **options)
+  if distributed.is_main():
+    return distributed.LocalEngine(*args, **options)
+  mesh = distributed.local_mesh()
+  distributed.whole_on_main(params, mesh, bench.rules)
+  return distributed.Follower(
+    lambda params, _version: distributed.whole_on_main(params, mesh, bench.rules))
 
 
 def optimizer(section: ConfigDict, total_steps: int, freeze_vision: bool) -> Optimizer:
@@ -189,6 +207,7 @@ def export(params: nnx.State, config: ConfigDict, bench: Workbench, policy: str 
   """
   hf.save_checkpoint_hf(folder, params, bench.model_config, dtype=config.model.export_dtype,
                         tokenizer_from=config.model.tokenizer or policy)
+  distributed.barrier()  # the next stage reads what the main process has written
   return folder
 
 

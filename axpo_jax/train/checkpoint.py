@@ -75,9 +75,9 @@ class Checkpoints:
     Args:
       state: a pytree of jax arrays. Copied before this returns.
       host: JSON values: config, seeds, the frontier of the data that was trained on.
-      iterator: a grain iterator (or anything with orbax's async save and load). Its state at this
-        call is what is stored; if it runs ahead of training (prefetch), put the state of the last
-        trained batch into `host` instead.
+      iterator: a grain iterator. Its state at this call is what is stored; if it runs ahead of
+        training (prefetch), put the state of the last trained batch into `host` instead. All
+        processes pass iterators of one state, and another number of them can restore it.
     Raises:
       CheckpointError: the step has a checkpoint already.
       Exception: whatever made the save before this one fail.
@@ -87,7 +87,7 @@ class Checkpoints:
       raise CheckpointError(f"step {step} has a checkpoint already in {self._orbax.directory}")
     items = {_STATE: _nested(state), _HOST: _Json({"host": host, "arrays": _describe(state)})}
     if iterator is not None:
-      items[_ITERATOR] = iterator
+      items[_ITERATOR] = _Json(iterator.get_state())
     # Forced: orbax would skip a save that it finds too early, and the caller decides here.
     self._pending = self._orbax.save_checkpointables_async(step, items, force=True)
 
@@ -113,7 +113,9 @@ class Checkpoints:
     if iterator is not None:
       if not (self._orbax.directory / str(step) / _ITERATOR).exists():
         raise CheckpointError(f"checkpoint {step} holds no data iterator; restore without one")
-      self._load(step, {_ITERATOR: iterator})
+      position = _Json(None)
+      self._load(step, {_ITERATOR: position})
+      iterator.set_state(position.value)
     nested = self._load(step, {_STATE: _nested(abstract_state)})[_STATE]
     return Restored(step, _unnested(nested, abstract_state), record.value["host"])
 

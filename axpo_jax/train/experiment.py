@@ -11,23 +11,25 @@ from ml_collections import ConfigDict
 
 from axpo_jax.config import ConfigError
 from axpo_jax.eval import evaluate, summary
-from axpo_jax.train import build, rl, sft
-from axpo_jax.train.metrics import METRICS_FILE, MetricsWriter, read_metrics
+from axpo_jax.train import build, distributed, rl, sft
+from axpo_jax.train.metrics import METRICS_FILE, read_metrics
 
 
 def _evaluate(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.Path,
               first_step: int) -> str:
   """The stage "eval": measures the policy and leaves it as it is."""
-  if evaluate.measured(read_metrics(root), first_step):
-    print(f"eval: done before, see {root / METRICS_FILE}")
+  if distributed.on_main(lambda: evaluate.measured(read_metrics(root), first_step)):
+    _say(f"eval: done before, see {root / METRICS_FILE}")
     return policy
   params = build.load_params(bench, policy, config.seed)
   with (build.servers(config, policy, root / "eval") as urls, asyncio.Runner() as runner,
-        MetricsWriter(root, resume_step=first_step, tensorboard=config.log.tensorboard) as writer):
+        distributed.metrics_writer(root, resume_step=first_step,
+                                   tensorboard=config.log.tensorboard) as writer):
     engine = build.engine(config, bench, params, urls, root / "eval")
     try:
       runner.run(engine.update_weights(params, 0))
-      writer.write(first_step, runner.run(evaluate.run(config, bench, engine)))
+      writer.write(first_step, runner.run(distributed.on_main_async(
+        lambda: evaluate.run(config, bench, engine))))
     finally:
       runner.run(engine.close())
   return policy
@@ -43,18 +45,23 @@ def run(config: ConfigDict, workdir: str) -> None:
     ConfigError: a field cannot work, or `workdir` belongs to a run with another config.
   """
   root = pathlib.Path(workdir)
-  _claim(root, config)
+  distributed.on_main(_claim, root, config)
   bench = build.workbench(config, root)
   policy, first_step = config.model.checkpoint, 0
   for stage in config.stages:
     folder = root / stage / "policy"
-    if (folder / "config.json").exists():
-      print(f"{stage}: done before, its policy is {folder}")
+    if distributed.on_main((folder / "config.json").exists):
+      _say(f"{stage}: done before, its policy is {folder}")
       policy = folder
     else:
       policy = _STAGES[stage](config, bench, str(policy), root, first_step)
     first_step += config[stage].get("steps", 0)
-  report(root)
+  distributed.on_main(report, root)
+
+
+def _say(text: str) -> None:
+  if distributed.is_main():
+    print(text)
 
 
 def _claim(root: pathlib.Path, config: ConfigDict) -> None:

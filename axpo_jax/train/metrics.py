@@ -70,6 +70,22 @@ class MetricsWriter:
       self._board.close()
 
 
+class NoMetrics:
+  """Takes the writer's place in all processes but the main one."""
+
+  def __init__(self, folder: str | os.PathLike):
+    self.path = Path(folder) / METRICS_FILE
+
+  def __enter__(self) -> NoMetrics:
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    pass
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    pass
+
+
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
   """The lines of a metrics file (or of the one in a folder), none if there is no file yet; a torn
   last line is left out.

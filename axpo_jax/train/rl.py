@@ -29,12 +29,12 @@ from axpo_jax.rl import census, credit, recipes
 from axpo_jax.rl.acting import acting_census
 from axpo_jax.rl.losses import LossConfig
 from axpo_jax.rl.resample import ResampleConfig, prefix_budget
-from axpo_jax.train import build, collect, examples, seeds
+from axpo_jax.train import build, collect, distributed, examples, seeds
 from axpo_jax.train.ahead import Ahead
 from axpo_jax.train.batch import packing_metrics
 from axpo_jax.train.checkpoint import Checkpoints
 from axpo_jax.train.collect import Group
-from axpo_jax.train.metrics import MetricsWriter, read_metrics
+from axpo_jax.train.metrics import read_metrics
 from axpo_jax.train.state import TrainState, copy_params
 from axpo_jax.train.step import Learner, policy_objective
 
@@ -89,7 +89,8 @@ class Loop:
     self.state: TrainState = self.learner.init(copy_params(self.reference), config.seed)
     self.questions = build.question_batches(config)
     self.engine = build.engine(config, bench, self.reference, urls, workdir)
-    self.actor = build.actor(config, bench, self.engine)
+    # Of several processes only the main one collects.
+    self.actor = build.actor(config, bench, self.engine) if distributed.is_main() else None
     self.steps_done = 0  # RL steps; each makes up to `rl.updates` optimizer steps
 
   async def sync(self) -> None:
@@ -99,7 +100,8 @@ class Loop:
 
   async def evaluate(self) -> dict[str, float]:
     await self.sync()
-    return await evaluate.run(self.config, self.bench, self.engine)
+    return await distributed.on_main_async(
+      lambda: evaluate.run(self.config, self.bench, self.engine))
 
   async def collect(self, step: int) -> Collected:
     """Rollouts and continuations of one step, by whatever weights the sampler holds."""
@@ -126,7 +128,7 @@ class Loop:
     with clock("weights"):
       await self.sync()
     with clock("wait"):
-      batch = await collected()
+      batch = await distributed.on_main_async(collected)
     metrics = batch.metrics | collect.lag_metrics(batch.groups, self.steps_done)
     with clock("update"):
       # In a thread, so that episodes of the steps ahead go on.
@@ -149,6 +151,7 @@ class Loop:
       **census.resample_census_by_family(stats),
       "rollout/failed": float(sum(group.failed for group in groups)),
       **{f"engine/{name}": float(value) for name, value in engine.items()},
+      **{f"engine/{name}": value for name, value in self.engine.gauges().items()},
       "time/engine_compilations": float(compiled),
     }
 
@@ -235,8 +238,9 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
       restored = checkpoints.restore(loop.learner.abstract_state(), iterator=loop.questions)
       loop.state, loop.steps_done = restored.state, restored.step
     resume_step = first_step + loop.steps_done
-    with (MetricsWriter(root, resume_step=resume_step, tensorboard=config.log.tensorboard)
-          as writer, asyncio.Runner() as runner):
+    with (distributed.metrics_writer(root, resume_step=resume_step,
+                                     tensorboard=config.log.tensorboard) as writer,
+          asyncio.Runner() as runner):
       try:
         runner.run(_train(loop, checkpoints, writer, first_step))
       finally:
@@ -244,9 +248,9 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
   return build.export(loop.state.params, config, bench, policy, loop.workdir / "policy")
 
 
-async def _train(loop: Loop, checkpoints: Checkpoints, writer: MetricsWriter, first_step: int):
+async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
   config = loop.config
-  if not evaluate.measured(read_metrics(writer.path), first_step):
+  if not distributed.on_main(lambda: evaluate.measured(read_metrics(writer.path), first_step)):
     writer.write(first_step, await loop.evaluate())
   trained = build.question_batches(config)  # what a checkpoint holds: see Collected.position
   ahead = Ahead(loop.collect, loop.steps_done, config.rl.steps)
@@ -255,7 +259,8 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer: MetricsWriter, fi
     ahead.allow(loop.steps_done + config.rollout.staleness)
     return ahead.next()
 
-  with tqdm(total=config.rl.steps, initial=loop.steps_done, desc=config.rl.algorithm) as bar:
+  with tqdm(total=config.rl.steps, initial=loop.steps_done, desc=config.rl.algorithm,
+            disable=not distributed.is_main()) as bar:
     try:
       while loop.steps_done < config.rl.steps:
         batch, metrics = await loop.step(collected)
@@ -266,7 +271,7 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer: MetricsWriter, fi
           metrics |= await loop.evaluate()
         _watch(metrics, config.log)
         writer.write(first_step + done, metrics)
-        if _due(done, config.log.dump_every):
+        if _due(done, config.log.dump_every) and distributed.is_main():
           dump(batch.groups, loop.workdir / "rollouts" / f"step_{done:06d}.jsonl", loop.bench.chat)
         if last or _due(done, config.checkpoint.every):
           trained.set_state(batch.position)

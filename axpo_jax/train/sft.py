@@ -10,10 +10,9 @@ import time
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from axpo_jax.train import build
+from axpo_jax.train import build, distributed
 from axpo_jax.train.batch import packing_metrics
 from axpo_jax.train.checkpoint import Checkpoints
-from axpo_jax.train.metrics import MetricsWriter
 from axpo_jax.train.step import Learner, supervised_objective
 
 
@@ -37,8 +36,10 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
     else:
       state = checkpoints.restore(learner.abstract_state(), iterator=data.stream).state
     before = int(state.step)
-    with (MetricsWriter(root, resume_step=first_step + before, tensorboard=config.log.tensorboard)
-          as writer, tqdm(total=sft.steps, initial=before, desc="sft") as bar):
+    with (distributed.metrics_writer(root, resume_step=first_step + before,
+                                     tensorboard=config.log.tensorboard) as writer,
+          tqdm(total=sft.steps, initial=before, desc="sft",
+               disable=not distributed.is_main()) as bar):
       for done in range(before + 1, sft.steps + 1):
         start = time.perf_counter()
         examples, counts = next(data)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 from flax import nnx
@@ -205,9 +206,8 @@ def init_state(params: nnx.State, optimizer: Optimizer, seed: int, mesh: jax.sha
   shardings = state_shardings(params, optimizer, mesh, rules)
   opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
   params = jax.device_put(params, shardings.params)
-  step, rng = jax.device_put(
-    (jnp.zeros((), jnp.int32), jax.random.key_data(jax.random.key(seed))),
-    (shardings.step, shardings.rng))
+  step = sharding.put(np.zeros((), np.int32), shardings.step)
+  rng = sharding.put(np.asarray(jax.random.key_data(jax.random.key(seed))), shardings.rng)
   return TrainState(params, opt_state, step, rng)
 
 

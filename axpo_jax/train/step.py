@@ -27,12 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from axpo_jax.model import sharding
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.rl import losses
-from axpo_jax.train.batch import Batch, denominator, place, save_batch
+from axpo_jax.train.batch import Batch, batch_shards, denominator, place, save_batch
 from axpo_jax.train.logprobs import token_logprobs
 from axpo_jax.train.state import Optimizer, TrainState, abstract_state, init_state, state_shardings
 
@@ -123,7 +124,7 @@ class Learner:
     config: of the model.
     banned_ids: ids that the sampler cannot draw; left out of the softmax.
     temperature: the sampler's.
-    chunk: tokens whose logits exist at once.
+    chunk: tokens of a device whose logits exist there at once.
   """
 
   def __init__(self, config: ModelConfig, optimizer: Optimizer, objective: Objective,
@@ -131,7 +132,8 @@ class Learner:
                banned_ids: Sequence[int] = (), temperature: float = 1.0, chunk: int = 2048):
     self.optimizer, self.objective, self.mesh, self.rules = optimizer, objective, mesh, rules
     self._logprobs = functools.partial(
-      token_logprobs, banned_ids=tuple(banned_ids), temperature=temperature, chunk=chunk)
+      token_logprobs, banned_ids=tuple(banned_ids), temperature=temperature,
+      chunk=chunk * batch_shards(mesh, rules))
     model = nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0)))
     self._graphdef, self._abstract_params = nnx.split(model)
     self._compile()
@@ -179,6 +181,21 @@ class Learner:
     state, applied = self.apply(state, grads, divisor)
     return state, StepResult(sums, applied, divisor)
 
+  def trace(self, batch: Batch) -> dict[str, jax.stages.Traced]:
+    """The functions of a step over abstract arguments, to look at or to compile ahead of time.
+
+    Args:
+      batch: of ShapeDtypeStructs with shardings.
+    """
+    state = self.abstract_state()
+    grads = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding),
+                         self.optimizer.split(state.params)[0])
+    return {
+      "score": self._score.trace(state.params, _unscored(batch)),
+      "accumulate": self._accumulate.trace(state.params, grads, batch),
+      "apply": self._apply.trace(state, grads, jax.ShapeDtypeStruct((), jnp.float32)),
+    }
+
   def zeros(self) -> nnx.State:
     """Gradient sums to start from: float32, one for every trained parameter."""
     return self._zeros()
@@ -195,9 +212,7 @@ class Learner:
 
   def score(self, params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(logp_BxG, entropy_BxG) float32 of the targets under any parameters."""
-    # Fields that scoring does not read would only make for more compiled versions.
-    batch = dataclasses.replace(batch, old_logp_BxG=None, ref_logp_BxG=None)
-    return self._score(params, self._place(batch))
+    return self._score(params, self._place(_unscored(batch)))
 
   def annotate(self, batches: Iterable[Batch], *, old: nnx.State | None = None,
                reference: nnx.State | None = None) -> list[Batch]:
@@ -252,7 +267,8 @@ class Learner:
         image_index_BxT=batch.image_index_BxT)
       # Logits are made for targets alone: prompts and observations have none.
       hidden_BxGxD = jax.vmap(lambda hidden, at: hidden[at])(hidden_BxTxD, batch.at_BxG)
-      return self._logprobs(hidden_BxGxD, model.unembedding(), batch.targets_BxG)
+      scores = self._logprobs(hidden_BxGxD, model.unembedding(), batch.targets_BxG)
+      return jax.tree.map(lambda x: sharding.constrain(x, ("batch", "length")), scores)
 
   def _accumulate_fn(self, params, grads, batch: Batch):
     trained, frozen = self.optimizer.split(params)
@@ -285,11 +301,25 @@ class Learner:
     return TrainState(nnx.merge_state(trained, frozen), opt_state, step, state.rng), metrics
 
 
+def _unscored(batch: Batch) -> Batch:
+  """Without the fields that scoring does not read: they would only make for more compiled versions."""
+  return dataclasses.replace(batch, old_logp_BxG=None, ref_logp_BxG=None)
+
+
 def _non_finite(step, bad, sums, applied, batches, folder: Path) -> NonFiniteError:
   paths = [folder / f"step_{step}_micro_{i}.npz" for i in bad]
   for i, path in zip(bad, paths, strict=True):
-    save_batch(path, batches[i])
+    whole = jax.tree.map(_whole, batches[i])
+    if jax.process_index() == 0:
+      save_batch(path, whole)
   found = [float(sums[i]["loss"]) for i in bad]
   return NonFiniteError(
     f"update {step}: loss sums {found} of micro-batches {list(bad)}, gradient norm "
     f"{float(applied['grad_norm'])}; the micro-batches are saved in {folder}", list(bad), paths)
+
+
+def _whole(x: np.ndarray | jax.Array) -> np.ndarray:
+  """All of an array that may be spread over processes; all of them must ask for it."""
+  if isinstance(x, np.ndarray) or x.is_fully_addressable:
+    return np.asarray(x)
+  return multihost_utils.process_allgather(x, tiled=True)

@@ -5,6 +5,7 @@ next one is drawn, so that a policy that nobody trained calls tools, fails, and 
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -25,6 +26,7 @@ import axpo_jax
 from axpo_jax.config import ConfigError
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.config import PRESETS
+from axpo_jax.rollout.sidecar.spec import free_port
 from axpo_jax.train import build, experiment, rl
 from axpo_jax.train.metrics import read_metrics
 
@@ -387,3 +389,50 @@ def test_rollouts_ahead_are_bounded_and_a_resume_skips_no_question(
 def _asked(workdir, step) -> list[str]:
   lines = (workdir / "rl" / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()
   return list(dict.fromkeys(json.loads(line)["question_id"] for line in lines))
+
+
+def test_two_processes_give_the_numbers_of_one(overrides, tmp_path):
+  """Two steps of SFT, two of RL; four devices each against eight. Then one process repeats the last
+  step from their checkpoint."""
+  flags = [*overrides, "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
+           "--config.sft.steps=2", "--config.rl.steps=2", "--config.eval.questions=1",
+           "--config.eval.every=0", "--config.checkpoint.every=1"]
+  (alone,) = start_processes(tmp_path / "one", flags, 1)
+  assert alone.returncode == 0, alone.stderr[-4000:]
+  main, other = start_processes(tmp_path / "two", flags, 2)
+  assert main.returncode == other.returncode == 0, main.stderr[-4000:] + other.stderr[-4000:]
+  assert "tool-attempt rate" in main.stdout and not other.stdout  # one of them talks
+  one, two = (untimed(read_metrics(tmp_path / name)) for name in ("one", "two"))
+  assert [line["step"] for line in two] == [1, 2, 2, 3, 4]
+  assert two[3]["train/grad_norm"] > 0 and two[3]["axpo/triggered"] > 0
+  assert_close(two, one)
+  shutil.rmtree(tmp_path / "two" / "rl" / "policy")
+  shutil.rmtree(tmp_path / "two" / "rl" / "checkpoints" / "2")
+  (resumed,) = start_processes(tmp_path / "two", flags, 1)
+  assert resumed.returncode == 0, resumed.stderr[-4000:]
+  assert_close(untimed(read_metrics(tmp_path / "two")), one)
+
+
+def assert_close(lines, wanted):
+  """Equal up to the order of sums."""
+  for line, want in zip(lines, wanted, strict=True):
+    assert line.keys() == want.keys()
+    for name in want:
+      # Sampler against trainer is nothing but rounding.
+      tolerance = {"abs": 1e-5} if name.startswith("train/logp_gap") else {"rel": 1e-4, "abs": 1e-6}
+      assert line[name] == pytest.approx(want[name], **tolerance), name
+
+
+def start_processes(workdir, flags, count) -> list[subprocess.CompletedProcess]:
+  """A run of `count` processes on this machine that share eight devices."""
+  devices = f"--xla_force_host_platform_device_count={8 // count}"
+  together = [f"--coordinator=127.0.0.1:{free_port('127.0.0.1')}", f"--processes={count}"]
+  processes = [subprocess.Popen(
+    [sys.executable, str(MAIN), f"--config={MICRO}", f"--workdir={workdir}", *flags, *together,
+     f"--process_id={i}"],
+    env={**os.environ, "XLA_FLAGS": devices}, text=True, stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE) for i in range(count)]
+  with concurrent.futures.ThreadPoolExecutor(count) as pool:
+    outputs = list(pool.map(lambda process: process.communicate(timeout=900), processes))
+  return [subprocess.CompletedProcess(process.args, process.returncode, *output)
+          for process, output in zip(processes, outputs, strict=True)]

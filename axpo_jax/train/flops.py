@@ -1,0 +1,73 @@
+"""Floating-point operations of a traced function, and those that a model needs at least.
+
+The count is of matrix products (all else is small beside them) and knows how often a scan runs,
+which the compiler's own does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from axpo_jax.model.config import ModelConfig
+
+
+def count(jaxpr: Any) -> float:
+  """FLOPs of all matrix products of a (closed) jaxpr, all devices together; of branches the
+  costliest counts.
+
+  Raises:
+    ValueError: a loop without a known number of rounds holds a matrix product.
+  """
+  return sum(_of(equation) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+
+
+def _of(equation: Any) -> float:
+  name, params = equation.primitive.name, equation.params
+  if name == "dot_general":
+    (contracted, _), _ = params["dimension_numbers"]
+    shape = equation.invars[0].aval.shape
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+  if name == "pallas_call" and params.get("cost_estimate") is not None:
+    return float(params["cost_estimate"].flops)
+  inner = [count(jaxpr) for jaxpr in _jaxprs(params)]
+  if name == "cond":
+    return max(inner)
+  if name == "while" and sum(inner):
+    raise ValueError("a while loop holds matrix products; how often it runs is not known")
+  if name == "shard_map":
+    return sum(inner) * params["mesh"].size
+  if name == "pallas_call":
+    return sum(inner) * math.prod(params["grid_mapping"].grid)
+  return sum(inner) * (params["length"] if name == "scan" else 1)
+
+
+def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+  for value in params.values():
+    for item in value if isinstance(value, (tuple, list)) else (value,):
+      if hasattr(getattr(item, "jaxpr", item), "eqns"):
+        yield item
+
+
+def needed(config: ModelConfig, *, tokens: int, targets: int, patches: int, seen: float,
+           seen_patches: float) -> float:
+  """FLOPs of one forward pass that nothing can save: every weight once a token, and attention to
+  what is seen. Training needs three times as much; recomputation is not counted.
+
+  Args:
+    tokens: of the text, image tokens included.
+    targets: that are scored over the vocabulary.
+    patches: of the vision tower.
+    seen, seen_patches: tokens (patches) that one attends to, on average.
+  """
+  text, vision = config.text, config.vision
+  width, heads = text.hidden_size, text.num_heads * text.head_dim
+  kv = text.num_kv_heads * text.head_dim
+  layer = width * (2 * heads + 2 * kv + 3 * text.intermediate_size) + 2 * seen * heads
+  block = (4 * vision.hidden_size + 2 * vision.intermediate_size + 2 * seen_patches)
+  merged = vision.hidden_size * vision.merge_unit
+  mergers = (1 + len(vision.deepstack_layers)) * merged * (merged + vision.out_hidden_size)
+  return 2.0 * (tokens * text.num_layers * layer + targets * text.vocab_size * width
+                + patches * (vision.depth * vision.hidden_size * block
+                             + vision.patch_dim * vision.hidden_size + mergers / vision.merge_unit))

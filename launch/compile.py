@@ -1,0 +1,60 @@
+"""Compiles the train step for a slice of TPUs on a machine that has none, and says what it needs.
+
+  pip install -e '.[aot]'
+  python launch/compile.py --config=configs/axpo_8b.py --config.model.preset=8b --topology=v5p:4x4x4
+
+It prints the memory of a chip by kind against its limit, FLOPs, bytes over the interconnect, the least
+time of a step and the largest micro-batch that fits; where a step does not fit, by how much and what
+would make it fit. Sizes come from --config.model.preset or from a checkpoint's config.json; no
+parameters are made. The mesh is config.mesh over the slice's chips, the micro-batch is config.batch
+at its fullest, and the functions are those that a run of the config jits. docs/performance.md has
+what it printed for the large models.
+"""
+
+import os
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file, such as configs/axpo_8b.py.", lock_config=True)
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "Chips of the slice: v5p:4x4x4 (that is v5p-128), v5e:8x16, v6e:8x8.")
+_LAYERS = flags.DEFINE_integer(
+  "layers", 0, "Text layers, if fewer than the model's: to see what does not depend on them.")
+_IMAGES = flags.DEFINE_float(
+  "image_share", 0.25, "Share of the tokens that show an image.", lower_bound=0, upper_bound=1)
+_FUNCTIONS = flags.DEFINE_list(
+  "functions", ["score", "accumulate", "apply"], "Functions of the step to compile.")
+_BUDGET = flags.DEFINE_bool(
+  "budget", True, "Compile a second size too, for the largest micro-batch that fits.")
+flags.mark_flags_as_required(["config", "topology"])
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"Unexpected argument {argv[1]!r}: overrides are --config.<field>=<value>.")
+  logging.set_verbosity(logging.WARNING)
+  os.environ["JAX_PLATFORMS"] = "cpu"  # no device is used
+  from axpo_jax.config import ConfigError
+  from axpo_jax.train.aot import TopologyError
+  try:
+    _report(_CONFIG.value)
+  except (ConfigError, TopologyError) as error:
+    sys.exit(f"error: {error}")
+
+
+def _report(config: ConfigDict) -> None:
+  from axpo_jax.train import slice_plan
+  plan = slice_plan.Plan.from_config(config, _TOPOLOGY.value, layers=_LAYERS.value,
+                                     image_share=_IMAGES.value)
+  print(f"{pathlib.Path(sys.argv[0]).name}: {plan.describe()}", flush=True)
+  print(f"\n{plan.report(tuple(_FUNCTIONS.value), budget=_BUDGET.value)}")
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,195 @@
+"""Runs a config at many points: one process of launch/main.py a point, and a table at the end.
+
+  python launch/sweep.py --config=configs/axpo_tiny.py --workdir=runs/sweep --parallel=2 \
+    --sweep config.seed=0,1,2 --sweep config.rl.algorithm=grpo,axpo -- --config.rl.steps=10
+
+Several --sweep flags are a product. What is not a product, or has commas in its values, is a Python file
+with a function `points()` that returns a list of {"config.seed": 0, ...}: --points=my_sweep.py. What
+stands behind `--` goes to every point.
+
+The same command run again goes on: finished points are skipped, others resume from their checkpoints. A
+point that fails does not stop the others; its log is in its folder. With --print nothing is run:
+one command a point is printed, for a cluster's scheduler, and --parallel=0 prints the table of what is
+there. Points that differ in config.seed alone share a line of the table: mean and 95 % interval.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import pathlib
+import runpy
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+from absl import app, flags
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from axpo_jax.train.metrics import read_metrics
+
+_CONFIG = flags.DEFINE_string("config", None, "Config file of all points.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder that gets one folder a point.")
+_SWEEP = flags.DEFINE_multi_string("sweep", [], "config.<field>=<value>,<value>,...")
+_POINTS = flags.DEFINE_string("points", None, "Python file with points(), instead of --sweep.")
+_PARALLEL = flags.DEFINE_integer("parallel", 1, "Points at once; 0: only the table.", lower_bound=0)
+_PRINT = flags.DEFINE_bool("print", False, "Print one command a point and stop.")
+_METRICS = flags.DEFINE_list(
+  "metrics", ["eval/pass_at_1", "eval/pass_at_4", "eval/tool_attempt_rate"],
+  "Columns of the table: the last value of each.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+MAIN = pathlib.Path(__file__).resolve().parent / "main.py"
+_SEED = "config.seed"
+# Written into a point's folder when it has ended well; holds its command.
+_DONE = "sweep_done.json"
+_LONGEST_NAME = 120
+# 97.5 % quantiles of Student's t by degrees of freedom, from 1.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+      2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """One run: what it overrides, its folder and its command."""
+
+  overrides: Mapping[str, str]
+  folder: pathlib.Path
+  command: tuple[str, ...]
+
+  @property
+  def done(self) -> bool:
+    file = self.folder / _DONE
+    return file.exists() and json.loads(file.read_text()) == list(self.command)
+
+  def run(self) -> str:
+    """Runs it to its end; returns what went wrong, or nothing."""
+    self.folder.mkdir(parents=True, exist_ok=True)
+    log = self.folder / "log.txt"
+    with open(log, "a") as file:
+      code = subprocess.run(self.command, stdout=file, stderr=subprocess.STDOUT).returncode
+    if code:
+      lines = log.read_text(errors="replace").strip().splitlines()
+      return f"exit code {code}, {log}: {lines[-1] if lines else ''}"
+    (self.folder / _DONE).write_text(json.dumps(self.command))
+    return ""
+
+
+def main(argv: list[str]) -> None:
+  points = make_points(argv[1:])
+  if _PRINT.value:
+    print("\n".join(shlex.join(point.command) for point in points))
+    return
+  failures = _run(points, _PARALLEL.value) if _PARALLEL.value else {}
+  print(f"\n{table(points, _METRICS.value)}")
+  for name, error in failures.items():
+    print(f"FAILED {name}: {error}", file=sys.stderr)
+  sys.exit(bool(failures))
+
+
+def make_points(common: Sequence[str]) -> list[Point]:
+  """The points of the flags; `common` goes to each.
+
+  Raises:
+    app.UsageError: flags that make no sweep.
+  """
+  if bool(_POINTS.value) == bool(_SWEEP.value):
+    raise app.UsageError("give --sweep config.<field>=<value>,<value> (once or more) or --points=<file>")
+  if stray := [text for text in common if not text.startswith("--")]:
+    raise app.UsageError(f"Unexpected arguments {stray}: overrides for all points are "
+                         "-- --config.<field>=<value>")
+  points = [_point(overrides, common) for overrides in
+            (_from_file(_POINTS.value) if _POINTS.value else _product(_SWEEP.value))]
+  names = collections.Counter(point.folder.name for point in points)
+  if twice := [name for name, count in names.items() if count > 1]:
+    raise app.UsageError(f"points that are there twice: {twice}")
+  return points
+
+
+def _product(axes: Sequence[str]) -> list[dict[str, str]]:
+  parsed = []
+  for axis in axes:
+    name, equals, values = axis.partition("=")
+    if not (name.startswith("config.") and equals and values):
+      raise app.UsageError(f"--sweep {axis!r}: write config.<field>=<value>,<value>")
+    parsed.append([(name, value) for value in values.split(",")])
+  return [dict(combination) for combination in itertools.product(*parsed)]
+
+
+def _from_file(path: str) -> list[dict[str, str]]:
+  points = runpy.run_path(path)["points"]()
+  return [{name: str(value) for name, value in point.items()} for point in points]
+
+
+def _point(overrides: Mapping[str, str], common: Sequence[str]) -> Point:
+  folder = pathlib.Path(_WORKDIR.value) / _name(overrides)
+  command = [sys.executable, str(MAIN), f"--config={_CONFIG.value}", f"--workdir={folder}", *common,
+             *(f"--{name}={value}" for name, value in overrides.items())]
+  return Point(overrides, folder, tuple(command))
+
+
+def _name(overrides: Mapping[str, str]) -> str:
+  """A folder's name that tells the point."""
+  name = ",".join(f"{key.removeprefix('config.')}={value}" for key, value in overrides.items())
+  name = name.replace("/", "_")
+  if len(name) <= _LONGEST_NAME:
+    return name
+  return f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _run(points: Sequence[Point], parallel: int) -> dict[str, str]:
+  """Runs what is not done; name -> error of what failed."""
+  failures = {}
+  with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
+    jobs = {pool.submit(point.run): point for point in points if not point.done}
+    print(f"{len(points)} points, {len(points) - len(jobs)} of them done before", flush=True)
+    for job in concurrent.futures.as_completed(jobs):
+      name, error = jobs[job].folder.name, job.result()
+      print(f"{name}: {'FAILED' if error else 'done'}", flush=True)
+      if error:
+        failures[name] = error
+  return failures
+
+
+def table(points: Sequence[Point], metrics: Sequence[str]) -> str:
+  """Markdown: a line for every setting, over its seeds."""
+  groups: dict[tuple, list[Point]] = collections.defaultdict(list)
+  for point in points:
+    groups[tuple((k, v) for k, v in point.overrides.items() if k != _SEED)].append(point)
+  rows = [["point", "finished", *metrics]]
+  for setting, members in groups.items():
+    finished = [point for point in members if point.done]
+    name = ", ".join(f"{key.removeprefix('config.')}={value}" for key, value in setting) or "all"
+    lines = [read_metrics(point.folder) for point in finished]
+    rows.append([name, f"{len(finished)} of {len(members)}",
+                 *(_cell([_last(run, metric) for run in lines]) for metric in metrics)])
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"
+          for row in rows]
+  return "\n".join([text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]])
+
+
+def _last(lines: Sequence[Mapping[str, float]], metric: str) -> float | None:
+  return next((line[metric] for line in reversed(lines) if line.get(metric) is not None), None)
+
+
+def _cell(values: Sequence[float | None]) -> str:
+  """Mean and half the width of its 95 % interval."""
+  values = [value for value in values if value is not None]
+  if not values:
+    return "-"
+  if len(values) == 1:
+    return f"{values[0]:.4f}"
+  quantile = _T[min(len(values) - 1, len(_T)) - 1]
+  half = quantile * statistics.stdev(values) / math.sqrt(len(values))
+  return f"{statistics.mean(values):.4f} ± {half:.4f}"
+
+
+if __name__ == "__main__":
+  app.run(main)
