@@ -28,7 +28,9 @@ ALLOWED = {
 }
 # Modules that agents, tools and planning are made of: they load in a moment, on any machine.
 WITHOUT_JAX = (
-  "agent.dump", "agent.episode", "agent.rewards", "agent.tools.zoom", "config", "data.question",
+  "agent.dump", "agent.episode", "agent.rewards", "agent.tools.audit", "agent.tools.corpus",
+  "agent.tools.function", "agent.tools.image_search", "agent.tools.mcp_server",
+  "agent.tools.python", "agent.tools.tavily", "agent.tools.zoom", "config", "data.question",
   "data.readers", "data.miniworld.teacher", "eval.passk", "eval.summary", "model.chat",
   "model.config", "model.images", "rl.advantages", "rl.census", "rl.credit", "rl.recipes",
   "rl.resample", "rollout.engine", "rollout.sidecar", "rollout.sidecar.environment",
@@ -100,6 +102,16 @@ def test_light_modules_do_not_load_jax():
   for name in WITHOUT_JAX:
     lines += [f"import axpo_jax.{name}",
               f"assert 'jax' not in sys.modules, {name!r}"]
+  done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=REPO, capture_output=True,
+                        text=True)
+  assert done.returncode == 0, done.stderr
+
+
+def test_tools_load_without_their_packages():
+  """setup.py's extra `tools` is needed by whoever uses a tool, not by whoever imports it."""
+  lines = ["import sys",
+           "for name in ('IPython', 'aiolimiter', 'bm25s', 'mcp', 'tenacity'): sys.modules[name] = None",
+           *(f"import axpo_jax.{name}" for name in WITHOUT_JAX), "import axpo_jax.train.toolbox"]
   done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=REPO, capture_output=True,
                         text=True)
   assert done.returncode == 0, done.stderr

@@ -218,6 +218,30 @@ def test_a_waiting_tool_goes_on_while_the_samplers_loop_is_held_up():
   assert asyncio.run(main()) == Observation("done")
 
 
+def test_a_slow_call_does_not_hold_up_other_episodes():
+  """The slow one ends only after the other episode has made ten calls."""
+  others_done = threading.Event()
+
+  class Slow(Waiter):
+    async def run(self, arguments, episode):
+      if episode.question_id == "slow":
+        await asyncio.to_thread(others_done.wait, 60)
+      return Observation("done")
+
+  box = ToolBox([Slow(2)], ["read"])
+
+  async def others():
+    for _ in range(10):
+      await box.call("echo", {"text": ""}, EpisodeState("quick", []))
+    others_done.set()
+
+  async def main():
+    slow = box.call("echo", {"text": ""}, EpisodeState("slow", []))
+    await asyncio.wait_for(asyncio.gather(slow, others()), 50)
+
+  asyncio.run(main())
+
+
 def test_without_overlap_calls_run_one_at_a_time():
   tool = Waiter(3)
   box = ToolBox([tool], ["read"], overlap=False)

@@ -1,0 +1,33 @@
+"""docs/tools.md: its example works, its tables name what there is."""
+
+import asyncio
+import pathlib
+import re
+
+from axpo_jax.agent.tools.base import EpisodeState, ToolBox
+from axpo_jax.agent.tools.image_search import ImageSearch
+from axpo_jax.agent.tools.python import PythonTool
+from axpo_jax.agent.tools.search import SearchTool
+from axpo_jax.agent.tools.zoom import ImageZoomIn
+
+PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "tools.md").read_text()
+
+
+def test_the_tool_in_ten_lines():
+  code = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1]
+  assert len(code.strip().splitlines()) <= 12  # ten and the import
+  scope = {}
+  exec(compile(code, "docs/tools.md", "exec"), scope)
+  box = ToolBox([scope["days_between"]], ["read_file"])
+
+  def call(**arguments):
+    return asyncio.run(box.call("days_between", arguments, EpisodeState("q", [])))
+
+  assert call(first="2024-02-28", second="2024-03-01").text == "2"  # a leap year
+  assert call(first="yesterday", second="2024-03-01").error == "tool_error"
+  assert call(first="2024-02-28").error == "bad_arguments"
+
+
+def test_the_table_has_every_tool_with_its_scope():
+  for tool in (ImageZoomIn, PythonTool, SearchTool, ImageSearch):
+    assert f"| `{tool.name}` | `{tool.scope}` |" in PAGE
