@@ -35,6 +35,8 @@ class Batch:
     weights_BxG: float32, weight of the target in the loss; 0 for padding.
     advantages_BxG: float32.
     behaviour_logp_BxG: float32, the sampler's log-probability of the target.
+    sequence_BxG: int32, number of the target's trajectory within its row, from 0.
+    lag_BxG: int32, versions by which the weights that drew the target are behind.
     key_blocks_BxCxN: int32, which blocks of keys a block of queries sees; None: all.
     image_index_BxT: int32, -1 or the token's place among the merged image tokens of `vision`.
     vision: packed patches; None (and image_index_BxT None) if no example of the `pack` call has an
@@ -52,6 +54,8 @@ class Batch:
   weights_BxG: np.ndarray | jax.Array
   advantages_BxG: np.ndarray | jax.Array
   behaviour_logp_BxG: np.ndarray | jax.Array
+  sequence_BxG: np.ndarray | jax.Array
+  lag_BxG: np.ndarray | jax.Array
   key_blocks_BxCxN: np.ndarray | jax.Array | None = None
   image_index_BxT: np.ndarray | jax.Array | None = None
   vision: VisionInputs | None = None

@@ -18,12 +18,13 @@ from axpo_jax.train.packing import Example
 
 
 def from_transcript(transcript: Transcript, mask_C: np.ndarray, advantage: float,
-                    image_token_id: int) -> Example:
+                    image_token_id: int, version: int | None = None) -> Example:
   """The expanded example of a transcript.
 
   Args:
     mask_C: bool, which collapsed tokens carry loss.
     advantage: the same for all of them.
+    version: of the weights that will be trained on it, to which tokens' lag is counted; None: no lag.
   """
   expanded = transcript.expand()
   source_T = expanded.source_T
@@ -36,7 +37,9 @@ def from_transcript(transcript: Transcript, mask_C: np.ndarray, advantage: float
     ids_T=expanded.ids_T, positions_Tx3=mrope_positions(expanded.ids_T, grids, image_token_id),
     image_T=expanded.image_T, image_offset_T=expanded.image_offset_T, images=tuple(images),
     loss_mask_T=mask_T, advantages_T=np.where(mask_T, advantage, 0.0).astype(np.float32),
-    behaviour_logp_T=np.where(mask_T, logprobs_T, 0.0).astype(np.float32))
+    behaviour_logp_T=np.where(mask_T, logprobs_T, 0.0).astype(np.float32),
+    lag_T=None if version is None else np.where(
+      mask_T, version - np.asarray(transcript.versions)[source_T], 0))
 
 
 def supervised(rollout: Rollout, image_token_id: int) -> Example:
@@ -45,18 +48,20 @@ def supervised(rollout: Rollout, image_token_id: int) -> Example:
                          image_token_id)
 
 
-def credited(groups: Sequence[Group], credits: Sequence[Credit], image_token_id: int
-             ) -> list[Example]:
+def credited(groups: Sequence[Group], credits: Sequence[Credit], image_token_id: int,
+             version: int | None = None) -> list[Example]:
   """One example per credit: the tokens it covers, with its advantage (section 3 of the paper).
+
+  version: of the weights about to be trained, see `from_transcript`.
 
   A credit on the region "prefix" covers the source's tokens before the cut, so that the source's
   own failed continuation is masked; "continuation" covers a branch's tokens from the cut on, so
   that the frozen prefix is masked in its K copies.
   """
-  return [_credited(groups[credit.group], credit, image_token_id) for credit in credits]
+  return [_credited(groups[credit.group], credit, image_token_id, version) for credit in credits]
 
 
-def _credited(group: Group, credit: Credit, image_token_id: int) -> Example:
+def _credited(group: Group, credit: Credit, image_token_id: int, version: int | None) -> Example:
   if credit.branch is None:
     rollout = group.rollouts[credit.rollout]
     cut = {branch.source: branch.prefix_end for branch in group.branches}.get(credit.rollout, 0)
@@ -64,4 +69,4 @@ def _credited(group: Group, credit: Credit, image_token_id: int) -> Example:
     branch = group.branches[credit.branch]
     rollout, cut = branch.rollouts[credit.rollout], branch.prefix_end
   mask_C = loss_mask(rollout.transcript.sampled, credit.region, cut)
-  return from_transcript(rollout.transcript, mask_C, credit.advantage, image_token_id)
+  return from_transcript(rollout.transcript, mask_C, credit.advantage, image_token_id, version)

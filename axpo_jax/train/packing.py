@@ -51,6 +51,8 @@ class Example:
     loss_mask_T: bool, the token is a target. Never the first: nothing predicts it.
     advantages_T: float, of each target (1 for supervised learning).
     behaviour_logp_T: float, the sampler's log-probability of each target (0 if there is none).
+    lag_T: int, versions by which the weights that drew the target are behind those being trained;
+      None: 0 everywhere.
   """
 
   ids_T: np.ndarray
@@ -61,6 +63,7 @@ class Example:
   loss_mask_T: np.ndarray
   advantages_T: np.ndarray
   behaviour_logp_T: np.ndarray
+  lag_T: np.ndarray | None = None
 
   def __len__(self) -> int:
     return len(self.ids_T)
@@ -137,7 +140,7 @@ def _check(number: int, example: Example, length: int, banned_ids: Sequence[int]
       "or drop the example")
   for field in dataclasses.fields(example):
     value = getattr(example, field.name)
-    if field.name != "images" and len(value) != size:
+    if field.name != "images" and value is not None and len(value) != size:
       raise PackingError(f"{where}: {field.name} has length {len(value)}, ids_T has {size}")
   if size and example.loss_mask_T[0]:
     raise PackingError(f"{where}: loss_mask_T[0] is set, but nothing predicts the first token")
@@ -193,12 +196,12 @@ def _fill(rows_R, examples, weights_S, length: int, block: int) -> dict[str, np.
   for row, row_placed in enumerate(rows_R):
     places, ends_RxT[row] = tree.lay_out(row_placed, [e.computed for e in examples], length)
     scored = []
-    for placed, where_T in zip(row_placed, places, strict=True):
+    for place, (placed, where_T) in enumerate(zip(row_placed, places, strict=True)):
       example = examples[placed.number]
       new = slice(placed.shared, example.computed)
       tokens_RxT[row, where_T[new]] = example.ids_T[new]
       positions_RxTx3[row, where_T[new]] = example.positions_Tx3[new]
-      scored.append(_targets(example, where_T, weights_S[placed.number]))
+      scored.append(_targets(example, where_T, weights_S[placed.number], place))
     scored_R.append([np.concatenate(column) for column in zip(*scored)])
   fields = {"tokens_BxT": tokens_RxT, "positions_BxTx3": positions_RxTx3, "ends_BxT": ends_RxT}
   if (lists := key_blocks(ends_RxT, block)) is not None:
@@ -207,14 +210,17 @@ def _fill(rows_R, examples, weights_S, length: int, block: int) -> dict[str, np.
 
 
 _TARGET_FIELDS = {"at_BxG": np.int32, "targets_BxG": np.int32, "weights_BxG": np.float32,
-                  "advantages_BxG": np.float32, "behaviour_logp_BxG": np.float32}
+                  "advantages_BxG": np.float32, "behaviour_logp_BxG": np.float32,
+                  "sequence_BxG": np.int32, "lag_BxG": np.int32}
 
 
-def _targets(example: Example, where_T: np.ndarray, weight: float) -> tuple[np.ndarray, ...]:
-  """The values of `_TARGET_FIELDS` for an example whose tokens stand at `where_T` of their row."""
+def _targets(example: Example, where_T: np.ndarray, weight: float, number: int
+             ) -> tuple[np.ndarray, ...]:
+  """The values of `_TARGET_FIELDS` for the row's example `number`, whose tokens stand at `where_T`."""
   mask = np.flatnonzero(example.loss_mask_T)
   return (where_T[mask - 1], example.ids_T[mask], np.full(len(mask), weight),
-          example.advantages_T[mask], example.behaviour_logp_T[mask])
+          example.advantages_T[mask], example.behaviour_logp_T[mask], np.full(len(mask), number),
+          np.zeros(len(mask)) if example.lag_T is None else example.lag_T[mask])
 
 
 def _target_fields(scored_R: Sequence[Sequence[np.ndarray]], length: int) -> dict[str, np.ndarray]:

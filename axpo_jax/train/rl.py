@@ -82,7 +82,7 @@ class Loop:
     self.learner = Learner(
       bench.model_config, build.optimizer(config.optimizer, config.rl.steps * config.rl.updates,
                                           config.model.freeze_vision),
-      policy_objective(self.recipe.loss), bench.mesh, bench.rules,
+      policy_objective(self.recipe.loss, config.rollout.staleness), bench.mesh, bench.rules,
       banned_ids=bench.chat.banned_ids, temperature=config.rollout.temperature,
       chunk=config.batch.logprob_chunk)
     self.reference = build.load_params(bench, policy, config.seed)
@@ -160,7 +160,8 @@ class Loop:
     config = self.config
     kept = [group for group in groups if group.rollouts]
     credits = credit.assign_credit([self._outcome(group) for group in kept], self.recipe.credit)
-    trained = examples.credited(kept, credits, self.bench.model_config.image_token_id)
+    trained = examples.credited(kept, credits, self.bench.model_config.image_token_id,
+                                self.steps_done)
     metrics = census.credit_census(credits)
     updates = []
     for part in _split(trained, config.rl.updates):

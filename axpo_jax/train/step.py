@@ -104,15 +104,19 @@ def supervised_objective() -> Objective:
   return Objective(loss, summarise)
 
 
-def policy_objective(config: losses.LossConfig) -> Objective:
-  """The clipped policy loss (`rl.losses.policy_loss`); the batch carries old and reference logp."""
+def policy_objective(config: losses.LossConfig, max_lag: int = 0) -> Objective:
+  """The clipped policy loss (`rl.losses.policy_loss`); the batch carries old and reference logp.
+
+  max_lag: the gap to the sampler is logged for each lag up to this; 0: only over all.
+  """
 
   def loss(logp_BxG, entropy_BxG, batch):
     if not config.entropy_coef:
       entropy_BxG = jax.lax.stop_gradient(entropy_BxG)  # only logged: no backward through it
     return losses.policy_loss(
       logp_BxG, batch.old_logp_BxG, batch.ref_logp_BxG, batch.behaviour_logp_BxG,
-      batch.advantages_BxG, batch.weights_BxG, config, entropy_BxG)
+      batch.advantages_BxG, batch.weights_BxG, config, entropy_BxG,
+      sequences=batch.sequence_BxG, lag=batch.lag_BxG, max_lag=max_lag)
 
   return Objective(loss, losses.summarise)
 

@@ -361,7 +361,8 @@ def test_step_without_any_rollout_changes_nothing(
 def test_rollouts_ahead_are_bounded_and_a_resume_skips_no_question(
     overrides, one_device, tmp_path, monkeypatch):
   """With staleness 2: lag at most 2; died between checkpoints, each question is trained on once."""
-  ahead = {"stages": ("rl",), "rollout__staleness": 2, "log__dump_every": 1}
+  ahead = {"stages": ("rl",), "rollout__staleness": 2, "log__dump_every": 1,
+           "rl__loss__tis_mask": 1.5}
   strict = {"stages": ("rl",), "log__dump_every": 1}
   experiment.run(micro(overrides, **strict), tmp_path / "strict")
   update = rl.Loop.update
@@ -381,6 +382,10 @@ def test_rollouts_ahead_are_bounded_and_a_resume_skips_no_question(
   assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
   assert max(line["rollout/lag_max"] for line in lines[1:]) in (1, 2)
   assert all(line["rollout/lag_max"] <= 2 for line in lines[1:])
+  late = [line for line in lines[1:] if line["rollout/lag_max"] > 0]
+  assert late and all(any(f"train/logp_gap_abs_mean/lag_{k}" in line for k in (1, 2))
+                      for line in late)
+  assert all(0 <= line["train/tis_masked_share"] <= 1 for line in lines[1:])
   for step in range(1, 5):
     assert _asked(tmp_path / "ahead", step) == _asked(tmp_path / "strict", step)
   assert all(line["rollout/lag_max"] == 0 for line in read_metrics(tmp_path / "strict")[1:])
