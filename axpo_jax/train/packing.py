@@ -224,8 +224,8 @@ def _targets(example: Example, where_T: np.ndarray, weight: float, number: int
 
 
 def _target_fields(scored_R: Sequence[Sequence[np.ndarray]], length: int) -> dict[str, np.ndarray]:
-  """Targets of all rows; their number is rounded up to an eighth of a row."""
-  most, step = max((len(s[0]) for s in scored_R if s), default=0), max(length // 8, 1)
+  """Targets of all rows; their number is rounded up to half a row, so that few shapes compile."""
+  most, step = max((len(s[0]) for s in scored_R if s), default=0), max(length // 2, 1)
   shape = (len(scored_R), max(-(-most // step), 1) * step)
   fields = {name: np.zeros(shape, dtype) for name, dtype in _TARGET_FIELDS.items()}
   for row, scored in enumerate(scored_R):
