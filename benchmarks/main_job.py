@@ -2,11 +2,12 @@
 
   python benchmarks/main_job.py [--policy FOLDER] [--repetitions 5] [--parts sampling,training]
 
-Three measurements, each a median with its smallest and largest value:
+Four measurements, each a median with its smallest and largest value:
 
   sampling  new tokens per second: the embedded engine against `transformers` `generate`
   prefill   prompt tokens computed in an AXPO step, with and without prefix sharing
   training  trajectory tokens per second: the Learner's packed step against a padded PyTorch step
+  groups    the same for 8 questions with 8 trajectories each, as in a step of RL
 
 Both sides hold the same weights in float32 and may use all cores (PyTorch uses one where that is
 faster for it). They take turns (A B A B ...), so that a machine that drifts slows both. Run it on an
@@ -51,13 +52,14 @@ from axpo_jax.rollout.engine import EngineStats, SampleRequest
 from axpo_jax.rollout.teacher_engine import TeacherEngine
 from axpo_jax.train import build, collect, seeds
 from axpo_jax.train.batch import batch_shards, packing_metrics
+from axpo_jax.train.examples import supervised
 from axpo_jax.train.packing import Example, pack
 from axpo_jax.train.rl import Recipe
 from axpo_jax.train.step import Learner, supervised_objective
 from benchmarks.torch_side import PyTorch, choose_threads
 from configs import axpo_tiny
 
-PARTS = ("sampling", "prefill", "training")
+PARTS = ("sampling", "prefill", "training", "groups")
 PROMPTS, NEW_TOKENS = 32, 64
 TRAJECTORIES = 64
 
@@ -74,7 +76,7 @@ def main() -> None:
     _print_machine(config, params, args, policy)
     _print_line("median (min-max)", "ours", "compared with", "gain", "aim")
     for part in args.parts.split(","):
-      row, note = {"sampling": sampling, "prefill": prefill, "training": training}[part](
+      row, note = _MEASURED[part](
         config, bench, params, policy, args.repetitions)
       # At once: a run that is cut short keeps what it has measured.
       _print_line(row.name, _spread(row.ours), _spread(row.theirs), _spread(row.gains, 2),
@@ -311,8 +313,34 @@ async def _teacher_prefix(config, bench, actor: collect.Actor, question: Questio
 
 
 def training(config, bench, params, policy, repetitions) -> tuple[Row, str]:
-  """The same 64 trajectories (the teacher's, of different questions), the same loss, AdamW."""
-  examples, _ = next(iter(_with_examples(config, bench)))
+  """64 trajectories of the teacher, of as many questions: they share the system prompt alone."""
+  with config.unlocked():
+    few = ConfigDict(config)
+  few.sft.examples = TRAJECTORIES
+  examples, _ = next(iter(build.sft_batches(few, bench)))
+  return _training("training", examples, config, bench, params, policy, repetitions)
+
+
+def groups(config, bench, params, policy, repetitions) -> tuple[Row, str]:
+  """64 trajectories of the teacher in groups, as in a step of RL: each question's share its prompt."""
+  examples = asyncio.run(_grouped_examples(config, bench))
+  return _training("groups of 8", examples, config, bench, params, policy, repetitions)
+
+
+async def _grouped_examples(config, bench) -> list[Example]:
+  size = config.rl.num_rollouts
+  questions = next(build.question_batches(config))[:TRAJECTORIES // size]
+  engine = TeacherEngine(bench.chat, {question.id: question for question in questions},
+                         build.TeacherConfig(**config.sft.teacher))
+  teacher = build.actor(config, bench, engine)
+  rollouts = await asyncio.gather(*(
+    teacher.roll(teacher.start(question), question, seeds.derive(config.seed, question.id, i))
+    for question in questions for i in range(size)))
+  return [supervised(rollout, bench.model_config.image_token_id) for rollout in rollouts]
+
+
+def _training(name, examples, config, bench, params, policy, repetitions) -> tuple[Row, str]:
+  """The same trajectories, the same loss, AdamW."""
   ours, our_losses, batches = _learner_side(config, bench, params, examples)
   theirs, their_losses = _pytorch_side(config, policy, examples)
   threads = choose_threads(theirs.run)
@@ -321,21 +349,15 @@ def training(config, bench, params, policy, repetitions) -> tuple[Row, str]:
   np.testing.assert_allclose(our_losses[0], their_losses[0], rtol=1e-4,
                              err_msg="the sides do not compute the same loss")
   tokens = sum(map(len, examples))
-  row = _speed_row("training, trajectory tokens/s", tokens, *times, aim=1.5)
+  row = _speed_row(f"{name}, trajectory tokens/s", tokens, *times, aim=1.5)
   longest, packed = max(map(len, examples)), packing_metrics(batches, examples)
   return row, (
-    f"training: {tokens:,} tokens in trajectories of {min(map(len, examples))}-{longest}; fill: "
+    f"{name}: {tokens:,} tokens in trajectories of {min(map(len, examples))}-{longest}, of which we "
+    f"compute {packed['pack/tokens']:,.0f}; fill: "
     f"ours {packed['pack/fill']:.0%} of {len(batches)} x {config.batch.rows} x "
     f"{config.batch.length}, PyTorch {tokens / len(examples) / longest:.0%} of {len(examples)} x "
     f"{longest}; first loss {our_losses[0]:.5f} and {their_losses[0]:.5f}; "
     f"{_calls(times, threads)}")
-
-
-def _with_examples(config, bench) -> build.SftBatches:
-  with config.unlocked():
-    config = ConfigDict(config)
-  config.sft.examples = TRAJECTORIES
-  return build.sft_batches(config, bench)
 
 
 def _learner_side(config, bench, params, examples: Sequence[Example]):
@@ -369,6 +391,8 @@ def _pytorch_side(config, policy, examples: Sequence[Example]):
   losses = []
   return Side(lambda: losses.append(step(inputs, labels_BxT))), losses
 
+
+_MEASURED = {"sampling": sampling, "prefill": prefill, "training": training, "groups": groups}
 
 if __name__ == "__main__":
   main()
