@@ -5,7 +5,7 @@
     --config.model.checkpoint=/models/Qwen3-VL-32B-SFT --config.rollout.urls=http://sampler:30000 \
     --config.data.path=rl.jsonl --config.data.eval_path=eval.jsonl
 
-The first command needs no TPU and says what the second needs (docs/performance.md). Sampling is done by
+The first command needs no TPU and says what the second needs. Sampling is done by
 servers: the slice is the trainer's. The paper has no figures for this size.
 """
 

@@ -7,8 +7,7 @@ It prints the memory of a chip by kind against its limit, FLOPs, bytes over the 
 time of a step and the largest micro-batch that fits; where a step does not fit, by how much and what
 would make it fit. Sizes come from --config.model.preset or from a checkpoint's config.json; no
 parameters are made. The mesh is config.mesh over the slice's chips, the micro-batch is config.batch
-at its fullest, and the functions are those that a run of the config jits. docs/performance.md has
-what it printed for the large models.
+at its fullest, and the functions are those that a run of the config jits.
 """
 
 import os

@@ -160,6 +160,10 @@ def _model_config(config: ConfigDict, layers: int) -> ModelConfig:
   else:
     raise ConfigError("set config.model.preset (--config.model.preset=8b), or config.model.checkpoint "
                       f"to a folder with config.json; presets are {sorted(PRESETS)}")
+  least = len(base.vision.deepstack_layers)
+  if layers and not least <= layers <= base.text.num_layers:
+    raise ConfigError(f"--layers={layers}: from {least}, the layers that take image features, to "
+                      f"{base.text.num_layers}")
   text = dataclasses.replace(base.text, num_layers=layers or base.text.num_layers)
   return dataclasses.replace(base, text=text, dtype=section.dtype, param_dtype=section.param_dtype,
                              remat=section.remat)

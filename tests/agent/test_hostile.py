@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -313,6 +314,16 @@ def test_a_kernel_that_is_let_go_dies_with_everything(tool):
   assert seen.error is None
   box.end_episode(state)
   assert settles(lambda: len(descendants()) <= len(before))
+
+
+def test_a_fork_server_that_was_killed_is_started_again(tool):
+  box = ToolBox([tool], ["execute"])
+  os.kill(tool._pool._server.pid, signal.SIGKILL)
+  assert settles(lambda: tool._pool._server is None or tool._pool._server.poll() is not None)
+  for _ in range(3):
+    state = EpisodeState("q", [])
+    assert asyncio.run(box.call("python", {"code": "6 * 7"}, state)).text == "42"
+    box.end_episode(state)
 
 
 def test_everything_ends_with_the_trainer(tool):

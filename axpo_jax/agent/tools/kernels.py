@@ -24,9 +24,9 @@ from typing import Any
 import PIL.Image
 
 from axpo_jax.agent.tools.sandbox import wire
+from axpo_jax.agent.tools.sandbox.server import NAMESPACES, RLIMITS
 from axpo_jax.agent.tools.sandbox.supervisor import MOST_FIGURE_BYTES
 
-NAMESPACES, RLIMITS = "namespaces", "rlimits"
 _ROOT = str(pathlib.Path(__file__).parents[3])
 _START = ("import sys; sys.path.append(sys.argv[1]); "
           "from axpo_jax.agent.tools.sandbox import server; server.main(int(sys.argv[2]))")
@@ -171,10 +171,11 @@ class KernelPool:
 
   Raises:
     ImportError: a package that kernels load is not installed.
+    SandboxError: the host is no Linux.
   """
 
   def __init__(self, config: KernelConfig):
-    check_packages()
+    check_host()
     self.config = config
     self._server: subprocess.Popen | None = None
     self._control: socket.socket | None = None
@@ -196,6 +197,8 @@ class KernelPool:
   async def start(self) -> None:
     """Starts the fork server and the first kernels; again is harmless. Raises as `take`."""
     async with self._lock:
+      if self._server is not None and self._server.poll() is not None:
+        await self.close()  # it was killed; nobody would watch kernels that it left
       if self._server is None:
         await self._start_server()
         self._refill()
@@ -286,8 +289,10 @@ def _cache_folder() -> str:
   return str(folder)
 
 
-def check_packages() -> None:
-  """Raises ImportError where kernels lack a package; they load them in their own process."""
+def check_host() -> None:
+  """Raises SandboxError off Linux, and ImportError where a package is missing that kernels load."""
+  if sys.platform != "linux":
+    raise SandboxError(f"the python tool needs Linux, this is {sys.platform}")
   for package in ("IPython", "scipy", "sympy", "matplotlib"):
     if importlib.util.find_spec(package) is None:
       raise ImportError(f"the python tool needs {package}: pip install 'axpo_jax[tools]'")

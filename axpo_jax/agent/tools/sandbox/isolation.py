@@ -61,7 +61,6 @@ def enter_empty_world() -> None:
     _map_user(None, (USER, user), (USER, group))
   _call("mount", None, b"/", None, _MS_REC | _MS_PRIVATE, None)
   _build_root(_needed_paths())
-  _call("prctl", _PR_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 def check_host() -> None:
@@ -118,7 +117,6 @@ def enter_cell(file_bytes: int) -> None:
     _LIBC.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)  # numbers beyond the kernel's last fail
   header = (ctypes.c_uint32 * 2)(0x20080522, 0)
   _call("capset", header, (ctypes.c_uint32 * 6)())
-  _call("prctl", _PR_NO_NEW_PRIVS, 1, 0, 0, 0)
 
 
 def hide_memory() -> None:
@@ -140,6 +138,7 @@ def limit_resources(*, memory: int, cpu_seconds: int, file_bytes: int, processes
     file_bytes: size of one file.
     processes: processes and threads of the user.
   """
+  _call("prctl", _PR_NO_NEW_PRIVS, 1, 0, 0, 0)  # neither sudo nor any other way to raise them
   limits = {resource.RLIMIT_AS: memory, resource.RLIMIT_CPU: cpu_seconds,
             resource.RLIMIT_FSIZE: file_bytes, resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 256,
             resource.RLIMIT_MEMLOCK: 0, resource.RLIMIT_MSGQUEUE: 0,

@@ -1,16 +1,16 @@
 """The fork server: loads Python's packages once, then makes a kernel in milliseconds.
 
-It runs as `python -I` with a small environment of its own and talks over one descriptor. Settings come in,
-{"ready", "isolation"} or {"error"} goes out; then every message {"op": "spawn"} brings the socket
-of a new kernel. What a kernel's own socket carries is said in `supervisor`.
+It runs as `python -I` with a small environment of its own and talks over one descriptor. Settings
+come in, {"ready"} or {"error"} goes out; then every byte brings the socket of a new kernel, over which
+the trainer is sent a handle to kill it. What else a kernel's socket carries is said in `supervisor`.
 
     trainer ── fork server (no untrusted code; sees neither the trainer's files nor a network)
                  └─ supervisor, process 1 of the kernel's namespaces: time limit, output
                       └─ kernel, process 2: the cells, and whatever they start
 
 It ends when the trainer closes the descriptor or dies; so do the supervisors, whose own sockets
-close then. Meanwhile it weighs the processes of every
-kernel and kills those whose memory grew too large together.
+close then. Meanwhile it weighs the processes of every kernel and kills those whose memory grew too
+large together.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import select
 import signal
 import socket
 import tempfile
+import time
 from typing import Any
 
 from axpo_jax.agent.tools.sandbox import isolation, processes, supervisor, wire
@@ -78,7 +79,7 @@ def main(descriptor: int) -> None:
   tempfile.tempdir = None
   gc.collect()
   gc.freeze()  # the collector would write to, and so copy, every shared page
-  wire.send(control, {"ready": True, "isolation": settings.isolation})
+  wire.send(control, {"ready": True})
   _serve(control, settings, proc, kernel)
 
 
@@ -95,6 +96,7 @@ def _warmed(shell) -> Any:
 
 def _serve(control: socket.socket, settings: Settings, proc: int, kernel: Any) -> None:
   known: set[int] = set()  # supervisors, where they are forked without a helper
+  watch = time.monotonic()
   while True:
     if select.select([control], [], [], _WATCH_SECONDS)[0]:
       data, descriptors, _, _ = socket.recv_fds(control, 1, 1)
@@ -102,14 +104,21 @@ def _serve(control: socket.socket, settings: Settings, proc: int, kernel: Any) -
         break
       for descriptor in descriptors:
         _spawn(control, descriptor, settings, proc, kernel, known)
-    with contextlib.suppress(ChildProcessError):
-      while (dead := os.waitpid(-1, os.WNOHANG)[0]):
-        known.discard(dead)
-    for child in processes.children(os.getpid(), proc):
-      if settings.isolation == RLIMITS and child not in known:
-        os.kill(child, signal.SIGKILL)  # its supervisor was killed by what it supervised
-      else:
-        _weigh(child, settings, proc)
+    if time.monotonic() >= watch:  # not after every message: it takes a while when there are many
+      _watch(settings, proc, known)
+      watch = time.monotonic() + _WATCH_SECONDS
+
+
+def _watch(settings: Settings, proc: int, known: set[int]) -> None:
+  """Buries the dead, weighs the living, kills those who killed their supervisor."""
+  with contextlib.suppress(ChildProcessError):
+    while (dead := os.waitpid(-1, os.WNOHANG)[0]):
+      known.discard(dead)
+  for child in processes.children(os.getpid(), proc):
+    if settings.isolation == RLIMITS and child not in known:
+      os.kill(child, signal.SIGKILL)
+    else:
+      _weigh(child, settings, proc)
 
 
 def _spawn(control: socket.socket, descriptor: int, settings: Settings, proc: int, kernel: Any,

@@ -41,6 +41,7 @@ def run(trainer: socket.socket, settings: Any, kernel: Any, *, separate: bool) -
       isolation.enter_cell(settings.file_bytes)
     else:
       os.chdir(stack.enter_context(tempfile.TemporaryDirectory(prefix="axpo_kernel_")))
+      os.environ.update({"HOME": os.getcwd(), "TMPDIR": os.getcwd()})
     isolation.hide_memory()
     cell = _Cell(trainer, settings, kernel, separate=separate)
     try:
