@@ -1,4 +1,4 @@
-"""Readers of one's own questions: JSON lines and parquet.
+"""Readers of questions: one's own files, and by a `Layout` those of public data sets.
 
 In: a file (or several) and a `ReaderConfig` that says which column is what. Out: a stream of
 `Question`s, row by row, so that a file larger than memory is no problem. A bad record is reported
@@ -13,15 +13,18 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
-import json
+import hashlib
 import logging
+import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import PIL.Image
 
+from axpo_jax.data import files
+from axpo_jax.data.files import ReaderError, RecordError
 from axpo_jax.data.question import ImageError, ImageSource, Question, check_header, load_image
 
 _LOG = logging.getLogger(__name__)
@@ -30,16 +33,8 @@ _BOXED = re.compile(r"\s*\\boxed\{(.*)\}\s*", re.DOTALL)
 _BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD", "Qk0", "SUkq", "TU0AK")
 
 
-class ReaderError(ValueError):
-  """A file that cannot be read at all, or a config that does not fit it."""
-
-
 class TooManyBadRecords(ReaderError):
   """More records were bad than the config allows."""
-
-
-class RecordError(ValueError):
-  """One bad record; the message is the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +64,8 @@ class ReaderConfig:
     columns: which column is what.
     meta: further columns to keep in `Question.meta`, by name.
     image_folder: where image paths start; by default the folder of the file.
+    image_cache: folder to which images that come as bytes are written, by content, so that a list
+      of questions holds paths and not the images of a whole data set; "" keeps the bytes.
     image_check: what is tried of every image when its record is read: "header" opens it (finds
       missing files and files that are no image), "decode" reads all pixels (finds cut files too,
       at the price of decoding everything once), "none" leaves it to the episode.
@@ -80,6 +77,7 @@ class ReaderConfig:
   columns: Columns = Columns()
   meta: tuple[str, ...] = ()
   image_folder: str = ""
+  image_cache: str = ""
   image_check: Literal["none", "header", "decode"] = "header"
   unbox: bool = True
   max_bad_share: float = 0.01
@@ -90,6 +88,33 @@ class ReaderConfig:
       raise ReaderError(f"image_check={self.image_check!r} is not one of none, header, decode")
     if not 0 <= self.max_bad_share <= 1:
       raise ReaderError(f"max_bad_share={self.max_bad_share} is a share: give 0 to 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How a public data set lays out its records.
+
+  Attributes:
+    columns: which column is what. A config may name others, unless there is `adapt`.
+    meta: further columns to keep in `Question.meta`.
+    adapt: makes a record of the default `Columns` (and `meta`) from one of the data set and the
+      path of its file; raises RecordError. None where naming the columns is enough.
+    needed: with `adapt`, columns of a parquet file that must be there.
+    optional: with `adapt`, further columns to read.
+    relocate: image paths begin with folders of another machine or of the data set's own name; the
+      longest end of a path that exists is taken.
+  """
+
+  columns: Columns = Columns()
+  meta: tuple[str, ...] = ()
+  adapt: Callable[[Mapping[str, Any], pathlib.Path], Mapping[str, Any]] | None = None
+  needed: tuple[str, ...] = ()
+  optional: tuple[str, ...] = ()
+  relocate: bool = False
+
+
+# One's own files: the columns are the config's.
+OWN = Layout()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,13 +157,16 @@ class ReadReport:
 
 def read_questions(
     paths: str | pathlib.Path | Iterable[str | pathlib.Path], config: ReaderConfig | None = None,
-    report: ReadReport | None = None) -> Iterator[Question]:
+    report: ReadReport | None = None, layout: Layout = OWN,
+    types: Sequence[str] = (".jsonl", ".parquet")) -> Iterator[Question]:
   """Streams the questions of one or more files.
 
   Args:
-    paths: `.jsonl` (one object a line) and `.parquet` files, read in the order given.
+    paths: files, read in the order given, or folders of them (see `files.expand`).
     config: columns and limits.
     report: filled with the counts while the stream is consumed.
+    layout: of the records; see `data.adapters` for those of public data sets.
+    types: suffixes of files that may be read.
 
   Yields:
     Questions in file order. Their ids are unique: a record that repeats an id is bad, and one
@@ -148,16 +176,19 @@ def read_questions(
     ReaderError: a file is missing, of unknown type, unreadable, or lacks a required column.
     TooManyBadRecords: see `ReaderConfig.max_bad_share`.
   """
-  config = config or ReaderConfig()
+  config = _resolve(config or ReaderConfig(), layout)
   report = ReadReport() if report is None else report
-  paths = [paths] if isinstance(paths, (str, pathlib.Path)) else list(paths)
-  ids: dict[str, str] = {}
-  for path in map(pathlib.Path, paths):
-    for row, record in _records(path, config):
+  paths = files.expand(paths)
+  ids: dict[int, tuple[int, int]] = {}  # hash -> place; texts of millions of ids would be large
+  for number, path in enumerate(paths):
+    for row, record in files.records(path, _columns(path, config, layout), types):
       report.records += 1
       try:
-        question = _question(record, path, row, config)
-        _check_id(question.id, f"{path}, row {row}", ids)
+        question = _question(record, path, row, config, layout)
+        first, first_row = ids.setdefault(hash(question.id), (number, row))
+        if (first, first_row) != (number, row):
+          raise RecordError(
+              f"id {question.id!r} was already used at {paths[first]}, row {first_row}")
       except (RecordError, ImageError) as error:
         report.add_bad(BadRecord(str(path), row, str(error)))
         if report.records >= config.min_records:
@@ -170,75 +201,48 @@ def read_questions(
     _LOG.warning("skipped %d bad records of %d", report.bad, report.records)
 
 
-def _check_id(question_id: str, place: str, ids: dict[str, str]) -> None:
-  if question_id in ids:
-    raise RecordError(f"id {question_id!r} was already used at {ids[question_id]}")
-  ids[question_id] = place
+def _resolve(config: ReaderConfig, layout: Layout) -> ReaderConfig:
+  """The config with the layout's columns, except where it names others."""
+  default = dataclasses.asdict(Columns())
+  chosen = {name: column for name, column in dataclasses.asdict(config.columns).items()
+            if column != default[name]}
+  if chosen and layout.adapt is not None:
+    raise ReaderError(f"columns={chosen}: this data set's columns are known; leave them as they are")
+  return dataclasses.replace(config, columns=dataclasses.replace(layout.columns, **chosen),
+                             meta=(*config.meta, *layout.meta))
 
 
-# ---- files to records ----
+def _columns(path: pathlib.Path, config: ReaderConfig,
+             layout: Layout) -> Callable[[Sequence[str]], list[str]]:
+  """Chooses a parquet file's columns: those that are named and there, top level only."""
+  if layout.adapt is None:
+    needed = (config.columns.text, config.columns.answers)
+    wanted = (*dataclasses.astuple(config.columns), *config.meta)
+    hint = "Map the columns in ReaderConfig.columns (config.data.columns)"
+  else:
+    needed, wanted = layout.needed, (*layout.needed, *layout.optional, *config.meta)
+    hint = "Is it another data set, or another version of this one?"
+  top_level = {name for column in wanted for name in (column, column.split(".")[0])}
 
-
-def _records(path: pathlib.Path, config: ReaderConfig) -> Iterator[tuple[int, Any]]:
-  """Rows from 1 with their record, or with a RecordError where the row could not be read."""
-  if not path.is_file():
-    raise ReaderError(f"{path} is not a file")
-  if path.suffix == ".jsonl":
-    return _json_lines(path)
-  if path.suffix == ".parquet":
-    return _parquet(path, config)
-  raise ReaderError(f"{path}: unknown type {path.suffix!r}; use .jsonl or .parquet")
-
-
-def _json_lines(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
-  with path.open("rb") as file:  # bytes: one line that is not UTF-8 must not spoil the others
-    for row, line in enumerate(file, 1):
-      if not line.strip():
-        continue
-      try:
-        yield row, json.loads(line.decode("utf-8"))
-      except UnicodeDecodeError as error:
-        yield row, RecordError(f"not UTF-8: {error.reason} at byte {error.start}")
-      except ValueError as error:
-        yield row, RecordError(f"not JSON: {error}")
-
-
-def _parquet(path: pathlib.Path, config: ReaderConfig) -> Iterator[tuple[int, Any]]:
-  import pyarrow as pa  # only who reads parquet needs it
-  import pyarrow.parquet as pq
-
-  try:
-    with pq.ParquetFile(path) as file:
-      columns = _parquet_columns(path, file.schema_arrow.names, config)
-      row = 0
-      for batch in file.iter_batches(batch_size=64, columns=columns):
-        for record in batch.to_pylist():
-          row += 1
-          yield row, record
-  except (pa.ArrowException, OSError) as error:
-    raise ReaderError(f"{path} cannot be read as parquet: {error}") from error
-
-
-def _parquet_columns(
-    path: pathlib.Path, names: Sequence[str], config: ReaderConfig) -> list[str]:
-  """The columns to read: those the config names and the file has, top level only."""
-  for column in (config.columns.text, config.columns.answers):
-    if column not in names and column.split(".")[0] not in names:
-      raise ReaderError(f"{path} has no column {column!r}; it has {list(names)}. Map the columns in "
-                        f"ReaderConfig.columns")
-  wanted = [*dataclasses.astuple(config.columns), *config.meta]
-  wanted = {name for column in wanted for name in (column, column.split(".")[0])}
-  return [name for name in names if name in wanted]
+  def choose(names: Sequence[str]) -> list[str]:
+    for column in needed:
+      if column not in names and column.split(".")[0] not in names:
+        raise ReaderError(f"{path} has no column {column!r}; it has {list(names)}. {hint}")
+    return [name for name in names if name in top_level]
+  return choose
 
 
 # ---- records to questions ----
 
 
-def _question(record: Any, path: pathlib.Path, row: int, config: ReaderConfig) -> Question:
+def _question(record: Any, path: pathlib.Path, row: int, config: ReaderConfig,
+              layout: Layout) -> Question:
   if isinstance(record, RecordError):
     raise record
   if not isinstance(record, Mapping):
     raise RecordError(f"a record must be an object, not {type(record).__name__}")
+  if layout.adapt is not None:
+    record = layout.adapt(record, path)
   columns = config.columns
   text = _field(record, columns.text)
   if not isinstance(text, str) or not text.strip():
@@ -246,7 +250,7 @@ def _question(record: Any, path: pathlib.Path, row: int, config: ReaderConfig) -
   try:
     return Question(
         id=_optional_text(record, columns.id) or f"{path.stem}-{row}", text=text,
-        images=_images(record, path, config), answers=_answers(record, config),
+        images=_images(record, path, config, layout.relocate), answers=_answers(record, config),
         kind=_optional_text(record, columns.kind) or "auto",
         options=tuple(str(option) for option in _as_list(_field(record, columns.options))),
         category=_optional_text(record, columns.category),
@@ -298,18 +302,43 @@ def _answers(record: Mapping[str, Any], config: ReaderConfig) -> tuple[str, ...]
   return tuple(answers)
 
 
-def _images(
-    record: Mapping[str, Any], path: pathlib.Path, config: ReaderConfig) -> tuple[ImageSource, ...]:
+def _images(record: Mapping[str, Any], path: pathlib.Path, config: ReaderConfig,
+            relocate: bool) -> tuple[ImageSource, ...]:
   folder = pathlib.Path(config.image_folder) if config.image_folder else path.parent
   sources = []
   for number, value in enumerate(_as_list(_field(record, config.columns.images))):
     try:
       source = _image_source(value, folder)
+      if relocate and isinstance(source, pathlib.Path):
+        source = _relocated(source, folder)
       _check_image(source, config.image_check)
     except ImageError as error:
       raise RecordError(f"image {number}: {error}") from error
+    if config.image_cache and isinstance(source, bytes):
+      source = _cached(source, pathlib.Path(config.image_cache))
     sources.append(source)
   return tuple(sources)
+
+
+def _relocated(source: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+  """The longest end of a path that exists below the folder; the path itself if none does."""
+  if source.exists():
+    return source
+  named = source.relative_to(folder) if source.is_relative_to(folder) else source
+  ends = (folder.joinpath(*named.parts[start:]) for start in range(1, len(named.parts)))
+  return next((end for end in ends if end.exists()), source)
+
+
+def _cached(image: bytes, folder: pathlib.Path) -> pathlib.Path:
+  """Writes an image under the name of its content, once."""
+  name = hashlib.sha256(image).hexdigest()
+  path = folder / name[:2] / name[2:34]
+  if not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")  # a run that dies here leaves no half image
+    part.write_bytes(image)
+    part.replace(path)
+  return path
 
 
 def _image_source(value: Any, folder: pathlib.Path) -> ImageSource:

@@ -93,8 +93,8 @@ def test_parquet_reads_only_the_mapped_columns(tmp_path):
   path = tmp_path / "q.parquet"
   pq.write_table(pa.Table.from_pylist([record(reward={"gold": "1"}, big="x" * 1000)]), path)
   config = readers.ReaderConfig(columns=readers.Columns(answers="reward.gold"))
-  assert readers._parquet_columns(path, ["question", "answer", "reward", "big"], config) == [
-      "question", "reward"]
+  choose = readers._columns(path, config, readers.OWN)
+  assert choose(["question", "answer", "reward", "big"]) == ["question", "reward"]
   (question,), _ = read(path, config)
   assert question.answers == ("1",)
 

@@ -1,0 +1,119 @@
+"""Files of records: JSON lines, JSON, tab-separated values and parquet, read piece by piece.
+
+In: paths of files or folders. Out: rows, counted from 1, with their record, or with a RecordError
+where a single row could not be read. Only JSON that is not in lines is held in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+# In a folder the files of the first type that it has are read: data sets keep previews and
+# annotations beside their records.
+TYPES = (".parquet", ".jsonl", ".tsv", ".json")
+_ROWS = 16  # of parquet at a time: with an image of 20 MB each that is much already
+_BUFFER = 1 << 20  # bytes of a column read ahead; without it a whole row group is
+
+
+class ReaderError(ValueError):
+  """A file that cannot be read at all, or a config that does not fit it."""
+
+
+class RecordError(ValueError):
+  """One bad record; the message is the reason."""
+
+
+def expand(paths: str | pathlib.Path | Iterable[str | pathlib.Path]) -> list[pathlib.Path]:
+  """Files as they are given; of a folder, its files (those in folders below too) by name.
+
+  Raises:
+    ReaderError: a path does not exist, or a folder holds no file of a known type.
+  """
+  files: list[pathlib.Path] = []
+  for path in [paths] if isinstance(paths, (str, pathlib.Path)) else paths:
+    path = pathlib.Path(path)
+    if not path.is_dir():
+      files.append(path)
+      continue
+    found = [sorted(path.rglob(f"*{suffix}")) for suffix in TYPES]
+    if not any(found):
+      raise ReaderError(f"{path} holds no file of type {', '.join(TYPES)}")
+    files += next(group for group in found if group)
+  return files
+
+
+def records(path: pathlib.Path, choose_columns: Callable[[Sequence[str]], Sequence[str]],
+            types: Sequence[str] = TYPES) -> Iterator[tuple[int, Any]]:
+  """Rows of a file.
+
+  Args:
+    path: the file.
+    choose_columns: which of a parquet file's columns to read; may raise ReaderError.
+    types: suffixes that are known to the caller.
+
+  Raises:
+    ReaderError: there is no such file, its type is unknown, or it is broken as a whole.
+  """
+  if not path.is_file():
+    raise ReaderError(f"{path} is not a file")
+  if path.suffix not in types:
+    raise ReaderError(f"{path}: unknown type {path.suffix!r}; use {' or '.join(types)}")
+  if path.suffix == ".parquet":
+    return _parquet(path, choose_columns)
+  return {".jsonl": _json_lines, ".json": _json, ".tsv": _tab_separated}[path.suffix](path)
+
+
+def _json_lines(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+  with path.open("rb") as file:  # bytes: one line that is not UTF-8 must not spoil the others
+    for row, line in enumerate(file, 1):
+      if not line.strip():
+        continue
+      try:
+        yield row, json.loads(line.decode("utf-8"))
+      except UnicodeDecodeError as error:
+        yield row, RecordError(f"not UTF-8: {error.reason} at byte {error.start}")
+      except ValueError as error:
+        yield row, RecordError(f"not JSON: {error}")
+
+
+def _json(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+  try:
+    content = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise ReaderError(f"{path} is not JSON: {error}") from error
+  yield from enumerate(content if isinstance(content, list) else [content], 1)
+
+
+def _tab_separated(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+  csv.field_size_limit(2**31 - 1)  # images stand in the cells, as base64
+  with path.open(encoding="utf-8", errors="replace", newline="") as file:
+    reader = csv.DictReader(file, delimiter="\t", restkey=None)
+    try:
+      for row, record in enumerate(reader, 1):
+        if None in record or None in record.values():
+          yield row, RecordError(f"has not the {len(reader.fieldnames or ())} cells of the header")
+        else:
+          yield row, record
+    except csv.Error as error:
+      raise ReaderError(f"{path} cannot be read as tab-separated values: {error}") from error
+
+
+def _parquet(path: pathlib.Path,
+             choose_columns: Callable[[Sequence[str]], Sequence[str]]) -> Iterator[tuple[int, Any]]:
+  import pyarrow as pa  # only who reads parquet needs it
+  import pyarrow.parquet as pq
+
+  try:
+    with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+      columns = choose_columns(file.schema_arrow.names)
+      row = 0
+      for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
+        for record in batch.to_pylist():
+          row += 1
+          yield row, record
+  except (pa.ArrowException, OSError) as error:
+    raise ReaderError(f"{path} cannot be read as parquet: {error}") from error

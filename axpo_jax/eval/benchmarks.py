@@ -1,0 +1,147 @@
+"""The paper's nine benchmarks: how each is read and scored.
+
+In: the name of a benchmark, and the files of its public release. Out: `Question`s that carry what the
+official scoring needs, `Score`s of answers to them, and the numbers a benchmark reports beyond
+Pass@k. Sampling is the same for all (`config.eval`), and so are the tools.
+
+  benchmark = BENCHMARKS["hrbench_4k"]
+  questions = list(benchmark.read("hr_bench_4k.parquet"))     # or a folder, or several files
+  score = await benchmark.score(question, answer, judge)      # answer: Rollout.answer, may be None
+  clusters = [benchmarks.group(question) for question in questions]     # for eval.passk
+  more = benchmark.details([(question, scores), ...], prefix="eval/hrbench_4k")
+
+`Score.value` is what Pass@k averages. `judge` (an `eval.judge.Judge`, or None) is asked only by
+benchmarks with `judged`, and only where the rules find no match; a judge that fails is counted in
+`details` and never fatal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from axpo_jax.data import adapters
+from axpo_jax.data.question import Question
+from axpo_jax.data.readers import ReaderConfig, ReadReport
+from axpo_jax.eval import scoring
+from axpo_jax.eval.judge import Judge, JudgeError
+from axpo_jax.eval.scoring import Score
+
+# Metric names of what variants of one question share.
+ALL_CYCLES = "all_cycles_right"
+WORST_CASE = "worst_case"
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+  """One benchmark.
+
+  Attributes:
+    name: its key in BENCHMARKS and in metric names; also the adapter that reads it.
+    title: as the paper's tables head its column.
+    category: "reasoning", "perception" or "search", as the paper groups them.
+    judged: a judge may decide where no rule matches.
+    reports_f1: token F1 is part of its official scoring; without a judge it is the value.
+    variants: metric name of "right in all variants of a question"; "" where there are none.
+  """
+
+  name: str
+  title: str
+  category: str
+  judged: bool = False
+  reports_f1: bool = False
+  variants: str = ""
+
+  def read(self, paths: str | Path | Iterable[str | Path], config: ReaderConfig | None = None,
+           report: ReadReport | None = None) -> Iterator[Question]:
+    """Streams its questions; see `data.adapters.read`."""
+    return adapters.read(self.name, paths, config, report)
+
+  async def score(self, question: Question, answer: str | None, judge: Judge | None = None) -> Score:
+    """Scores one answer (the text inside \\boxed{}; None where a response gave none)."""
+    f1 = None
+    if self.reports_f1:
+      f1 = scoring.token_f1(answer, question.answers) if scoring.is_scorable(answer) else 0.0
+    if not scoring.is_scorable(answer):
+      return Score(0.0, scoring.NO_ANSWER, f1)
+    if scoring.right_by_rule(question, answer):
+      return Score(1.0, scoring.RULE, f1)
+    if self.judged and judge is not None:
+      try:
+        right = await judge(question.text, question.answers, answer)
+      except JudgeError:
+        return Score(0.0, scoring.JUDGE_FAILED, f1)
+      return Score(float(right), scoring.JUDGE, f1)
+    return Score(f1, scoring.F1, f1) if self.reports_f1 else Score(0.0, scoring.RULE, f1)
+
+  def details(self, results: Iterable[tuple[Question, Sequence[Score]]], *,
+              prefix: str) -> dict[str, float]:
+    """What the benchmark reports beyond Pass@k.
+
+    Args:
+      results: every question with the scores of its rollouts; questions without any are left out.
+      prefix: first part of the names.
+
+    Returns:
+      {prefix}/{category}/pass_at_1 by the benchmark's own categories; {prefix}/all_cycles_right or
+      worst_case: share of questions that are right in all variants; {prefix}/f1;
+      {prefix}/judged_share and {prefix}/judge_failed (a count) where a judge was asked.
+    """
+    results = [(question, scores) for question, scores in results if scores]
+    out = {f"{prefix}/{_slug(category)}/pass_at_1": value
+           for category, value in _by_category(results).items()}
+    every = [score for _, scores in results for score in scores]
+    if self.variants and results:
+      out[f"{prefix}/{self.variants}"] = _all_variants(results)
+    if self.reports_f1 and every:
+      out[f"{prefix}/f1"] = math.fsum(score.f1 or 0.0 for score in every) / len(every)
+    if self.judged and every:
+      asked = [score.how for score in every if score.how in (scoring.JUDGE, scoring.JUDGE_FAILED)]
+      out[f"{prefix}/judged_share"] = len(asked) / len(every)
+      out[f"{prefix}/judge_failed"] = float(asked.count(scoring.JUDGE_FAILED))
+    return out
+
+
+def group(question: Question) -> Hashable:
+  """What variants of one question share (option cycles, DynaMath's seeds); else its own id."""
+  return question.meta.get("group") or question.id
+
+
+def _by_category(results: Sequence[tuple[Question, Sequence[Score]]]) -> dict[str, float]:
+  rates = defaultdict(list)
+  for question, scores in results:
+    if question.category:
+      rates[question.category].append(_rate(scores))
+  return {category: math.fsum(values) / len(values) for category, values in sorted(rates.items())}
+
+
+def _all_variants(results: Sequence[tuple[Question, Sequence[Score]]]) -> float:
+  rates = defaultdict(list)
+  for question, scores in results:
+    rates[group(question)].append(_rate(scores))
+  return scoring.all_variants_right(rates)
+
+
+def _rate(scores: Sequence[Score]) -> float:
+  return math.fsum(score.value for score in scores) / len(scores)
+
+
+def _slug(category: str) -> str:
+  return re.sub(r"\W+", "_", category.strip().lower()).strip("_")
+
+
+BENCHMARKS = {benchmark.name: benchmark for benchmark in (
+    Benchmark("mathvision", "MathVision", "reasoning"),
+    Benchmark("dynamath", "DynaMath", "reasoning", variants=WORST_CASE),
+    Benchmark("mathvr", "Math-VR", "reasoning"),
+    Benchmark("vstar", "V*", "perception"),
+    Benchmark("visualprobe_bench", "VisualProbe", "perception", judged=True),
+    Benchmark("hrbench_4k", "HR-Bench 4K", "perception", variants=ALL_CYCLES),
+    Benchmark("hrbench_8k", "HR-Bench 8K", "perception", variants=ALL_CYCLES),
+    Benchmark("hr_mmsearch", "HR-MMSearch", "search", judged=True),
+    Benchmark("mmsearch", "MMSearch", "search", judged=True, reports_f1=True),
+)}
