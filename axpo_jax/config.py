@@ -269,8 +269,12 @@ def _rollout() -> ConfigDict:
       push_folder="",         # trainer and servers both see it (tmpfs, NFS); "" = in the workdir
       push_dtype="bfloat16",  # of the pushed weights; float32 for servers that run in float32
       push_delta=True,        # write only the tensors that changed
+      push_shard_bytes=1 << 30,  # size of a pushed file
+      push_writers=4,         # files written at once: so many shards are in host memory
       verify=True,            # compare the servers' checksums after each push
       image_folder="",        # both see it: images go as files; "" = within each request
+      router_url="",          # SGLang's router before the servers in `urls`, if one runs: it then
+                              # chooses who samples (weights still go to each of `urls`)
       request_s=600.0,        # seconds one request may take at one server
       attempts=3,             # servers a request is tried on
       drain_s=120.0,          # seconds an update waits for running samples; then they are redrawn

@@ -159,13 +159,14 @@ def engine(config: ConfigDict, bench: Workbench, params: nnx.State, urls: Sequen
     return _embedded(config, bench, params)
   s = config.rollout.sglang
   push = PushConfig(folder=os.path.abspath(s.push_folder or folder / "push"), dtype=s.push_dtype,
-                    delta=s.push_delta, skip_vision=config.model.freeze_vision)
+                    delta=s.push_delta, skip_vision=config.model.freeze_vision,
+                    shard_bytes=s.push_shard_bytes, writers=s.push_writers)
   if not distributed.is_main():
     return distributed.Follower(PushFolder(push, bench.model_config).write)
   return SGLangEngine(urls, bench.model_config, SGLangConfig(
     push=push, length=s.length, fleet=FleetConfig(**s.fleet), request_s=s.request_s,
     attempts=s.attempts, drain_s=s.drain_s, load_s=s.load_s, verify=s.verify,
-    image_folder=s.image_folder, api_key=os.environ.get(API_KEY_VARIABLE, "")))
+    image_folder=s.image_folder, router_url=s.router_url, api_key=os.environ.get(API_KEY_VARIABLE, "")))
 
 
 def _embedded(config: ConfigDict, bench: Workbench, params: nnx.State) -> Engine:
