@@ -22,6 +22,7 @@ import PIL.Image
 
 from axpo_jax.agent.parse import SpecialIds
 from axpo_jax.agent.rollout import Rollout
+from axpo_jax.agent.token_texts import token_texts
 from axpo_jax.agent.transcript import EpisodeImage, Kind, Outcome, Transcript, TranscriptError
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageLimits, ImageProcessor, image_key
@@ -125,21 +126,23 @@ def dump_rollouts(path: str | os.PathLike, rollouts: Sequence[Rollout], *,
   Args:
     path: of the .jsonl file; an existing one is replaced.
     rollouts: in the order to write.
-    chat: with it a readable .txt is written too.
+    chat: with it a readable .txt is written too, and every transcript gets "pieces", the text of
+      each of its tokens: who reads the dump then needs no tokenizer.
     extra: one JSON-able dict per rollout (group, branch, advantage, ...), kept under "extra".
     originals: see `transcript_to_json`.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   store = ImageStore(path.parent / "images")
-  lines, pages = [], []
+  lines, pages, known = [], [], {}
   for rollout, more in zip(rollouts, extra or itertools.repeat({}, len(rollouts)), strict=True):
     record = rollout.to_json() | {
         "extra": more, "transcript": transcript_to_json(rollout.transcript, store,
                                                         originals=originals)}
-    lines.append(json.dumps(record, allow_nan=False))
     if chat is not None:
+      record["transcript"]["pieces"] = token_texts(rollout.transcript.ids, chat.decode, known)
       pages.append(_page(rollout, more, chat))
+    lines.append(json.dumps(record, allow_nan=False))
   _write_text(path, "".join(f"{line}\n" for line in lines))
   if chat is not None:
     _write_text(path.with_suffix(".txt"), "\n".join(pages))
@@ -155,14 +158,26 @@ def load_rollouts(path: str | os.PathLike, processor: ImageProcessor) -> Iterato
   store = ImageStore(path.parent / "images")
   with path.open() as lines:
     for number, line in enumerate(lines, 1):
-      try:
-        record = json.loads(line)
-        record.pop("extra", None)
-        transcript = transcript_from_json(record.pop("transcript"), store, processor)
-        rollout = Rollout.from_json(record, transcript)
-      except (ValueError, KeyError, TypeError) as error:
-        raise TranscriptError(f"{path}, line {number}: {error}") from error
-      yield rollout
+      yield rollout_from_line(line, store, processor, f"{path}, line {number}")
+
+
+def rollout_from_line(line: str | bytes, store: ImageStore, processor: ImageProcessor,
+                      place: str) -> Rollout:
+  """One rollout of a dump.
+
+  Args:
+    place: where the line stands, for the message.
+
+  Raises:
+    TranscriptError: the line is damaged.
+  """
+  try:
+    record = json.loads(line)
+    record.pop("extra", None)
+    transcript = transcript_from_json(record.pop("transcript"), store, processor)
+    return Rollout.from_json(record, transcript)
+  except (ValueError, KeyError, TypeError) as error:
+    raise TranscriptError(f"{place}: {error}") from error
 
 
 def readable(transcript: Transcript, chat: Chat,

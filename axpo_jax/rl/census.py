@@ -19,6 +19,9 @@ from axpo_jax.rl.credit import PREFIX, Credit
 # Stop reasons that mean "ran out of room"; the names are the episode loop's.
 TRUNCATED_STOPS = frozenset({"turn_limit", "token_limit", "length"})
 
+# By these words thinking mentions a tool: mention_without_call_rate.
+TOOL_WORDS = ("zoom", "tool", "search", "python", "crop")
+
 # Of the statistics of ordinary rollouts and of resampling, those that are told by family too.
 BY_FAMILY = (
   "questions", "reward_mean", "tool_attempt_rate", "tool_success_rate", "no_tool_success_rate",

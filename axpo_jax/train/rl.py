@@ -87,7 +87,7 @@ class Loop:
       chunk=config.batch.logprob_chunk)
     self.reference = build.load_params(bench, policy, config.seed)
     self.state: TrainState = self.learner.init(copy_params(self.reference), config.seed)
-    self.questions = build.question_batches(config)
+    self.questions = build.question_batches(config, bench.folder)
     self.engine = build.engine(config, bench, self.reference, urls, workdir)
     # Of several processes only the main one collects.
     self.actor = build.actor(config, bench, self.engine) if distributed.is_main() else None
@@ -159,7 +159,7 @@ class Loop:
     """Credit, batches and `rl.updates` optimizer steps; none if every rollout failed."""
     config = self.config
     kept = [group for group in groups if group.rollouts]
-    credits = credit.assign_credit([self._outcome(group) for group in kept], self.recipe.credit)
+    credits = self.credits(kept)
     trained = examples.credited(kept, credits, self.bench.model_config.image_token_id,
                                 self.steps_done)
     metrics = census.credit_census(credits)
@@ -173,6 +173,11 @@ class Loop:
       self.state, result = self.learner.update(self.state, batches)
       logged.append(self.learner.metrics(result, batches, self.workdir / "nonfinite"))
     return metrics | _joined(logged)
+
+  def credits(self, groups: list[Group]) -> list[credit.Credit]:
+    """Who learns with which advantage; groups that lost every rollout have none."""
+    return credit.assign_credit([self._outcome(group) for group in groups if group.rollouts],
+                                self.recipe.credit)
 
   def _outcome(self, group: Group) -> credit.GroupOutcome:
     def shaped(rollouts):
@@ -234,6 +239,7 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
   folder = root / "rl"
   with (build.servers(config, policy, folder) as urls,
         Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints):
+    distributed.on_main(build.tell, build.screened(config, bench.folder)[1], folder)
     loop = Loop(config, bench, policy, folder, urls)
     if checkpoints.latest() is not None:
       restored = checkpoints.restore(loop.learner.abstract_state(), iterator=loop.questions)
@@ -253,7 +259,7 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
   config = loop.config
   if not distributed.on_main(lambda: evaluate.measured(read_metrics(writer.path), first_step)):
     writer.write(first_step, await loop.evaluate())
-  trained = build.question_batches(config)  # what a checkpoint holds: see Collected.position
+  trained = build.question_batches(config, loop.bench.folder)  # what a checkpoint holds: see Collected.position
   ahead = Ahead(loop.collect, loop.steps_done, config.rl.steps)
 
   def collected():
@@ -273,7 +279,8 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
         _watch(metrics, config.log)
         writer.write(first_step + done, metrics)
         if _due(done, config.log.dump_every) and distributed.is_main():
-          dump(batch.groups, loop.workdir / "rollouts" / f"step_{done:06d}.jsonl", loop.bench.chat)
+          dump(batch.groups, loop.credits(batch.groups),
+               loop.workdir / "rollouts" / f"step_{done:06d}.jsonl", loop.bench.chat)
         if last or _due(done, config.checkpoint.every):
           trained.set_state(batch.position)
           checkpoints.save(done, loop.state, host={"stage": "rl"}, iterator=trained)
@@ -305,16 +312,21 @@ def _watch(metrics: dict[str, float], log: ConfigDict) -> None:
   logging.warning(message)
 
 
-def dump(groups: list[Group], path: pathlib.Path, chat: Chat) -> None:
-  """All rollouts of a step as JSON lines, readable text and images."""
+def dump(groups: list[Group], credits: Sequence[credit.Credit], path: pathlib.Path,
+         chat: Chat) -> None:
+  """All rollouts of a step as JSON lines, readable text and images; `credits` are in their order."""
   rollouts, notes = [], []
   for number, group in enumerate(groups):
+    question = {"group": number, "category": group.question.category,
+                "acting": group.question.acting, "gold": list(group.question.answers)}
     for i, rollout in enumerate(group.rollouts):
       rollouts.append(rollout)
-      notes.append({"group": number, "rollout": i})
+      notes.append({**question, "rollout": i})
     for b, branch in enumerate(group.branches):
       for k, rollout in enumerate(branch.rollouts):
         rollouts.append(rollout)
-        notes.append({"group": number, "branch": b, "source": branch.source,
+        notes.append({**question, "branch": b, "source": branch.source,
                       "prefix_end": branch.prefix_end, "continuation": k})
+  for note, earned in zip(notes, credits, strict=True):
+    note |= {"region": earned.region, "advantage": earned.advantage}
   dump_rollouts(path, rollouts, extra=notes, chat=chat)
