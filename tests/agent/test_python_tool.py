@@ -1,6 +1,9 @@
 """The python tool: state, output, figures, time limits, death, and being rebuilt."""
 
 import asyncio
+import os
+import subprocess
+import sys
 
 import numpy as np
 import PIL.Image
@@ -211,3 +214,18 @@ def test_an_episode_continued_from_inside_its_second_call(world, scripted, pytho
   engine = scripted([world.ids(rest), world.ids(ANSWER.format(2000))])
   resumed = asyncio.run(world.resume(t.cut(end), engine, tools=tools))
   assert "<tool_response>\n2000\n</tool_response>" in world.chat.decode(resumed.transcript.ids)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="kernels of an ordinary user run as that user")
+def test_packages_that_only_root_can_read_are_named(tmp_path, python_isolation):
+  if python_isolation != "namespaces":
+    pytest.skip("this host forbids namespaces")
+  folder = tmp_path / "site-packages"
+  folder.mkdir(mode=0o700)
+  script = ("import site; from axpo_jax.agent.tools.sandbox import isolation\n"
+            f"packages = [*site.getsitepackages(), {str(folder)!r}]\n"
+            "site.getsitepackages = lambda: packages\n"
+            "isolation.enter_empty_world()\n"
+            "isolation.check_readable()")
+  done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+  assert "IsolationError" in done.stderr and f"cannot read {folder}" in done.stderr

@@ -83,17 +83,20 @@ def drop_root() -> None:
 
 
 def check_readable() -> None:
-  """Raises IsolationError where a kernel of a root trainer could not read this Python.
+  """Raises IsolationError where a kernel of a root trainer could not read this Python's packages.
 
-  With namespaces it can: the folders above are not the host's.
+  In an empty world it can walk through the folders above, but not into one that is root's alone.
   """
+  folders = [os.path.dirname(os.__file__), *filter(os.path.isdir, site.getsitepackages())]
   child = os.fork()
   if child == 0:
     drop_root()
-    os._exit(not os.access(os.path.join(os.path.dirname(os.__file__), "secrets.py"), os.R_OK))
-  if os.waitpid(child, 0)[1]:
+    readable = [os.access(folder, os.R_OK | os.X_OK) for folder in folders]
+    os._exit(0 if all(readable) else 1 + readable.index(False))
+  if failed := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
     raise IsolationError(f"the trainer is root, so its kernels run as user {NOBODY}, who cannot "
-                         f"read {os.path.dirname(os.__file__)}: use a Python outside of root's home")
+                         f"read {folders[failed - 1]}: give others the right to read it, or use a "
+                         "Python outside of root's home")
 
 
 def unshare_cell(proc: int) -> None:

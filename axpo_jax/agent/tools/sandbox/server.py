@@ -68,8 +68,7 @@ def main(descriptor: int) -> None:
     isolation.adopt_orphans()
     if settings.isolation == NAMESPACES:
       isolation.enter_empty_world()
-    else:
-      isolation.check_readable()
+    isolation.check_readable()
   except (IsolationError, ImportError, OSError) as error:
     wire.send(control, {"error": f"{type(error).__name__}: {error}"})
     return
