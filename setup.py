@@ -7,8 +7,8 @@ from setuptools import find_packages, setup
 _HERE = pathlib.Path(__file__).parent
 
 
-def _requirements() -> list[str]:
-  lines = (_HERE / "requirements.txt").read_text().splitlines()
+def _requirements(file: str = "requirements.txt") -> list[str]:
+  lines = (_HERE / file).read_text().splitlines()
   names = (line.partition("#")[0].strip() for line in lines)
   return [name for name in names if name and not name.startswith("-")]
 
@@ -41,9 +41,12 @@ setup(
   extras_require={
     "aot": _AOT,
     "cuda": ["jax[cuda12]>=0.10,<0.11"],
+    # For the servers' environment, which is best one of its own: docs/sidecar.md.
+    "sglang": _requirements("requirements-sidecar.txt"),
     "tpu": ["jax[tpu]>=0.10,<0.11"],
     "tools": _TOOLS,
     # torch is here to compare with: the port's second implementation. Never imported by the package.
-    "test": [*_AOT, *_TOOLS, "hypothesis>=6.100", "pytest>=8", "ruff>=0.9", "torch==2.13.0"],
+    "test": [*_AOT, *_TOOLS, "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9",
+             "torch==2.13.0"],
   },
 )
