@@ -10,7 +10,12 @@ import pathlib
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
-STAGES = ("sft", "rl", "eval")
+STAGES = ("teach", "sft", "screen", "rl", "eval")
+TEACHERS = ("scripted", "policy", "openai")
+SFT_SOURCES = ("jsonl", "shards", "teacher")
+# The paper's nine, by their names in eval.benchmarks.
+BENCHMARKS = ("mathvision", "dynamath", "mathvr", "vstar", "visualprobe_bench", "hrbench_4k",
+              "hrbench_8k", "hr_mmsearch", "mmsearch")
 DATA_SOURCES = ("jsonl", "parquet", "miniworld")
 ALGORITHMS = ("axpo", "grpo")
 SEARCH_BACKENDS = ("tavily", "local", "recorded", "miniworld")
@@ -26,7 +31,8 @@ def base_config() -> ConfigDict:
   """The paper's values for an 8B policy; experiments in `configs/` derive from it."""
   c = ConfigDict()
   c.seed = 0
-  # What to do, in order: "sft", "rl" (which evaluates at its start and end), "eval" (only that).
+  # What to do, in order: "teach" (a teacher samples the training questions), "sft", "screen" (the
+  # policy at hand samples them), "rl" (which evaluates at its start and end), "eval" (only that).
   c.stages = ("rl",)
 
   c.model = _model()
@@ -39,7 +45,9 @@ def base_config() -> ConfigDict:
   c.rl = _rl()
   c.optimizer = _optimizer(learning_rate=1e-6, schedule="constant", warmup=0.0)
   c.batch = _batch()
+  c.teach = _teach()
   c.sft = _sft()
+  c.screen = _screen()
   c.eval = _eval()
 
   # Steps between checkpoints, and how many to keep.
@@ -76,12 +84,11 @@ def validate(config: ConfigDict) -> None:
   if data.source not in DATA_SOURCES:
     raise ConfigError(f"config.data.source={data.source!r}; choose one of {DATA_SOURCES}")
   if data.source != "miniworld":
-    if "rl" in config.stages:
+    if {"teach", "screen", "rl"} & set(config.stages):
       _require_file("config.data.path", data.path)
-    if {"rl", "eval"} & set(config.stages):
+    if "rl" in config.stages or ("eval" in config.stages and not config.eval.benchmarks):
       _require_file("config.data.eval_path", data.eval_path)
-  if "sft" in config.stages and config.sft.source == "jsonl":
-    _require_file("config.sft.path", config.sft.path)
+  _validate_stages(config)
   longest = config.agent.max_total_tokens
   if "rl" in config.stages and longest > config.batch.length:
     raise ConfigError(f"an episode of config.agent.max_total_tokens={longest} tokens does not fit a "
@@ -92,7 +99,7 @@ def validate(config: ConfigDict) -> None:
     raise ConfigError(f"an episode of config.agent.max_total_tokens={longest} tokens does not fit "
                       f"config.rollout.sglang.length={config.rollout.sglang.length}: raise the latter")
   if (config.rollout.engine == "sglang" and not config.rollout.urls and not model.checkpoint
-      and config.stages[0] != "sft"):
+      and not _begins_without_policy(config)):
     raise ConfigError("servers start from a checkpoint folder: set config.model.checkpoint, or name "
                       "running ones in config.rollout.urls")
   if config.rollout.staleness < 0:
@@ -102,6 +109,57 @@ def validate(config: ConfigDict) -> None:
   _validate_tools(config)
   if config.rl.algorithm not in ALGORITHMS:
     raise ConfigError(f"config.rl.algorithm={config.rl.algorithm!r}; choose one of {ALGORITHMS}")
+
+
+def _begins_without_policy(config: ConfigDict) -> bool:
+  """Whether SFT makes the policy before anything samples from it."""
+  stages = [stage for stage in config.stages
+            if not (stage == "teach" and config.teach.engine != "policy")]
+  return stages[:1] == ["sft"]
+
+
+def _validate_stages(config: ConfigDict) -> None:
+  """What single stages read."""
+  stages, sft, teach = config.stages, config.sft, config.teach
+  if "teach" in stages:
+    if teach.engine not in TEACHERS:
+      raise ConfigError(f"config.teach.engine={teach.engine!r}; choose one of {TEACHERS}")
+    if teach.engine == "scripted" and config.data.source != "miniworld":
+      raise ConfigError("config.teach.engine='scripted' knows the miniature world alone: choose "
+                        "'policy' or 'openai'")
+    if teach.engine == "openai" and not (teach.url and teach.model):
+      raise ConfigError(f"config.teach.url={teach.url!r} and config.teach.model={teach.model!r}: set "
+                        "both, such as http://localhost:8000/v1 and the model's name there")
+  if "sft" in stages:
+    if sft.source not in SFT_SOURCES:
+      raise ConfigError(f"config.sft.source={sft.source!r}; choose one of {SFT_SOURCES}")
+    if sft.source == "jsonl":
+      _require_file("config.sft.path", sft.path)
+    if sft.source == "shards" and not sft.path and "teach" not in stages[:stages.index("sft")]:
+      raise ConfigError("config.sft.path is empty: set it to a folder of sampled shards (the "
+                        "teach/shards of another run), or put 'teach' before 'sft' in config.stages")
+    if sft.source == "shards":
+      _require_folder("config.sft.path", sft.path)
+  for name in ("policy", "teacher"):
+    _require_folder(f"config.rl.filter.{name}", config.rl.filter[name])
+  if "eval" in stages:
+    _validate_benchmarks(config.eval)
+
+
+def _validate_benchmarks(section: ConfigDict) -> None:
+  if unknown := sorted(set(section.benchmarks) - set(BENCHMARKS)):
+    raise ConfigError(f"config.eval.benchmarks names {unknown}; there are {BENCHMARKS}")
+  if section.benchmarks and not section.folder:
+    raise ConfigError("config.eval.folder is empty: set it to the folder that holds one folder for "
+                      f"each of config.eval.benchmarks={tuple(section.benchmarks)}")
+  for name in section.benchmarks:
+    if not (pathlib.Path(section.folder) / name).is_dir():
+      raise ConfigError(f"config.eval.folder={section.folder!r} has no folder {name!r}: put that "
+                        "benchmark's files there (docs/data.md), or leave it out of "
+                        "config.eval.benchmarks")
+  if bool(section.judge.url) != bool(section.judge.model):
+    raise ConfigError(f"config.eval.judge.url={section.judge.url!r} and "
+                      f"config.eval.judge.model={section.judge.model!r}: set both or neither")
 
 
 def _validate_tools(config: ConfigDict) -> None:
@@ -342,6 +400,13 @@ def _rl() -> ConfigDict:
       tis_mask=placeholder(float),  # leave out sequences further apart than this factor; None = off
       aggregation="token_mean",  # or "sequence_mean"
     )),
+    # Training questions that are left out, by what sampling them showed (docs/chain.md).
+    filter=ConfigDict(dict(
+      policy="",              # folder of shards of the policy; "" = this run's stage "screen", if any
+      teacher="",             # folder of shards of the teacher; "" = this run's "teach", if any
+      solved=1.0,             # out if the policy is right in at least this share [paper: 4 of 4]
+      hopeless=0.0,           # out if the teacher is right in at most this share [paper: 0 of 4]
+    )),
     # The fields of rl.recipes.ShapingConfig: rewards of neighbouring recipes, off in the paper's.
     shaping=ConfigDict(dict(
       tool_bonus=0.0,         # added to a tool-using rollout's reward
@@ -376,10 +441,34 @@ def _batch() -> ConfigDict:
   ))
 
 
+def _teach() -> ConfigDict:
+  return ConfigDict(dict(
+    engine="policy",          # config.model by config.rollout; "openai": an endpoint; or "scripted"
+    questions=0,              # the first so many training questions; 0 = all
+    rollouts=4,               # trajectories a question [paper]
+    shard=32,                 # questions of a shard: what a kill can cost
+    # Of "openai": a chat endpoint that takes images. Its key is read from AXPO_TEACHER_API_KEY.
+    url="",                   # such as http://localhost:8000/v1
+    model="",                 # its name there
+    max_concurrent=64,        # requests at once
+    extensions=True,          # send top_k and skip_special_tokens, which vLLM and SGLang know
+  ))
+
+
+def _screen() -> ConfigDict:
+  return ConfigDict(dict(
+    questions=0,              # the first so many training questions; 0 = all. RL sees these alone
+    rollouts=4,               # a question [paper]
+    shard=32,                 # questions of a shard
+  ))
+
+
 def _sft() -> ConfigDict:
   return ConfigDict(dict(
-    source="jsonl",           # trajectories as rollout dumps ("jsonl"), or the scripted "teacher"
-    path="",
+    # Trajectories of one rollout dump ("jsonl"), of sampled "shards", or of the scripted "teacher",
+    # made as they are needed.
+    source="jsonl",
+    path="",                  # the dump, or the shards' folder; "" = the shards of this run's "teach"
     steps=1500,               # optimizer steps; 3 epochs [paper] of 64,274 trajectories
     examples=128,             # trajectories a step
     max_length=20_480,        # longer trajectories are dropped whole [paper]
@@ -397,6 +486,14 @@ def _sft() -> ConfigDict:
 
 def _eval() -> ConfigDict:
   return ConfigDict(dict(
+    # Benchmarks of the stage "eval" (BENCHMARKS), each in a folder of its name in `folder`; none:
+    # held-out questions, which RL measures too.
+    benchmarks=(),
+    folder="",
+    # An OpenAI-compatible endpoint that decides where no rule does; "" = none. Its key is read from
+    # AXPO_JUDGE_API_KEY.
+    judge=ConfigDict(dict(url="", model="")),
+    shard=32,                 # questions of a shard: what a kill can cost
     questions=512,            # held-out questions
     rollouts=4,               # [paper]
     max_turns=5,              # [paper]

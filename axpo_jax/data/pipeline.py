@@ -52,6 +52,26 @@ class MiniWorldSource:
     return world.make_question(self.seed, index, self.config, self.split)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+  """Some questions of a source, by their places; `ids` says which ones they must be."""
+
+  source: Source[Question]
+  places: Sequence[int]
+  ids: Sequence[str]
+
+  def __len__(self) -> int:
+    return len(self.places)
+
+  def __getitem__(self, index: int) -> Question:
+    place, wanted = self.places[index], self.ids[index]
+    question = self.source[place] if place < len(self.source) else None
+    if question is None or question.id != wanted:
+      raise PipelineError(f"question {place} of the source is {question and question.id!r}, but the "
+                          f"records were made for {wanted!r}: they belong to other data")
+    return question
+
+
 def question_batches(
     source: Source[Question], batch_size: int, *, seed: int, epochs: int | None = None,
     threads: int = 1, prefetch: int = 2) -> grain.DatasetIterator[Sequence[Question]]:

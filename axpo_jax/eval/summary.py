@@ -59,6 +59,49 @@ def table(lines: Sequence[Mapping]) -> str:
   return "\n".join(parts)
 
 
+def results_table(results: Mapping[str, Mapping[str, float]]) -> str:
+  """One evaluation as the paper's tables have it: a row a benchmark, and their mean.
+
+  Args:
+    results: what `evaluate.result` gives, by benchmark.
+  """
+  most = max((int(name.removeprefix("pass_at_")) for result in results.values() for name in result
+              if re.fullmatch(r"pass_at_\d+", name)), default=1)
+  ks = [k for k in dict.fromkeys((1, 4, most)) if any(f"pass_at_{k}" in r for r in results.values())]
+  rows = [("%", *(f"Pass@{k}" for k in ks), "tool use", "questions", "failed rollouts")]
+  for name, result in results.items():
+    rows.append((name, *(_with_error(result, f"pass_at_{k}") for k in ks),
+                 _number(result.get("tool_attempt_rate")), f"{result['questions']:.0f}",
+                 f"{result['failed']:.0f} of {result['rollouts']:.0f}"))
+  if len(results) > 1:
+    mean = _mean_of(results.values(), [*(f"pass_at_{k}" for k in ks), "tool_attempt_rate"])
+    rows.append(("mean", *(_with_error(mean, f"pass_at_{k}") for k in ks),
+                 _number(mean.get("tool_attempt_rate")), "", ""))
+  return _rendered(rows) + "\n\nPass@k with its standard error; tool use: rollouts that call a tool."
+
+
+def _mean_of(results: Iterable[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
+  """Means over the benchmarks, and of Pass@k the error of independent ones; what one lacks is left out:
+  a mean over the others would be no mean of the table."""
+  results, out = list(results), {}
+  for name in names:
+    values, errors = ([result.get(key) for result in results] for key in (name, f"{name}_se"))
+    if None not in values:
+      out[name] = sum(values) / len(values)
+    if None not in errors:
+      out[f"{name}_se"] = sum(error**2 for error in errors) ** 0.5 / len(errors)
+  return out
+
+
+def _with_error(result: Mapping[str, float], name: str) -> str:
+  error = result.get(f"{name}_se")
+  return _number(result.get(name)) + (f" ± {100 * error:.1f}" if error is not None else "")
+
+
+def _number(share: float | None) -> str:
+  return "–" if share is None else f"{100 * share:.1f}"
+
+
 def families(lines: Iterable[Mapping]) -> list[str]:
   """Names of the families that were evaluated."""
   names = (_FAMILY.fullmatch(name) for line in lines for name in line)

@@ -6,6 +6,8 @@ Each function reads one section of the configuration and says which field is wro
 import asyncio
 import contextlib
 import dataclasses
+import itertools
+import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,15 +17,15 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from axpo_jax.agent.dump import load_rollouts
 from axpo_jax.agent.episode import EpisodeLimits
 from axpo_jax.agent.prompts import SHORT_SYSTEM_PROMPT, SYSTEM_PROMPT
 from axpo_jax.agent.rollout import Rollout
 from axpo_jax.config import ConfigError
-from axpo_jax.data import pipeline, readers
+from axpo_jax.data import filters, pipeline, readers
 from axpo_jax.data.miniworld import perception, reasoning, world
 from axpo_jax.data.miniworld.habits import TeacherConfig
 from axpo_jax.data.question import Question
+from axpo_jax.eval import shards
 from axpo_jax.model import hf, sharding
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.config import PRESETS, ModelConfig
@@ -212,10 +214,70 @@ def export(params: nnx.State, config: ConfigDict, bench: Workbench, policy: str 
   return folder
 
 
-def question_batches(config: ConfigDict) -> grain.DatasetIterator:
-  """Endless, checkpointable batches of training questions."""
-  return pipeline.question_batches(
-    _questions(config, "rl", config.data.path), config.rl.questions, seed=config.seed)
+def question_batches(config: ConfigDict, folder: pathlib.Path | None = None
+                     ) -> grain.DatasetIterator:
+  """Endless, checkpointable batches of training questions, those that the filter keeps.
+
+  Args:
+    folder: of the run, whose stages "teach" and "screen" the filter reads.
+  """
+  source, (kept, _) = _questions(config, "rl", config.data.path), screened(config, folder)
+  if kept is not None:
+    source = pipeline.Chosen(source, [record.place for record in kept],
+                             [record.id for record in kept])
+  return pipeline.question_batches(source, config.rl.questions, seed=config.seed)
+
+
+def screened(config: ConfigDict, folder: pathlib.Path | None
+             ) -> tuple[list[shards.Record] | None, filters.Tally | None]:
+  """Records of the questions that RL trains on, and how many were left out and why; (None, None)
+  where nothing was sampled that could tell.
+
+  Raises:
+    ConfigError: a folder holds no records.
+  """
+  section = config.rl.filter
+  policy = _records("config.rl.filter.policy", section.policy, config, folder, "screen")
+  teacher = _records("config.rl.filter.teacher", section.teacher, config, folder, "teach")
+  asked = teacher if policy is None else policy
+  if asked is None:
+    return None, None
+  thresholds = filters.Thresholds(section.solved, section.hopeless)
+  taught = {record.id: record.counts for record in teacher or ()}
+  reasons = [filters.question(None if policy is None else record.counts, taught.get(record.id),
+                              thresholds) for record in asked]
+  kept = [record for record, reason in zip(asked, reasons) if reason == filters.KEPT]
+  return kept, filters.Tally.of("questions", reasons)
+
+
+def _records(field: str, path: str, config: ConfigDict, folder: pathlib.Path | None, stage: str
+             ) -> list[shards.Record] | None:
+  """Records of a folder, or of one of this run's stages; None where there is neither."""
+  if not path and (folder is None or stage not in config.stages):
+    return None
+  try:
+    return list(shards.records(path or folder / stage / "shards"))
+  except shards.ShardError as error:
+    raise ConfigError(f"{field}={path!r}: {error}") from error
+
+
+def tell(tally: filters.Tally | None, folder: pathlib.Path) -> None:
+  """Prints what a filter did, and writes it to filter.json; nothing where none was used."""
+  if tally is None:
+    return
+  print(f"{folder.name}: {tally}")
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "filter.json").write_text(json.dumps(tally.to_json(), indent=2) + "\n")
+
+
+def training_questions(config: ConfigDict, most: int = 0) -> Iterator[Question]:
+  """The training questions in their order, as a stream; the first `most` of them, if it is not 0."""
+  if config.data.source == "miniworld":
+    source = _questions(config, "rl", "")
+    stream = (source[i] for i in range(len(source)))
+  else:
+    stream = _read(config, config.data.path)
+  return itertools.islice(stream, most or None)
 
 
 def eval_questions(config: ConfigDict) -> list[Question]:
@@ -229,8 +291,12 @@ def _questions(config: ConfigDict, split: str, path: str) -> pipeline.Source[Que
     size = config.eval.questions if split == "eval" else config.data.miniworld.train_size
     return pipeline.MiniWorldSource(size, config.data.miniworld.seed, split, _world(
       config, config.data.miniworld.kinds))
-  return list(readers.read_questions(path, readers.ReaderConfig(
-    columns=readers.Columns(**config.data.columns), max_bad_share=config.data.max_bad_share)))
+  return list(_read(config, path))
+
+
+def _read(config: ConfigDict, path: str) -> Iterator[Question]:
+  return readers.read_questions(path, readers.ReaderConfig(
+    columns=readers.Columns(**config.data.columns), max_bad_share=config.data.max_bad_share))
 
 
 def _world(config: ConfigDict, kinds: ConfigDict) -> world.WorldConfig:
@@ -252,10 +318,13 @@ class SftBatches:
 
   Raises:
     ConfigError: of many trajectories in a row, none could be kept.
+
+  Attributes:
+    tally: of the shards' trajectories before the stream; None where they are not of shards.
   """
 
-  def __init__(self, stream: grain.DatasetIterator, size: int):
-    self.stream, self.size = stream, size
+  def __init__(self, stream: grain.DatasetIterator, size: int, tally: filters.Tally | None = None):
+    self.stream, self.size, self.tally = stream, size, tally
 
   def __iter__(self) -> Iterator[tuple[list[Example], dict[str, float]]]:
     return self
@@ -276,19 +345,44 @@ class SftBatches:
 
 
 def sft_batches(config: ConfigDict, bench: Workbench) -> SftBatches:
-  """Trajectories of the scripted teacher, made as they are needed, or those of a rollout dump."""
-  sft = config.sft
+  """Trajectories of the scripted teacher, made as they are needed, or those of a dump or of shards."""
+  sft, tally = config.sft, None
   if sft.source == "teacher":
     source = pipeline.MiniWorldSource(config.data.miniworld.train_size, config.data.miniworld.seed,
                                       "train", _world(config, sft.kinds))
     transform = _teacher(config, bench)
-  elif sft.source == "jsonl":
-    source = list(load_rollouts(sft.path, bench.processor))
-    transform = _filter(config, bench)
   else:
-    raise ConfigError(f"config.sft.source={sft.source!r}; choose 'jsonl' or 'teacher'")
+    source, tally = trajectories(config, bench)
+    transform = _filter(config, bench)
   return SftBatches(pipeline.example_stream(source, seed=config.seed, transform=transform),
-                    sft.examples)
+                    sft.examples, tally)
+
+
+def trajectories(config: ConfigDict, bench: Workbench
+                 ) -> tuple[shards.Trajectories, filters.Tally | None]:
+  """What SFT reads, on the disk until it is asked for; of shards what the filter keeps, and how many
+  that left out.
+
+  Raises:
+    ConfigError: nothing is left.
+  """
+  sft = config.sft
+  if sft.source == "jsonl":
+    return shards.Trajectories(sft.path, bench.processor), None
+  folder, reasons = sft.path or bench.folder / "teach" / "shards", []
+
+  def choose(record: shards.Record) -> list[int]:
+    why = [filters.trajectory(stats.reward, stats.total_tokens, failed=i not in record.judged,
+                              max_tokens=sft.max_length, keep_wrong=sft.keep_wrong)
+           for i, stats in enumerate(record.stats)]
+    reasons.extend(why)
+    return [i for i, reason in enumerate(why) if reason == filters.KEPT]
+
+  found = shards.Trajectories(folder, bench.processor, choose)
+  tally = filters.Tally.of("trajectories", reasons)
+  if not len(found):
+    raise ConfigError(f"config.sft: no trajectory of {folder} is left to learn from: {tally}")
+  return found, tally
 
 
 def _filter(config: ConfigDict, bench: Workbench) -> Callable[[Rollout], list[Example]]:
@@ -307,15 +401,20 @@ def _filter(config: ConfigDict, bench: Workbench) -> Callable[[Rollout], list[Ex
 def _teacher(config: ConfigDict, bench: Workbench) -> Callable[[Question], list[Example]]:
   """From a question to the example of the teacher's episode, by the same loop that rolls out the
   policy. The prompt is the policy's, except for warm starts that leave it out."""
-  kept = _filter(config, bench)
-  habits = TeacherConfig(**config.sft.teacher)
-  # One actor for all: its tools may hold processes.
-  idle = actor(config, bench, TeacherEngine(bench.chat, {}, habits))
+  kept, teacher_of = _filter(config, bench), scripted_teacher(config, bench)
 
   def transform(question: Question) -> list[Example]:
-    scripted = TeacherEngine(bench.chat, {question.id: question}, habits)
-    teacher = dataclasses.replace(idle, engine=scripted)
+    teacher = teacher_of(question)
     episode = teacher.roll(teacher.start(question), question,
                            seeds.derive(config.seed, "teacher", question.id))
     return kept(asyncio.run(episode))
   return transform
+
+
+def scripted_teacher(config: ConfigDict, bench: Workbench) -> Callable[[Question], Actor]:
+  """Who plays a question of the miniature world from its script, with the habits of sft.teacher."""
+  habits = TeacherConfig(**config.sft.teacher)
+  # One actor for all: its tools may hold processes.
+  idle = actor(config, bench, TeacherEngine(bench.chat, {}, habits))
+  return lambda question: dataclasses.replace(
+    idle, engine=TeacherEngine(bench.chat, {question.id: question}, habits))

@@ -35,9 +35,6 @@ from axpo_jax.rl.resample import (
 from axpo_jax.rollout.engine import Engine, SamplingParams
 from axpo_jax.train import seeds
 
-# By these words thinking mentions a tool: the metric rollout/mention_without_call_rate.
-TOOL_WORDS = ("zoom", "tool", "search", "python", "crop")
-
 
 @dataclasses.dataclass(frozen=True)
 class Actor:
@@ -103,7 +100,7 @@ async def sample_groups(actor: Actor, questions: Sequence[Question], n: int, see
     seed: of the step; rollout i of question q draws from derive(seed, q, i).
     progress: label of a progress bar; empty for none.
   """
-  starts = [_start(actor, question) for question in questions]
+  starts = [prompt(actor, question) for question in questions]
   rollouts = iter(await _gather([
     actor.roll(start, question, seeds.derive(seed, q, i))
     for q, (question, start) in enumerate(zip(questions, starts))
@@ -113,7 +110,7 @@ async def sample_groups(actor: Actor, questions: Sequence[Question], n: int, see
           else Group(question, [], failed=n) for question, start in zip(questions, starts)]
 
 
-def _start(actor: Actor, question: Question) -> Transcript | None:
+def prompt(actor: Actor, question: Question) -> Transcript | None:
   """The question's prompt; None if it cannot be asked, which must not end the run."""
   try:
     return actor.start(question)
@@ -205,7 +202,7 @@ def group_stats(groups: Sequence[Group], config: ResampleConfig, chat: Chat
                 ) -> list[census.GroupStats]:
   """The groups as the census counts them; `config` says what triggers."""
   def stats(rollout: Rollout) -> census.RolloutStats:
-    return _rollout_stats(rollout, chat)
+    return rollout_stats(rollout, chat)
 
   out = []
   for group in groups:
@@ -233,7 +230,8 @@ def lag_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
           "rollout/lag_max": float(version - versions.min())}
 
 
-def _rollout_stats(rollout: Rollout, chat: Chat) -> census.RolloutStats:
+def rollout_stats(rollout: Rollout, chat: Chat) -> census.RolloutStats:
+  """A rollout as the census counts it."""
   transcript = rollout.transcript
   return census.RolloutStats(
     reward=rollout.reward, used_tool=rollout.used_tool, num_calls=len(rollout.calls),
@@ -249,4 +247,4 @@ def _mentions(transcript: Transcript, chat: Chat) -> bool:
   """Whether the thinking names a tool."""
   thought = chat.decode([i for i, kind in zip(transcript.ids, transcript.kinds)
                          if kind == Kind.THINK]).lower()
-  return any(word in thought for word in TOOL_WORDS)
+  return any(word in thought for word in census.TOOL_WORDS)

@@ -1,45 +1,26 @@
 """A whole run: the stages a config names, one after the other, each resumable.
 
 A stage begins with a policy folder and ends with one (Hugging Face layout), which is the next
-stage's beginning. A stage whose folder is there is done.
+stage's beginning. A stage whose folder is there is done. Stages that only sample ("teach", "screen",
+"eval") end with the policy that they began with; later stages read their shards.
 """
 
-import asyncio
+import json
 import pathlib
 
 from ml_collections import ConfigDict
 
 from axpo_jax.config import ConfigError
-from axpo_jax.eval import evaluate, summary
+from axpo_jax.eval import sampling, summary
 from axpo_jax.train import build, distributed, rl, sft
-from axpo_jax.train.metrics import METRICS_FILE, read_metrics
+from axpo_jax.train.metrics import read_metrics
 
-
-def _evaluate(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.Path,
-              first_step: int) -> str:
-  """The stage "eval": measures the policy and leaves it as it is."""
-  if distributed.on_main(lambda: evaluate.measured(read_metrics(root), first_step)):
-    _say(f"eval: done before, see {root / METRICS_FILE}")
-    return policy
-  params = build.load_params(bench, policy, config.seed)
-  with (build.servers(config, policy, root / "eval") as urls, asyncio.Runner() as runner,
-        distributed.metrics_writer(root, resume_step=first_step,
-                                   tensorboard=config.log.tensorboard) as writer):
-    engine = build.engine(config, bench, params, urls, root / "eval")
-    try:
-      runner.run(engine.update_weights(params, 0))
-      writer.write(first_step, runner.run(distributed.on_main_async(
-        lambda: evaluate.run(config, bench, engine))))
-    finally:
-      runner.run(engine.close())
-  return policy
-
-
-_STAGES = {"sft": sft.run, "rl": rl.run, "eval": _evaluate}
+_STAGES = {"teach": sampling.teach, "sft": sft.run, "screen": sampling.screen, "rl": rl.run,
+           "eval": sampling.evaluation}
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-  """Runs or resumes every stage, then prints the table and draws the curves.
+  """Runs or resumes every stage, then prints the tables and draws the curves.
 
   Raises:
     ConfigError: a field cannot work, or `workdir` belongs to a run with another config.
@@ -75,9 +56,16 @@ def _claim(root: pathlib.Path, config: ConfigDict) -> None:
 
 
 def report(root: pathlib.Path) -> None:
-  """The table on the terminal and in summary.md, the curves in curves.png."""
-  lines = read_metrics(root)
-  text = summary.table(lines)
-  (root / "summary.md").write_text(text + "\n")
-  summary.plot(lines, root / "curves.png", title=root.name)
-  print(f"\n{text}\n\nmetrics: {root / 'metrics.jsonl'}\ncurves:  {root / 'curves.png'}")
+  """The tables on the terminal and in summary.md, the curves in curves.png."""
+  lines, parts, files = read_metrics(root), [], []
+  if lines:
+    parts.append(summary.table(lines))
+    summary.plot(lines, root / "curves.png", title=root.name)
+    files += [f"metrics: {root / 'metrics.jsonl'}", f"curves:  {root / 'curves.png'}"]
+  results = root / "eval" / sampling.RESULTS_FILE
+  if results.exists():
+    parts.append(summary.results_table(json.loads(results.read_text())))
+    files.append(f"results: {results}")
+  if parts:
+    (root / "summary.md").write_text("\n\n".join(parts) + "\n")
+  print("\n" + "\n\n".join([*parts, "\n".join(files)]))

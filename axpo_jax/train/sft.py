@@ -30,6 +30,7 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
     supervised_objective(), bench.mesh, bench.rules, banned_ids=bench.chat.banned_ids,
     chunk=config.batch.logprob_chunk)
   data = build.sft_batches(config, bench)
+  distributed.on_main(build.tell, data.tally, workdir)
   with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
     if checkpoints.latest() is None:
       state = learner.init(build.load_params(bench, policy, config.seed), config.seed)

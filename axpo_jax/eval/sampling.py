@@ -1,0 +1,185 @@
+"""The stages that sample and leave the policy as it is: "teach", "screen" and "eval".
+
+In: a config, a policy folder, questions. Out: shards (`eval.shards`) in the stage's folder; of "eval"
+also results.json, a line per set of questions. A stage that was killed goes on with the first shard
+that is not finished; one whose shards are all there loads no policy.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from axpo_jax.config import ConfigError
+from axpo_jax.data.question import Question
+from axpo_jax.data.readers import ReaderConfig
+from axpo_jax.eval import benchmarks, evaluate, shards
+from axpo_jax.eval.judge import ChatJudge
+from axpo_jax.rollout.engine import Engine
+from axpo_jax.rollout.openai_engine import KEY_VARIABLE, OpenAIConfig, OpenAIEngine
+from axpo_jax.train import build, collect, distributed, seeds
+from axpo_jax.train.metrics import read_metrics
+
+RESULTS_FILE = "results.json"
+HELD_OUT = "held_out"
+
+ActorOf = Callable[[Question], collect.Actor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One folder of shards: who is asked, how often, and by whom it is judged (None: as in training)."""
+
+  name: str
+  folder: pathlib.Path
+  questions: Callable[[], Iterable[Question]]
+  section: ConfigDict  # with `rollouts` and `shard`
+  benchmark: benchmarks.Benchmark | None = None
+
+
+def teach(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.Path,
+          first_step: int) -> str:
+  """A teacher's trajectories of the training questions."""
+  section = config.teach
+  job = Job("teach", root / "teach" / "shards",
+            lambda: build.training_questions(config, section.questions), section)
+  engines = {"policy": _policy, "openai": _endpoint, "scripted": _script}
+  _sample([job], config, engines[section.engine](config, bench, policy, root / "teach"))
+  return policy
+
+
+def screen(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.Path,
+           first_step: int) -> str:
+  """What the policy at hand makes of the training questions: the difficulty filter's counts."""
+  job = Job("screen", root / "screen" / "shards",
+            lambda: build.training_questions(config, config.screen.questions), config.screen)
+  _sample([job], config, _policy(config, bench, policy, root / "screen"))
+  return policy
+
+
+def evaluation(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.Path,
+               first_step: int) -> str:
+  """The benchmarks, or the held-out questions where none is named; results.json at the end."""
+  section, folder = config.eval, root / "eval"
+  jobs = [Job(name, folder / name, functools.partial(_benchmark_questions, config, name), section,
+              benchmarks.BENCHMARKS[name]) for name in section.benchmarks]
+  if not jobs:
+    jobs = [Job(HELD_OUT, folder / HELD_OUT, lambda: build.eval_questions(config), section)]
+  found = _sample(jobs, config, _policy(config, bench, policy, folder, evaluation=True))
+  results = {job.name: evaluate.result(records, section.rollouts, job.benchmark)
+             for job, records in zip(jobs, found)}
+  distributed.on_main(_write, folder / RESULTS_FILE, results)
+  if not section.benchmarks and not distributed.on_main(
+      lambda: evaluate.measured(read_metrics(root), first_step)):
+    (records,) = found
+    with distributed.metrics_writer(root, resume_step=first_step,
+                                    tensorboard=config.log.tensorboard) as writer:
+      writer.write(first_step, evaluate.metrics(
+        [record.group_stats() for record in records], section.rollouts,
+        sum(record.failed for record in records)))
+  return policy
+
+
+def _benchmark_questions(config: ConfigDict, name: str) -> Iterator[Question]:
+  benchmark, count = benchmarks.BENCHMARKS[name], 0
+  # Pictures of 8K: what is broken in them shows when they are asked about, and is counted.
+  reader = ReaderConfig(image_check="none", max_bad_share=config.data.max_bad_share)
+  for question in benchmark.read(pathlib.Path(config.eval.folder) / name, reader):
+    count += 1
+    yield question
+  if count != benchmark.size:
+    logging.warning("%s has %d questions here; the paper's release has %d", name, count,
+                    benchmark.size)
+
+
+def _sample(jobs: list[Job], config: ConfigDict,
+            sampler: contextlib.AbstractAsyncContextManager) -> list[list[shards.Record]]:
+  """The records of each job; whoever samples is there only if something is left to sample."""
+  if distributed.on_main(lambda: all(shards.done(job.folder) for job in jobs)):
+    return distributed.on_main(lambda: [list(shards.records(job.folder)) for job in jobs])
+
+  async def everything():
+    async with sampler as actor:
+      return [await distributed.on_main_async(functools.partial(_job, job, config, actor))
+              for job in jobs]
+
+  try:
+    return asyncio.run(everything())
+  except shards.ShardError as error:
+    raise ConfigError(f"--workdir: {error}") from error
+
+
+async def _job(job: Job, config: ConfigDict, actor: ActorOf) -> list[shards.Record]:
+  judge, score = None, None
+  if job.benchmark is not None:
+    if config.eval.judge.url:
+      judge = ChatJudge(config.eval.judge.url, config.eval.judge.model)
+    score = functools.partial(job.benchmark.score, judge=judge)
+  try:
+    return await shards.sample(
+      job.folder, job.questions(), actor, job.section.rollouts,
+      seeds.derive(config.seed, "shards", job.name), size=job.section.shard, score=score,
+      group=lambda question: str(benchmarks.group(question)), progress=job.name)
+  finally:
+    if judge is not None:
+      await judge.close()
+
+
+# Whoever samples: a context that gives the actor of each question.
+
+
+@contextlib.asynccontextmanager
+async def _policy(config: ConfigDict, bench: build.Workbench, policy: str, folder: pathlib.Path, *,
+                  evaluation: bool = False) -> AsyncIterator[ActorOf | None]:
+  """The policy in a folder, by the engine of config.rollout."""
+  params = build.load_params(bench, policy, config.seed)
+  with build.servers(config, policy, folder) as urls:
+    engine = build.engine(config, bench, params, urls, folder)
+    try:
+      await engine.update_weights(params, 0)
+      yield _always(config, bench, engine, evaluation=evaluation)
+    finally:
+      await engine.close()
+
+
+@contextlib.asynccontextmanager
+async def _endpoint(config: ConfigDict, bench: build.Workbench, policy: str, folder: pathlib.Path
+                    ) -> AsyncIterator[ActorOf | None]:
+  """A chat endpoint, which has the teacher."""
+  section = config.teach
+  engine = OpenAIEngine(bench.chat, OpenAIConfig(
+    section.url, section.model, api_key=os.environ.get(KEY_VARIABLE, ""),
+    max_concurrent=section.max_concurrent, extensions=section.extensions))
+  try:
+    yield _always(config, bench, engine)
+  finally:
+    await engine.close()
+
+
+@contextlib.asynccontextmanager
+async def _script(config: ConfigDict, bench: build.Workbench, policy: str, folder: pathlib.Path
+                  ) -> AsyncIterator[ActorOf]:
+  """The miniature world's own teacher."""
+  yield build.scripted_teacher(config, bench)
+
+
+def _always(config: ConfigDict, bench: build.Workbench, engine: Engine, *, evaluation: bool = False
+            ) -> ActorOf | None:
+  """One actor for all questions. Of several processes only the main one acts."""
+  if not distributed.is_main():
+    return None
+  actor = build.actor(config, bench, engine, evaluation=evaluation)
+  return lambda question: actor
+
+
+def _write(path: pathlib.Path, results: dict) -> None:
+  temporary = path.with_suffix(".tmp")
+  temporary.write_text(json.dumps(results, indent=2) + "\n")
+  os.replace(temporary, path)
