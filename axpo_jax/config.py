@@ -16,7 +16,10 @@ SFT_SOURCES = ("jsonl", "shards", "teacher")
 # The paper's nine, by their names in eval.benchmarks.
 BENCHMARKS = ("mathvision", "dynamath", "mathvr", "vstar", "visualprobe_bench", "hrbench_4k",
               "hrbench_8k", "hr_mmsearch", "mmsearch")
-DATA_SOURCES = ("jsonl", "parquet", "miniworld")
+# Public training sets, by their names in data.adapters; benchmarks are read by name too.
+PUBLIC_SETS = ("virl39k", "fvqa", "pyvision", "mmfinereason", "deepeyes", "visualprobe")
+FILE_SOURCES = ("jsonl", "parquet", *PUBLIC_SETS, *BENCHMARKS)
+DATA_SOURCES = ("miniworld", *FILE_SOURCES)
 ALGORITHMS = ("axpo", "grpo")
 SEARCH_BACKENDS = ("tavily", "local", "recorded", "miniworld")
 ENGINES = ("embedded", "sglang")
@@ -68,7 +71,7 @@ def validate(config: ConfigDict) -> None:
   Raises:
     ConfigError: names the field and says what to set it to.
   """
-  model, data = config.model, config.data
+  model = config.model
   if bool(model.checkpoint) == bool(model.preset):
     raise ConfigError(
       "set config.model.checkpoint to a Qwen3-VL folder in Hugging Face layout "
@@ -81,13 +84,7 @@ def validate(config: ConfigDict) -> None:
   _require_folder("config.model.tokenizer", model.tokenizer)
   if unknown := sorted(set(config.stages) - set(STAGES)):
     raise ConfigError(f"config.stages names {unknown}; stages are {STAGES}")
-  if data.source not in DATA_SOURCES:
-    raise ConfigError(f"config.data.source={data.source!r}; choose one of {DATA_SOURCES}")
-  if data.source != "miniworld":
-    if {"teach", "screen", "rl"} & set(config.stages):
-      _require_file("config.data.path", data.path)
-    if "rl" in config.stages or ("eval" in config.stages and not config.eval.benchmarks):
-      _require_file("config.data.eval_path", data.eval_path)
+  _validate_data(config)
   _validate_stages(config)
   longest = config.agent.max_total_tokens
   if "rl" in config.stages and longest > config.batch.length:
@@ -109,6 +106,31 @@ def validate(config: ConfigDict) -> None:
   _validate_tools(config)
   if config.rl.algorithm not in ALGORITHMS:
     raise ConfigError(f"config.rl.algorithm={config.rl.algorithm!r}; choose one of {ALGORITHMS}")
+
+
+def _validate_data(config: ConfigDict) -> None:
+  data, stages = config.data, set(config.stages)
+  if data.source not in DATA_SOURCES:
+    raise ConfigError(f"config.data.source={data.source!r}; choose one of {DATA_SOURCES}")
+  if data.source == "miniworld":
+    if data.eval_source:
+      raise ConfigError(f"config.data.eval_source={data.eval_source!r}: the miniature world brings "
+                        "its held-out questions; leave it empty")
+    return
+  if data.eval_source not in ("", *FILE_SOURCES):
+    raise ConfigError(f"config.data.eval_source={data.eval_source!r}; choose one of {FILE_SOURCES}, or "
+                      "leave it empty for that of config.data.source")
+  if {"teach", "screen", "rl"} & stages:
+    _require_data("config.data.path", data.path, data.source)
+  if "rl" in stages or ("eval" in stages and not config.eval.benchmarks):
+    _require_data("config.data.eval_path", data.eval_path, data.eval_source or data.source)
+  _require_folder("config.data.image_folder", data.image_folder)
+
+
+def _require_data(field: str, path: str, source: str) -> None:
+  """A file; of a public data set, the folder it was downloaded to will do."""
+  if source in ("jsonl", "parquet") or not pathlib.Path(path or "?").is_dir():
+    _require_file(field, path)
 
 
 def _begins_without_policy(config: ConfigDict) -> bool:
@@ -214,10 +236,14 @@ def _model() -> ConfigDict:
 
 def _data() -> ConfigDict:
   return ConfigDict(dict(
-    source="jsonl",           # jsonl, parquet or miniworld
-    path="",                  # file of training questions (jsonl, parquet)
+    # jsonl, parquet, miniworld, or a public data set as it was downloaded: PUBLIC_SETS, BENCHMARKS.
+    source="jsonl",
+    path="",                  # file of training questions; of a public set a folder too
+    eval_source="",           # like source, of the held-out questions; "" = the same
     eval_path="",             # file of held-out questions
-    # Names of the columns in your file; see docs/data.md.
+    image_folder="",          # where image paths start; "" = the folder of the file
+    image_cache="",           # folder to keep images in that come as bytes; "" = in memory
+    # Names of the columns in the files of `source`; see docs/data.md.
     columns=ConfigDict(dict(id="id", text="question", images="images", answers="answer",
                             kind="kind", options="options", category="category",
                             source="source", acting="acting")),

@@ -30,11 +30,13 @@ ALLOWED = {
 WITHOUT_JAX = (
   "agent.dump", "agent.episode", "agent.rewards", "agent.tools.audit", "agent.tools.corpus",
   "agent.tools.function", "agent.tools.image_search", "agent.tools.mcp_server",
-  "agent.tools.python", "agent.tools.tavily", "agent.tools.zoom", "config", "data.question",
-  "data.readers", "data.miniworld.teacher", "eval.passk", "eval.summary", "model.chat",
-  "model.config", "model.images", "rl.advantages", "rl.census", "rl.credit", "rl.recipes",
-  "rl.resample", "rollout.engine", "rollout.sidecar", "rollout.sidecar.environment",
-  "rollout.sidecar.sizing", "rollout.teacher_engine", "train.seeds")
+  "agent.tools.python", "agent.tools.tavily", "agent.tools.zoom", "config", "data.adapters",
+  "data.filters", "data.inspect", "data.miniworld.teacher", "data.question", "data.readers",
+  "eval.benchmarks", "eval.judge", "eval.passk", "eval.scoring", "eval.shards", "eval.summary",
+  "model.chat", "model.config", "model.images", "rl.advantages", "rl.census", "rl.credit",
+  "rl.recipes", "rl.resample", "rollout.engine", "rollout.openai_engine", "rollout.sidecar",
+  "rollout.sidecar.environment", "rollout.sidecar.sizing", "rollout.teacher_engine",
+  "train.seeds")
 # Runs in the servers' environment, which has torch and SGLang and nothing of ours.
 SERVE = PACKAGE / "rollout" / "sidecar" / "serve.py"
 

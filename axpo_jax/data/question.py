@@ -99,6 +99,18 @@ def check_header(source: ImageSource) -> None:
     _open(source).close()
 
 
+def image_size(source: ImageSource) -> tuple[int, int]:
+  """Width and height in pixels, from the header alone.
+
+  Raises:
+    ImageError: the file is missing, or is not an image.
+  """
+  if isinstance(source, PIL.Image.Image):
+    return source.size
+  with _open(source) as opened:
+    return opened.size
+
+
 def _open(source: pathlib.Path | bytes) -> PIL.Image.Image:
   try:
     return PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)

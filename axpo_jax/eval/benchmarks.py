@@ -44,6 +44,7 @@ class Benchmark:
     name: its key in BENCHMARKS and in metric names; also the adapter that reads it.
     title: as the paper's tables head its column.
     category: "reasoning", "perception" or "search", as the paper groups them.
+    size: records of the public release, all variants counted; another number deserves a warning.
     judged: a judge may decide where no rule matches.
     reports_f1: token F1 is part of its official scoring; without a judge it is the value.
     variants: metric name of "right in all variants of a question"; "" where there are none.
@@ -52,6 +53,7 @@ class Benchmark:
   name: str
   title: str
   category: str
+  size: int
   judged: bool = False
   reports_f1: bool = False
   variants: str = ""
@@ -135,13 +137,13 @@ def _slug(category: str) -> str:
 
 
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (
-    Benchmark("mathvision", "MathVision", "reasoning"),
-    Benchmark("dynamath", "DynaMath", "reasoning", variants=WORST_CASE),
-    Benchmark("mathvr", "Math-VR", "reasoning"),
-    Benchmark("vstar", "V*", "perception"),
-    Benchmark("visualprobe_bench", "VisualProbe", "perception", judged=True),
-    Benchmark("hrbench_4k", "HR-Bench 4K", "perception", variants=ALL_CYCLES),
-    Benchmark("hrbench_8k", "HR-Bench 8K", "perception", variants=ALL_CYCLES),
-    Benchmark("hr_mmsearch", "HR-MMSearch", "search", judged=True),
-    Benchmark("mmsearch", "MMSearch", "search", judged=True, reports_f1=True),
+    Benchmark("mathvision", "MathVision", "reasoning", 304),
+    Benchmark("dynamath", "DynaMath", "reasoning", 5010, variants=WORST_CASE),
+    Benchmark("mathvr", "Math-VR", "reasoning", 2500),
+    Benchmark("vstar", "V*", "perception", 191),
+    Benchmark("visualprobe_bench", "VisualProbe", "perception", 106, judged=True),
+    Benchmark("hrbench_4k", "HR-Bench 4K", "perception", 800, variants=ALL_CYCLES),
+    Benchmark("hrbench_8k", "HR-Bench 8K", "perception", 800, variants=ALL_CYCLES),
+    Benchmark("hr_mmsearch", "HR-MMSearch", "search", 305, judged=True),
+    Benchmark("mmsearch", "MMSearch", "search", 300, judged=True, reports_f1=True),
 )}

@@ -59,7 +59,7 @@ def right_by_rule(question: Question, answer: str) -> bool:
   if question.options:
     return _right_value(question, answer)
   if question.kind == "number":
-    tolerance = question.meta.get("tolerance", 0)
+    tolerance = question.meta.get("tolerance") or 0
     return any(number_within(answer, gold, tolerance) for gold in question.answers)
   return False
 

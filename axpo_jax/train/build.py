@@ -21,7 +21,7 @@ from axpo_jax.agent.episode import EpisodeLimits
 from axpo_jax.agent.prompts import SHORT_SYSTEM_PROMPT, SYSTEM_PROMPT
 from axpo_jax.agent.rollout import Rollout
 from axpo_jax.config import ConfigError
-from axpo_jax.data import filters, pipeline, readers
+from axpo_jax.data import adapters, filters, pipeline, readers
 from axpo_jax.data.miniworld import perception, reasoning, world
 from axpo_jax.data.miniworld.habits import TeacherConfig
 from axpo_jax.data.question import Question
@@ -291,12 +291,18 @@ def _questions(config: ConfigDict, split: str, path: str) -> pipeline.Source[Que
     size = config.eval.questions if split == "eval" else config.data.miniworld.train_size
     return pipeline.MiniWorldSource(size, config.data.miniworld.seed, split, _world(
       config, config.data.miniworld.kinds))
-  return list(_read(config, path))
+  return list(_read(config, path, config.data.eval_source if split == "eval" else ""))
 
 
-def _read(config: ConfigDict, path: str) -> Iterator[Question]:
-  return readers.read_questions(path, readers.ReaderConfig(
-    columns=readers.Columns(**config.data.columns), max_bad_share=config.data.max_bad_share))
+def _read(config: ConfigDict, path: str, source: str = "") -> Iterator[Question]:
+  data, source = config.data, source or config.data.source
+  how = readers.ReaderConfig(image_cache=data.image_cache, max_bad_share=data.max_bad_share)
+  if source == data.source:  # the columns and the folder are that source's
+    how = dataclasses.replace(how, columns=readers.Columns(**data.columns),
+                              image_folder=data.image_folder)
+  if source in adapters.LAYOUTS:
+    return adapters.read(source, path, how)
+  return readers.read_questions(path, how)
 
 
 def _world(config: ConfigDict, kinds: ConfigDict) -> world.WorldConfig:

@@ -13,6 +13,7 @@ import pytest
 from axpo_jax.agent import rewards
 from axpo_jax.agent.tools.base import EpisodeState
 from axpo_jax.agent.tools.image_search import ImageSearch
+from axpo_jax.config import BENCHMARKS, PUBLIC_SETS, ConfigError, base_config, validate
 from axpo_jax.data import adapters, readers
 from axpo_jax.data.question import load_image
 
@@ -298,3 +299,35 @@ def test_images_can_be_kept_on_disk(tmp_path):
   changed = stored[0].stat().st_mtime_ns
   list(adapters.read("mmfinereason", path, config))
   assert stored[0].stat().st_mtime_ns == changed  # not written twice
+
+
+# ---- the config ----
+
+
+def test_the_config_knows_every_layout():
+  assert {*PUBLIC_SETS, *BENCHMARKS} == set(adapters.LAYOUTS)
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"source": "virl"}, r"data\.source='virl'; choose one of .*'virl39k'"),
+    ({"source": "virl39k", "path": "/nowhere"}, r"data\.path='/nowhere' is not a file"),
+    ({"source": "virl39k", "eval_source": "vstars"}, r"data\.eval_source='vstars'; choose one of"),
+    ({"source": "miniworld", "eval_source": "vstar"}, r"eval_source='vstar': the miniature world"),
+    ({"source": "virl39k", "image_folder": "/nowhere"}, r"image_folder='/nowhere' is not a folder")])
+def test_bad_values_in_the_config(tmp_path, fields, message):
+  config = base_config()
+  config.model.checkpoint = config.data.path = config.data.eval_path = str(tmp_path)
+  for name, content in fields.items():
+    config.data[name] = content
+  with pytest.raises(ConfigError, match=message):
+    validate(config)
+
+
+def test_a_folder_will_do_for_public_sets_alone(tmp_path):
+  config = base_config()
+  config.model.checkpoint = config.data.path = config.data.eval_path = str(tmp_path)
+  config.data.source, config.data.eval_source = "virl39k", "vstar"
+  validate(config)
+  config.data.eval_source = "jsonl"
+  with pytest.raises(ConfigError, match=r"data\.eval_path=.* is not a file"):
+    validate(config)
