@@ -1,0 +1,182 @@
+// One trajectory: the question, its siblings, and turn by turn what was thought, called and seen.
+(() => {
+  const { make, signed } = Report;
+  const PROMPT = 0, THINK = 1, CALL = 2, OBSERVATION = 3, ANSWER = 4;
+  const NAMES = { [THINK]: "thinking", [CALL]: "call", [OBSERVATION]: "observation", [ANSWER]: "answer" };
+  const IMAGE = "\ufffc";
+  // The template's own marks; what stands between them is what the tool said.
+  const MARKS = /<\|[^|]*\|>|<\/?tool_response>/g;
+  Report.narrow = matchMedia("(max-width: 760px)");
+  const detail = document.getElementById("detail"), browser = document.getElementById("browser");
+  let current = null;
+
+  const picture = (image, label, call) => {
+    const { uri, width, height } = Report.image(image.key);
+    if (!uri) return make("figure", { class: "shot" }, make("figcaption", {}, `${label} (file missing)`));
+    const scale = Math.max(1, Math.min(4, Math.floor(200 / Math.max(width, height))));
+    const frame = make("div", { class: "frame" }, make("img", {
+      src: uri, alt: label, width: Math.min(640, width * scale), loading: "lazy" }));
+    if (call) frame.append(outline(call.box.corners, call.error));
+    return make("figure", { class: "shot" }, frame,
+                make("figcaption", {}, `${label} · ${width} × ${height}`));
+  };
+
+  const outline = ([x1, y1, x2, y2], failed) => {
+    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    svg.setAttribute("viewBox", "0 0 1000 1000");
+    svg.setAttribute("preserveAspectRatio", "none");
+    svg.setAttribute("class", `box${failed ? " failed" : ""}`);
+    svg.setAttribute("aria-hidden", "true");
+    for (const kind of ["under", "over"]) {
+      const rect = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+      for (const [name, value] of Object.entries({ x: Math.min(x1, x2), y: Math.min(y1, y2),
+             width: Math.abs(x2 - x1), height: Math.abs(y2 - y1), class: kind })) {
+        rect.setAttribute(name, value);
+      }
+      svg.append(rect);
+    }
+    return svg;
+  };
+
+  // Tokens of a rollout that carry its advantage: number, null (masked), undefined (not in the dump).
+  const credit = (rollout, behindPrefix) => {
+    if (rollout.advantage === undefined) return undefined;
+    return rollout.region === "prefix" && behindPrefix ? null : rollout.advantage;
+  };
+
+  // The blocks of tokens [from, to) of a rollout, by turn.
+  const blocks = (group, rollout, from, to, behindPrefix = false) => {
+    const images = [...group.images, ...rollout.images];
+    const out = [];
+    let calls = 0, pictures = group.images.length;
+    for (const segment of rollout.segments) {
+      const start = Math.max(0, from - segment.at);
+      const stop = Math.min(segment.tokens.length, to - segment.at);
+      const call = segment.kind === CALL ? rollout.calls[calls++] : null;
+      const seen = segment.tokens.filter((text) => text === IMAGE).length;
+      const own = images.slice(pictures, pictures + seen);
+      const first = pictures;
+      pictures += seen;
+      if (start >= stop || !NAMES[segment.kind]) continue;
+      if (segment.kind === ANSWER && !segment.tokens.slice(start, stop).join("").replace(MARKS, "").trim()) continue;
+      const body = segment.kind === OBSERVATION
+        ? observation(segment, own, first)
+        : [make("div", { class: "text" }, Report.tokens(segment, credit(rollout, behindPrefix), start, stop))];
+      // A call that is cut open by the prefix shows its box where its arguments are.
+      if (call && stop === segment.tokens.length && to > segment.at + 1) body.push(...looked(call, images));
+      out.push(make("div", { class: `block ${NAMES[segment.kind]}` },
+                    make("h4", {}, NAMES[segment.kind], call && call.error && stop > start + 1
+                      ? make("span", { class: "bad" }, call.error.replaceAll("_", " ")) : null), body));
+    }
+    return out;
+  };
+
+  const looked = (call, images) => {
+    const image = call.box && images[call.box.image];
+    return image ? [picture(image, `where it looked, in image ${call.box.image}`, call)] : [];
+  };
+
+  const observation = (segment, images, first) => {
+    const text = segment.tokens.join("").replaceAll(IMAGE, "").replace(MARKS, "")
+      .replace(/^\s*user\n/, "").trim();
+    return [text ? make("div", { class: "text" }, text) : null,
+            make("div", { class: "shots" }, images.map((image, i) => picture(image, `image ${first + i}`)))];
+  };
+
+  const verdict = (rollout) => {
+    const right = rollout.reward > 0.5;
+    return make("p", { class: `verdict ${right ? "right" : "wrong"}` },
+      make("strong", {}, right ? "✓ right" : "✗ wrong"),
+      make("span", {}, `answered ${rollout.answer ?? "nothing"}`),
+      rollout.stop === "answer" ? null : make("span", {}, `stopped: ${rollout.stop.replaceAll("_", " ")}`),
+      rollout.advantage === undefined ? null
+        : make("span", {}, `${rollout.region === "prefix" ? "prefix " : ""}advantage ${signed(rollout.advantage)}`));
+  };
+
+  const strip = (group, place, go) => make("div", { class: "strip", role: "group", "aria-label": "Rollouts of this question" },
+    group.rollouts.map((rollout, i) => {
+      const kind = rollout.branch !== undefined ? "continuation" : "rollout";
+      const label = `${kind} ${i + 1}: ${rollout.reward > 0.5 ? "right" : "wrong"}, `
+        + `${rollout.calls.length || "no"} call${rollout.calls.length === 1 ? "" : "s"}`
+        + (rollout.frozen === undefined ? "" : ", prefix frozen");
+      return make("button", { type: "button", title: label, "aria-label": label,
+        "aria-current": i === place ? "true" : null,
+        class: `chip ${rollout.reward > 0.5 ? "right" : "wrong"} ${kind} ${rollout.calls.length ? "tool" : ""}`,
+        onclick: () => go(i).then(() => detail.querySelector(".chip[aria-current]")?.focus()) },
+        rollout.frozen === undefined ? (rollout.calls.length ? "●" : "○") : "❄");
+    }));
+
+  const colouring = () => make("fieldset", { class: "modes" }, make("legend", {}, "Colour tokens by"),
+    [["advantage", "advantage"], ["confidence", "confidence"], ["plain", "nothing"]].map(([mode, name]) =>
+      make("label", {}, make("input", { type: "radio", name: "mode", value: mode, checked: mode === Report.mode,
+        onchange: () => { Report.mode = mode; draw(); detail.querySelector(`input[value=${mode}]`).focus(); } }), name)),
+    make("span", { class: "legend" }, {
+      advantage: [make("span", { class: "t loss", style: "--s:.8" }, "pushed down"), " ",
+                  make("span", { class: "t gain", style: "--s:.8" }, "pushed up"), " ",
+                  make("span", { class: "t masked" }, "not trained on")],
+      confidence: [make("span", { class: "t doubt", style: "--s:1" }, "unlikely"), " ",
+                   make("span", { class: "t doubt", style: "--s:.4" }, "likely"), " sure"],
+      plain: [] }[Report.mode]));
+
+  const branch = (group, source, place) => {
+    const rollout = group.rollouts[source], end = rollout.frozen;
+    const own = group.rollouts.map((other, i) => [other, i]).filter(([other]) => other.source === source && other.branch !== undefined);
+    const right = own.filter(([other]) => other.reward > 0.5).length;
+    return [
+      make("div", { class: "fork" },
+        make("section", { class: "prefix", "aria-label": "Frozen prefix" },
+          make("h3", {}, "Frozen prefix"),
+          make("p", { class: "note" }, rollout.advantage === undefined ? "up to the opening of the call"
+            : `up to the opening of the call · advantage ${signed(rollout.advantage)}`),
+          blocks(group, rollout, rollout.start, end)),
+        make("section", { class: "continuations", "aria-label": "Continuations" },
+          make("h3", {}, `${own.length} continuations, ${right} right`),
+          make("p", { class: "note" }, right ? "the prefix is credited as recovered" : "none recovered it"),
+          make("div", { class: "cards", tabindex: "0" }, own.map(([other, i]) =>
+            make("article", { class: `card ${i === place ? "chosen" : ""}` }, verdict(other),
+                 blocks(group, other, other.start, Infinity)))))),
+      make("details", { class: "abandoned", open: source === place },
+        make("summary", {}, "How the source went on"), verdict(rollout),
+        blocks(group, rollout, end, Infinity, true))];
+  };
+
+  const draw = () => {
+    const { group, place, systems, go } = current;
+    const rollout = group.rollouts[place];
+    const source = rollout.branch !== undefined ? rollout.source : rollout.frozen !== undefined ? place : null;
+    const top = detail.scrollTop;
+    detail.replaceChildren(
+      make("button", { type: "button", class: "back", onclick: close }, "← all trajectories"),
+      make("header", {},
+        make("p", { class: "note" }, [Report.runs.length > 1 ? Report.runs[group.run] : "", group.at, group.category, group.id]
+          .filter(Boolean).join(" · ")),
+        make("h3", { class: "asked" }, group.question),
+        group.gold.length ? make("p", { class: "gold" }, "right answer ", make("b", {}, group.gold.join(" or "))) : null,
+        make("div", { class: "shots" }, group.images.map((image, i) => picture(image, `image ${i}`)))),
+      strip(group, place, go), colouring(),
+      ...(source === null ? [verdict(rollout), ...blocks(group, rollout, rollout.start, Infinity)]
+                          : branch(group, source, place)),
+      group.system < 0 ? "" : make("details", { class: "system" }, make("summary", {}, "System prompt"),
+                                   make("pre", {}, systems[group.system])));
+    detail.scrollTop = top;
+    const chosen = detail.querySelector(".cards .chosen");
+    if (chosen) chosen.parentElement.scrollLeft = chosen.offsetLeft - chosen.parentElement.offsetLeft;
+  };
+
+  const close = () => {
+    browser.classList.remove("opened");
+    document.body.classList.remove("covered");
+    document.getElementById("list").focus();
+  };
+
+  Report.show = (group, place, systems, go) => {
+    if (current?.group !== group) detail.scrollTop = 0;
+    current = { group, place, systems, go };
+    draw();
+    detail.dataset.shown = `${group.id} ${place}`;
+    browser.classList.add("opened");
+    document.body.classList.toggle("covered", Report.narrow.matches);
+  };
+
+  detail?.addEventListener("keydown", (event) => { if (event.key === "Escape") close(); });
+})();

@@ -1,0 +1,136 @@
+"""The figures of the page, as Plotly's own JSON. Colours are left to the page, which has two themes.
+
+In: Runs. Out: for every figure its title, what it shows in words (for those who cannot see it), and
+traces and layout. A trace names its place in the page's palette in `meta`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from axpo_jax.eval import summary
+from axpo_jax.eval.report.runs import Run
+from axpo_jax.rl.census import STATES, SUBGROUPS
+
+_WINDOW = 5  # steps of the running mean
+_DASHES = ("solid", "dot", "dash")
+
+# (title, what it means, unit, ((label, metric), ...)); the first of the lines is the solid one.
+PANELS = (
+  ("Tool-attempt rate", "Share of rollouts that call a tool. Falling to zero is the collapse.", "%",
+   (("training", "rollout/tool_attempt_rate"), ("held-out", "eval/tool_attempt_rate"))),
+  ("Tool subgroups that are all wrong",
+   "Of the questions where a tool was tried: every rollout that tried one is wrong.", "%",
+   (("after resampling", "rollout/tool_all_wrong_rate_after"),
+    ("before", "rollout/tool_all_wrong_rate"))),
+  ("Recovered", "Of the triggered questions: a continuation of a frozen prefix got it right.", "%",
+   (("recovered", "axpo/recovered_share"),)),
+  ("Reward by subgroup", "Mean reward of all rollouts, of those with a tool, of those without.", "%",
+   (("all", "rollout/reward_mean"), ("with a tool", "rollout/tool_success_rate"),
+    ("without", "rollout/no_tool_success_rate"))),
+  ("Held-out questions", "Right once, and right in at least one of four.", "%",
+   (("Pass@1", "eval/pass_at_1"), ("Pass@4", "eval/pass_at_4"))),
+  ("Sampler against trainer",
+   "Log-probability gap of the same tokens: mean and worst. It should stay flat.", "nats",
+   (("mean", "train/logp_gap_abs_mean"), ("worst", "train/logp_gap_abs_max"))),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+  """One figure: `figure` is {"data", "layout"} for Plotly."""
+
+  title: str
+  about: str
+  figure: Mapping[str, Any]
+  wide: bool = False
+
+
+def charts(runs: Sequence[Run]) -> list[Chart]:
+  """Every figure that some run has data for."""
+  found = [_panel(runs, *panel) for panel in PANELS]
+  found += [_census(run, len(runs) > 1) for run in runs]
+  return [chart for chart in found if chart is not None]
+
+
+def _panel(runs: Sequence[Run], title: str, about: str, unit: str, lines) -> Chart | None:
+  figure = go.Figure()
+  for r, run in enumerate(runs):
+    for number, (label, metric) in enumerate(lines):
+      steps, values = summary.series(run.metrics, metric)
+      if steps:
+        name = label if len(runs) == 1 else (
+          run.name if len(lines) == 1 else f"{run.name}, {label}")
+        # One run: a colour a line. Several: a colour a run, a dash a line.
+        colour = number if len(runs) == 1 else r
+        _add(figure, steps, [100 * v for v in values] if unit == "%" else values, name, colour,
+             "solid" if len(runs) == 1 else _DASHES[number], unit,
+             smooth=not metric.startswith("eval/"))
+  if not figure.data:
+    return None
+  figure.update_xaxes(title_text="step")
+  if unit == "%":
+    figure.update_yaxes(range=[-2, 102], ticksuffix=" %", tickvals=[0, 25, 50, 75, 100])
+  else:
+    figure.update_yaxes(type="log", title_text=unit, exponentformat="power", dtick=1)
+  return Chart(title, about, _json(figure))
+
+
+def _add(figure: go.Figure, steps, values, name: str, colour: int, dash: str, unit: str,
+         smooth: bool) -> None:
+  if not smooth or len(steps) < 2 * _WINDOW:
+    figure.add_scatter(x=steps, y=values, name=name, mode="lines+markers",
+                       meta={"colour": colour}, line={"dash": dash, "width": 2},
+                       marker={"size": 7}, hovertemplate=_hover(unit))
+    return
+  figure.add_scatter(x=steps, y=values, name=name, mode="lines", legendgroup=name,
+                     showlegend=False, opacity=0.28, meta={"colour": colour},
+                     line={"dash": dash, "width": 1}, hoverinfo="skip")
+  figure.add_scatter(x=steps, y=running_mean(values), name=name, mode="lines", legendgroup=name,
+                     meta={"colour": colour}, line={"dash": dash, "width": 2.5},
+                     hovertemplate=_hover(unit))
+
+
+def _census(run: Run, named: bool) -> Chart | None:
+  """Shares of the questions over steps, by subgroup and state."""
+  rows, labels = [], []
+  lines = [line for line in run.metrics if "rollout/census_tool_absent" in line]
+  for subgroup in reversed(SUBGROUPS):
+    for state in reversed(STATES):
+      rows.append([None if (value := line.get(f"rollout/census_{subgroup}_{state}")) is None
+                   else 100 * value for line in lines])
+      labels.append(f"{'tool' if subgroup == 'tool' else 'no tool'} · {state.replace('_', ' ')}")
+  if not lines:
+    return None
+  figure = go.Figure(go.Heatmap(
+    z=rows, x=[line["step"] for line in lines], y=labels, zmin=0, zmax=100, xgap=1, ygap=1,
+    colorbar={"ticksuffix": " %", "thickness": 10, "outlinewidth": 0, "tickvals": [0, 50, 100]},
+    hovertemplate="step %{x}<br>%{y}: %{z:.0f} % of questions<extra></extra>"))
+  figure.update_xaxes(title_text="step")
+  figure.update_layout(shapes=[{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": "y",
+                                "y0": 3.5, "y1": 3.5, "line": {"width": 3}}])
+  return Chart("Census" + (f" · {run.name}" if named else ""),
+               "Share of the questions whose tool rollouts, and whose other rollouts, are absent, all "
+               "wrong, mixed or all right. Each half of a column adds up to 100 %.",
+               _json(figure), wide=True)
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+  """Mean of up to `_WINDOW` values that end at each place."""
+  return [sum(values[max(0, i + 1 - _WINDOW):i + 1]) / len(values[max(0, i + 1 - _WINDOW):i + 1])
+          for i in range(len(values))]
+
+
+def _hover(unit: str) -> str:
+  value = "%{y:.1f} %" if unit == "%" else "%{y:.2e} " + unit
+  return f"step %{{x}}: {value}<extra>%{{fullData.name}}</extra>"
+
+
+def _json(figure: go.Figure) -> dict[str, Any]:
+  figure.layout.template = None  # Plotly's own is 7 kB a figure; the page has its theme
+  return json.loads(figure.to_json())

@@ -1,0 +1,79 @@
+"""Puts the page together: HTML that shows at once, and behind it compressed data that scripts unpack
+when they are needed.
+
+In: runs. Out: one HTML file without a link to anywhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+from plotly.offline import get_plotlyjs
+
+from axpo_jax.eval.diagnose.figures import diagnose
+from axpo_jax.eval.diagnose.reading import read
+from axpo_jax.eval.report import charts, tables, trajectories
+from axpo_jax.eval.report.pictures import Pictures
+from axpo_jax.eval.report.runs import Run
+
+_ASSETS = pathlib.Path(__file__).parent / "assets"
+_SCRIPTS = ("data.js", "charts.js", "tokens.js", "trajectory.js", "browser.js")
+
+
+def render(runs: Sequence[Run], *, limit: int = 10_000, side: int = 640, title: str = "") -> str:
+  """The page.
+
+  Args:
+    runs: one, or several to compare with the first.
+    limit: how many trajectories to put in.
+    side: longest side of an image in pixels.
+    title: of the page; by default the runs' names.
+  """
+  pictures = Pictures(side)
+  collection = trajectories.collect(runs, pictures, limit)
+  figures = charts.charts(runs)
+  # Ids of the data blocks that the scripts look for; all but images are compressed.
+  blocks = {"index": pack(collection.index),
+            "charts": pack([figure.figure for figure in figures]),
+            **{f"chunk-{i}": pack(chunk) for i, chunk in enumerate(collection.chunks)},
+            "plotly": pack(get_plotlyjs()) if figures else ""}
+  environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_ASSETS), autoescape=True,
+                                   trim_blocks=True, lstrip_blocks=True)
+  return environment.get_template("page.html.j2").render(
+    title=title or " · ".join(run.name for run in runs), runs=runs,
+    warnings=[(run.name, warning["text"]) for run in runs for warning in _warnings(run)],
+    glance=tables.glance(runs), benchmarks=tables.benchmark_table(runs), figures=figures,
+    collection=collection, count=len(collection.index["rows"]), facts=_facts(runs, collection),
+    blocks=blocks, images=pictures.found,
+    style=_asset("report.css"), scripts=[_asset(name) for name in _SCRIPTS])
+
+
+def pack(value: Any) -> str:
+  """JSON (a string as it is), gzip, base64: what `data.js` unpacks."""
+  text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False,
+                                                         separators=(",", ":"))
+  # mtime: the same run makes the same page.
+  return base64.b64encode(gzip.compress(text.encode("utf-8", "replace"), 6, mtime=0)).decode()
+
+
+def _asset(name: str) -> str:
+  return (_ASSETS / name).read_text(encoding="utf-8")
+
+
+def _warnings(run: Run) -> list[dict[str, str]]:
+  return diagnose(read(run.dumps).traces)["warnings"] if run.dumps else []
+
+
+def _facts(runs: Sequence[Run], collection: trajectories.Collection) -> list[str]:
+  """What the page is about, in a few words each."""
+  steps = [run.metrics[-1]["step"] for run in runs if run.metrics]
+  facts = [f"{len(runs)} runs" if len(runs) > 1 else "", f"{max(steps)} steps" if steps else "",
+           f"{len(collection.index['rows']):,} of {collection.total:,} dumped trajectories"
+           if collection.total else ""]
+  return [fact for fact in facts if fact]
