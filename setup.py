@@ -25,6 +25,9 @@ _TOOLS = [
   "tenacity>=9.0",  # search: retries
 ]
 
+# The page of eval.report; its figures are drawn by the script inside the package.
+_REPORT = ["plotly>=6.0,<8"]
+
 # The compiler of launch/compile.py; the release that fits jax 0.10.2.
 _AOT = ["libtpu==0.0.42.1; platform_system == 'Linux' and platform_machine == 'x86_64'"]
 
@@ -36,17 +39,19 @@ setup(
   long_description_content_type="text/markdown",
   python_requires=">=3.11",
   packages=find_packages(include=["axpo_jax", "axpo_jax.*"]),
-  package_data={"axpo_jax": ["assets/**/*"]},
+  package_data={"axpo_jax": ["assets/**/*", "eval/report/assets/*"]},
   install_requires=_requirements(),
   extras_require={
     "aot": _AOT,
     "cuda": ["jax[cuda12]>=0.10,<0.11"],
     # For the servers' environment, which is best one of its own: docs/sidecar.md.
     "sglang": _requirements("requirements-sidecar.txt"),
+    "report": _REPORT,
     "tpu": ["jax[tpu]>=0.10,<0.11"],
     "tools": _TOOLS,
     # torch is here to compare with: the port's second implementation. Never imported by the package.
-    "test": [*_AOT, *_TOOLS, "hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9",
-             "torch==2.13.0"],
+    # playwright drives a Chromium that the system has; it need not install one.
+    "test": [*_AOT, *_REPORT, *_TOOLS, "hypothesis>=6.100", "playwright>=1.50", "pytest>=8",
+             "pytest-xdist>=3.6", "ruff>=0.9", "torch==2.13.0"],
   },
 )

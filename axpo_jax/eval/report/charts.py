@@ -18,6 +18,7 @@ from axpo_jax.eval.report.runs import Run
 from axpo_jax.rl.census import STATES, SUBGROUPS
 
 _WINDOW = 5  # steps of the running mean
+_QUARTERS = [0, 25, 50, 75, 100]
 _DASHES = ("solid", "dot", "dash")
 
 # (title, what it means, unit, ((label, metric), ...)); the first of the lines is the solid one.
@@ -75,7 +76,7 @@ def _panel(runs: Sequence[Run], title: str, about: str, unit: str, lines) -> Cha
     return None
   figure.update_xaxes(title_text="step")
   if unit == "%":
-    figure.update_yaxes(range=[-2, 102], ticksuffix=" %", tickvals=[0, 25, 50, 75, 100])
+    figure.update_yaxes(range=[-2, 102], tickvals=_QUARTERS, ticktext=_percent(_QUARTERS))
   else:
     figure.update_yaxes(type="log", title_text=unit, exponentformat="power", dtick=1)
   return Chart(title, about, _json(figure))
@@ -109,7 +110,8 @@ def _census(run: Run, named: bool) -> Chart | None:
     return None
   figure = go.Figure(go.Heatmap(
     z=rows, x=[line["step"] for line in lines], y=labels, zmin=0, zmax=100, xgap=1, ygap=1,
-    colorbar={"ticksuffix": " %", "thickness": 10, "outlinewidth": 0, "tickvals": [0, 50, 100]},
+    colorbar={"thickness": 10, "outlinewidth": 0, "tickvals": _QUARTERS,
+              "ticktext": _percent(_QUARTERS)},
     hovertemplate="step %{x}<br>%{y}: %{z:.0f} % of questions<extra></extra>"))
   figure.update_xaxes(title_text="step")
   figure.update_layout(shapes=[{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": "y",
@@ -124,6 +126,10 @@ def running_mean(values: Sequence[float]) -> list[float]:
   """Mean of up to `_WINDOW` values that end at each place."""
   return [sum(values[max(0, i + 1 - _WINDOW):i + 1]) / len(values[max(0, i + 1 - _WINDOW):i + 1])
           for i in range(len(values))]
+
+
+def _percent(values: Sequence[float]) -> list[str]:
+  return [f"{value} %" for value in values]
 
 
 def _hover(unit: str) -> str:

@@ -13,9 +13,13 @@
   const picture = (image, label, call) => {
     const { uri, width, height } = Report.image(image.key);
     if (!uri) return make("figure", { class: "shot" }, make("figcaption", {}, `${label} (file missing)`));
-    const scale = Math.max(1, Math.min(4, Math.floor(200 / Math.max(width, height))));
-    const frame = make("div", { class: "frame" }, make("img", {
-      src: uri, alt: label, width: Math.min(640, width * scale), loading: "lazy" }));
+    // Small at first, so that the text stays in sight; a click or Enter shows all there is.
+    const frame = make("button", { type: "button", class: "frame", "aria-pressed": "false",
+      "aria-label": `${label}: enlarge`, title: "enlarge", onclick: () => {
+        const large = frame.classList.toggle("large");
+        frame.setAttribute("aria-pressed", String(large));
+        frame.title = large ? "shrink" : "enlarge"; } },
+      make("img", { src: uri, alt: label, width, height, class: width < 120 ? "tiny" : null }));
     if (call) frame.append(outline(call.box.corners, call.error));
     return make("figure", { class: "shot" }, frame,
                 make("figcaption", {}, `${label} · ${width} × ${height}`));
@@ -106,17 +110,19 @@
         rollout.frozen === undefined ? (rollout.calls.length ? "●" : "○") : "❄");
     }));
 
-  const colouring = () => make("fieldset", { class: "modes" }, make("legend", {}, "Colour tokens by"),
+  const KEY = "round: continuation · ● called a tool · ○ did not · ❄ prefix frozen here";
+
+  const colouring = () => make("div", { class: "modes", role: "radiogroup", "aria-label": "Colour tokens by" },
+    make("span", { class: "title" }, "colour by"),
     [["advantage", "advantage"], ["confidence", "confidence"], ["plain", "nothing"]].map(([mode, name]) =>
       make("label", {}, make("input", { type: "radio", name: "mode", value: mode, checked: mode === Report.mode,
         onchange: () => { Report.mode = mode; draw(); detail.querySelector(`input[value=${mode}]`).focus(); } }), name)),
-    make("span", { class: "legend" }, {
-      advantage: [make("span", { class: "t loss", style: "--s:.8" }, "pushed down"), " ",
-                  make("span", { class: "t gain", style: "--s:.8" }, "pushed up"), " ",
-                  make("span", { class: "t masked" }, "not trained on")],
-      confidence: [make("span", { class: "t doubt", style: "--s:1" }, "unlikely"), " ",
-                   make("span", { class: "t doubt", style: "--s:.4" }, "likely"), " sure"],
-      plain: [] }[Report.mode]));
+    make("span", { class: "legend" }, LEGENDS[Report.mode].map(([kind, strength, words]) =>
+      make("span", { class: `t ${kind}`, style: `--s:${strength}` }, words))));
+
+  const LEGENDS = {
+    advantage: [["loss", 0.8, "pushed down"], ["gain", 0.8, "pushed up"], ["masked", 0, "not trained on"]],
+    confidence: [["doubt", 1, "unlikely"], ["doubt", 0.5, "even"], ["", 0, "sure"]], plain: [] };
 
   const branch = (group, source, place) => {
     const rollout = group.rollouts[source], end = rollout.frozen;
@@ -147,13 +153,14 @@
     const top = detail.scrollTop;
     detail.replaceChildren(
       make("button", { type: "button", class: "back", onclick: close }, "← all trajectories"),
-      make("header", {},
-        make("p", { class: "note" }, [Report.runs.length > 1 ? Report.runs[group.run] : "", group.at, group.category, group.id]
+      make("header", { class: "head" },
+        make("div", { class: "shots" }, group.images.map((image, i) => picture(image, `image ${i}`))),
+        make("div", {}, make("p", { class: "note" }, [Report.runs.length > 1 ? Report.runs[group.run] : "", group.at, group.category, group.id]
           .filter(Boolean).join(" · ")),
         make("h3", { class: "asked" }, group.question),
         group.gold.length ? make("p", { class: "gold" }, "right answer ", make("b", {}, group.gold.join(" or "))) : null,
-        make("div", { class: "shots" }, group.images.map((image, i) => picture(image, `image ${i}`)))),
-      strip(group, place, go), colouring(),
+        strip(group, place, go), make("p", { class: "note" }, KEY))),
+      colouring(),
       ...(source === null ? [verdict(rollout), ...blocks(group, rollout, rollout.start, Infinity)]
                           : branch(group, source, place)),
       group.system < 0 ? "" : make("details", { class: "system" }, make("summary", {}, "System prompt"),
@@ -171,6 +178,8 @@
 
   Report.show = (group, place, systems, go) => {
     if (current?.group !== group) detail.scrollTop = 0;
+    // Dumps of other makers have no advantages; something to see is better than nothing.
+    if (!current && group.rollouts[place].advantage === undefined) Report.mode = "confidence";
     current = { group, place, systems, go };
     draw();
     detail.dataset.shown = `${group.id} ${place}`;
