@@ -40,7 +40,7 @@ def base_config() -> ConfigDict:
 
   c.model = _model()
   # Devices along each mesh axis; one -1 takes what is left.
-  c.mesh = ConfigDict(dict(data=1, fsdp=-1, tensor=1))
+  c.mesh = ConfigDict(dict(data=1, fsdp=-1, context=1, tensor=1))
   c.data = _data()
   c.images = _images()
   c.agent = _agent()
@@ -229,6 +229,7 @@ def _model() -> ConfigDict:
     dtype="bfloat16",         # of activations
     param_dtype="float32",    # of the master parameters: float32 or bfloat16
     remat="full",             # what backward recomputes a layer: none, dots or full
+    attention="auto",         # tpu or gpu (kernels), xla, or auto: tpu where it runs (docs/pods.md)
     export_dtype="bfloat16",  # of the folders that stages write
     freeze_vision=False,      # keep the vision tower and its mergers fixed
   ))
@@ -394,6 +395,9 @@ def _rl() -> ConfigDict:
     # Where the ratio's denominator comes from when updates = 1: "current" takes the pass itself
     # (the ratio is 1; half the cost), "trainer" a forward pass of its own. More updates need one.
     old_logprobs="current",
+    # Keep the reference policy of the KL in the hosts' memory while it does not score: one copy of the
+    # parameters less on the chips for the gradients to stand beside.
+    reference_offload=False,
     # The fields of rl.resample.ResampleConfig.
     resample=ConfigDict(dict(
       ratio=0.25,             # r: at most r*B*N extra continuations a step [paper]

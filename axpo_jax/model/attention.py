@@ -4,8 +4,10 @@ Who sees whom is told by two integers a token, not by a mask: a query of order i
 with order <= i < end. Causal text has its index as order and the end of its sequence as end.
 Trajectories that share a prefix stand in one row depth first, and a token's end is where its
 subtree ends, so it is seen by its descendants and by nobody beside them. All patches of an image
-have one order, and the next number as end. An end of 0 is padding, which nobody sees. Short
-sequences turn this into one boolean mask, made once outside of the layer scan; long ones are done
+have one order, and the next number as end. An end of 0 is padding, which nobody sees.
+
+A kernel does this where there is one for the machine and the sizes (`choose_backend`). Else, in XLA,
+short sequences turn it into one boolean mask, made once outside of the layer scan; long ones are done
 in blocks of queries, recomputed in the backward pass, and a full [T, S] array never exists. Where
 most blocks of keys are out of sight, `key_blocks` says which are not, and the others are left out.
 
@@ -28,6 +30,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from axpo_jax.model import attention_gpu, attention_tpu, sharding
+
+_KERNELS = {"tpu": attention_tpu, "gpu": attention_gpu}
 # Finite, so that a query that sees nothing (padding) gives finite numbers and zero gradients.
 _HIDDEN = -1e30
 
@@ -46,8 +51,8 @@ class Tags:
 class Visibility:
   """Which keys each query sees.
 
-  `masks` is None where queries are taken in chunks. With `key_blocks_BxCxN` it holds one mask, of
-  the taken keys alone: [B * C, T / C, N * T / C].
+  `masks` is None where queries are taken in chunks, or by a kernel. With `key_blocks_BxCxN` it holds
+  one mask, of the taken keys alone: [B * C, T / C, N * T / C].
   """
 
   queries: Tags
@@ -55,6 +60,48 @@ class Visibility:
   masks: tuple[jax.Array, ...] | None
   key_blocks_BxCxN: jax.Array | None
   chunk: int = dataclasses.field(metadata={"static": True})
+  parts: int = dataclasses.field(default=1, metadata={"static": True})
+  backend: str = dataclasses.field(default="xla", metadata={"static": True})
+
+
+def row_visibility(ends_BxT: jax.Array, chunk: int, key_blocks_BxCxN: jax.Array | None = None,
+                   backend: str = "xla") -> Visibility:
+  """`visibility` of a row's tokens among each other, where a token's order is its index.
+
+  The row may be split over devices: then each does its own queries.
+
+  backend: from `choose_backend`.
+  """
+  order_BxT = jnp.broadcast_to(jnp.arange(ends_BxT.shape[1]), ends_BxT.shape)
+  tags, parts = Tags(order_BxT, ends_BxT), sharding.parts("length")
+  if backend != "xla":
+    return Visibility(tags, (tags,), None, None, chunk, parts, backend)
+  # Lists are of blocks in the order of the row, which a split row is not taken in.
+  lists = key_blocks_BxCxN if parts == 1 else None
+  return dataclasses.replace(visibility(tags, [tags], chunk, lists), parts=parts)
+
+
+def choose_backend(asked: str, length: int, heads: int, kv_heads: int, head_dim: int) -> str:
+  """"xla", "tpu" or "gpu": what `ModelConfig.attention` asks for; for "auto" "tpu" where it runs.
+
+  Raises:
+    AttentionError: the kernel that is asked for cannot do it.
+  """
+  parts = sharding.parts("length")
+  suiting = [name for name, kernel in _KERNELS.items()
+             if length % parts == 0 and kernel.suits(
+               length // parts, length, heads, kv_heads, head_dim)]
+  if asked == "auto":
+    return "tpu" if sharding.platform() == "tpu" and "tpu" in suiting else "xla"
+  if asked in _KERNELS and asked not in suiting:
+    raise AttentionError(
+      f"model.attention={asked!r} does not take {length} tokens over {parts} devices with {heads} "
+      f"heads of {head_dim} over {kv_heads}: use 'auto' or 'xla', or see docs/pods.md for sizes")
+  return asked
+
+
+class AttentionError(ValueError):
+  """Sizes that a kernel which was asked for by name does not do."""
 
 
 def visibility(queries: Tags, keys: Sequence[Tags], chunk: int,
@@ -120,12 +167,13 @@ def attend(
     blocks: (keys, values), see `block`, in the order of `sees.keys`.
   Returns: [B, T, H, D] in q's dtype.
   """
+  if sees.backend in _KERNELS:
+    return _attend_kernel(q_BxTxHxD, blocks[0], sees)
   if sees.key_blocks_BxCxN is not None:
     return _attend_listed(q_BxTxHxD, blocks[0], sees)
   if sees.masks is not None:
     return _attend(q_BxTxHxD, blocks, sees.masks)
-  length = q_BxTxHxD.shape[1]
-  split = functools.partial(_chunks, chunk=sees.chunk)
+  split = functools.partial(_chunks, chunk=sees.chunk, parts=sees.parts)
 
   # Without the checkpoint, the map would keep every chunk's probabilities for the backward pass.
   @jax.checkpoint
@@ -134,7 +182,7 @@ def attend(
     return _attend(q, blocks, [_mask(tags, k) for k in sees.keys])
 
   out = jax.lax.map(one, jax.tree.map(split, (q_BxTxHxD, sees.queries)))
-  return out.swapaxes(0, 1).reshape(q_BxTxHxD.shape[0], -1, *q_BxTxHxD.shape[2:])[:, :length]
+  return _joined(out, sees.parts)[:, :q_BxTxHxD.shape[1]]
 
 
 def _mask(queries: Tags, keys: Tags) -> jax.Array:
@@ -143,11 +191,23 @@ def _mask(queries: Tags, keys: Tags) -> jax.Array:
   return (keys.order_BxT[:, None, :] <= order_BxTx1) & (order_BxTx1 < keys.end_BxT[:, None, :])
 
 
-def _chunks(x_BxTxX: jax.Array, chunk: int) -> jax.Array:
-  """[B, T, ...] padded with zeros (segment 0) to [T / chunk, B, chunk, ...]."""
+def _chunks(x_BxTxX: jax.Array, chunk: int, parts: int) -> jax.Array:
+  """[B, T, ...] padded with zeros (segment 0) to [T / chunk, B, chunk, ...].
+
+  Each of the parts, which lie on different devices, gives its share of every chunk.
+  """
   batch, length, *rest = x_BxTxX.shape
+  chunk = -(-chunk // parts) * parts
   padded = jnp.pad(x_BxTxX, [(0, 0), (0, -length % chunk)] + [(0, 0)] * len(rest))
-  return padded.reshape(batch, -1, chunk, *rest).swapaxes(0, 1)
+  split = jnp.moveaxis(padded.reshape(batch, parts, -1, chunk // parts, *rest), 2, 0)
+  return split.reshape(-1, batch, chunk, *rest)
+
+
+def _joined(x_NxBxCxX: jax.Array, parts: int) -> jax.Array:
+  """The inverse of `_chunks`, still padded."""
+  count, batch, chunk, *rest = x_NxBxCxX.shape
+  split = x_NxBxCxX.reshape(count, batch, parts, chunk // parts, *rest)
+  return jnp.moveaxis(split, 0, 2).reshape(batch, count * chunk, *rest)
 
 
 def _attend(q_BxTxHxD, blocks, masks) -> jax.Array:
@@ -205,6 +265,20 @@ _softmax.defvjp(_softmax_forward, _softmax_backward)
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
   return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _attend_kernel(q_BxTxHxD, kv, sees: Visibility) -> jax.Array:
+  """`attend` by a kernel, every device for its own rows, heads and queries, and all keys."""
+  (B, T, H, D), (k_BxKxDxS, v_BxKxSxD) = q_BxTxHxD.shape, kv
+  K = k_BxKxDxS.shape[1]
+  queries = ("batch", "act_kv_heads", None, "length", None)
+  keys = ("batch", "act_kv_heads", None, None)
+  kernel = functools.partial(_KERNELS[sees.backend].attend, interpret=sharding.platform() == "cpu")
+  first_P = jnp.arange(sees.parts, dtype=jnp.int32) * (T // sees.parts)
+  out_BxKxGxTxD = sharding.local(kernel, queries, keys, keys, ("batch", None), ("length",))(
+    q_BxTxHxD.reshape(B, T, K, H // K, D).transpose(0, 2, 3, 1, 4), k_BxKxDxS.mT, v_BxKxSxD,
+    sees.keys[0].end_BxT, first_P)
+  return out_BxKxGxTxD.transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
 def _attend_listed(q_BxTxHxD, kv, sees: Visibility) -> jax.Array:

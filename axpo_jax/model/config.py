@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 REMAT_POLICIES = ("none", "full", "dots")
+ATTENTION = ("auto", "xla", "tpu", "gpu")
 DTYPES = ("float32", "bfloat16")
 
 
@@ -110,7 +111,9 @@ class ModelConfig:
   param_dtype: what parameters are stored in.
   remat: "none" keeps all activations for the backward pass, "full" keeps one hidden state a
     layer, "dots" also keeps the outputs of the weight matmuls.
-  attention_chunk: queries per attention block. Longer sequences are done block by block with
+  attention: of text without a cache: "tpu" and "gpu" are Pallas kernels, "xla" does the same
+    anywhere, and "auto" takes "tpu" where it runs. See `model.attention`.
+  attention_chunk: with "xla", queries per attention block. Longer sequences are done block by block with
     recomputation, so that scores take [heads, chunk, keys] instead of [heads, T, keys]. 0: never.
   """
 
@@ -123,11 +126,14 @@ class ModelConfig:
   dtype: str = "bfloat16"
   param_dtype: str = "float32"
   remat: str = "none"
+  attention: str = "auto"
   attention_chunk: int = 512
 
   def __post_init__(self):
     if self.remat not in REMAT_POLICIES:
       raise UnsupportedConfig(f"remat={self.remat!r}; choose one of {REMAT_POLICIES}")
+    if self.attention not in ATTENTION:
+      raise UnsupportedConfig(f"attention={self.attention!r}; choose one of {ATTENTION}")
     for field in ("dtype", "param_dtype"):
       if getattr(self, field) not in DTYPES:
         raise UnsupportedConfig(f"{field}={getattr(self, field)!r}; choose one of {DTYPES}")
@@ -155,7 +161,7 @@ class ModelConfig:
   def from_hf(cls, source: Mapping[str, Any] | str | os.PathLike, **options) -> ModelConfig:
     """Reads a Hugging Face Qwen3-VL config (dict, `config.json` or the folder that holds it).
 
-    `options` are this class's own fields (dtype, param_dtype, remat, attention_chunk).
+    `options` are this class's own fields (dtype, param_dtype, remat, attention, ...).
 
     Raises: UnsupportedConfig naming the field if the file is not a Qwen3-VL that we implement.
     """

@@ -35,7 +35,7 @@ MeshAxes = str | tuple[str, ...] | None
 Rules = Mapping[str, MeshAxes]
 Names = Sequence[str | None]
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 METADATA_KEY = "logical_axes"
 
 DEFAULT_RULES: Rules = MappingProxyType({
@@ -52,15 +52,16 @@ DEFAULT_RULES: Rules = MappingProxyType({
   "vision_mlp": "tensor",
   "patch": None,
   "norm": None,
-  # Activations: rows over data and fsdp, features over tensor.
+  # Activations: rows over data and fsdp, a row's tokens over context, features over tensor. Queries
+  # of attention stay where they are; keys and values are gathered.
   "batch": ("data", "fsdp"),
-  "length": None,
+  "length": "context",
   "act_embed": None,
   "act_heads": "tensor",
   "act_kv_heads": "tensor",
   "act_mlp": "tensor",
   "act_vocab": "tensor",
-  "vision_rows": ("data", "fsdp"),
+  "vision_rows": ("data", "fsdp", "context"),
   "patches": None,
   # What is looked up by index is split by width, which all devices can then do at once.
   "lookup_batch": "data",
@@ -80,7 +81,7 @@ class ShardingError(ValueError):
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh with the axes data, fsdp, tensor (missing ones have size 1).
+  """A mesh with the axes data, fsdp, context, tensor (missing ones have size 1).
 
   Args:
     shape: size of each axis; one of them may be -1 and takes the devices that are left.
@@ -109,8 +110,8 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     raise ShardingError(
       f"mesh {sizes} needs {needed} devices, there are {len(devices)}; "
       "set one axis to -1, or pass the devices to use")
-  return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3,
-                       devices=devices[:needed])
+  return jax.make_mesh(tuple(sizes.values()), MESH_AXES,
+                       axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices[:needed])
 
 
 @contextlib.contextmanager
@@ -134,6 +135,21 @@ def use(mesh: Mesh | None, rules: Rules | None = None) -> Iterator[None]:
 def current() -> tuple[Mesh, Rules] | None:
   """The mesh and rules of the innermost `use`, or None."""
   return _context.get()
+
+
+def platform() -> str:
+  """"cpu", "gpu" or "tpu": of the devices of the innermost `use`, which may not be here."""
+  context = _context.get()
+  return context[0].devices.flat[0].platform if context else jax.default_backend()
+
+
+def parts(name: str, mesh: Mesh | None = None, rules: Rules | None = None) -> int:
+  """Into how many parts an axis is split: on this mesh, or in the innermost `use` (1 outside)."""
+  if mesh is None:
+    if _context.get() is None:
+      return 1
+    mesh, rules = _context.get()
+  return math.prod(mesh.shape[axis] for axis in _as_tuple(spec((name,), rules)[0]))
 
 
 def check_rules(rules: Rules, mesh: Mesh) -> None:
@@ -197,6 +213,27 @@ def constrain(x: jax.Array, names: Names) -> jax.Array:
   if context is None:
     return x
   return jax.lax.with_sharding_constraint(x, sharding_for(names, x.shape, *context))
+
+
+def local(function: Callable[..., jax.Array], *names: Names) -> Callable[..., jax.Array]:
+  """`function`, run by every device on its own part of the arguments; itself outside `use`.
+
+  For code that the compiler cannot split, such as kernels.
+
+  Args:
+    function: of as many arrays as there are names; returns an array like its first argument.
+    names: of the axes of each argument. What they do not split, every device gets whole.
+  """
+  context = _context.get()
+  if context is None:
+    return function
+
+  def mapped(*arrays):
+    specs = tuple(sharding_for(n, x.shape, *context).spec for n, x in zip(names, arrays, strict=True))
+    return jax.shard_map(function, mesh=context[0], in_specs=specs, out_specs=specs[0],
+                         check_vma=False)(*arrays)
+
+  return mapped
 
 
 def gather_stored(x: jax.Array, names: Names) -> jax.Array:

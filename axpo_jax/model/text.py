@@ -130,7 +130,7 @@ class TextDecoder(nnx.Module):
     text = self.config.text
     x_BxTxD = constrain(x_BxTxD, ("batch", "length", "act_embed"))
     angles = rope.text_rope(positions_BxTx3, theta=text.rope_theta, section=text.mrope_section)
-    sees = _visibility(ends_BxT, key_blocks_BxCxN, cache, self.config.attention_chunk)
+    sees = _visibility(ends_BxT, key_blocks_BxCxN, cache, self.config)
     layer_fn = remat(DecoderLayer.__call__, self.config.remat)
 
     def step(layer, x_BxTxD, xs):
@@ -155,12 +155,14 @@ class TextDecoder(nnx.Module):
     return (self.embedding if self.head is None else self.head)[...]
 
 
-def _visibility(ends_BxT, key_blocks_BxCxN, cache: Cache | None, chunk: int
+def _visibility(ends_BxT, key_blocks_BxCxN, cache: Cache | None, config: ModelConfig
                 ) -> attention.Visibility:
-  order_BxT = jnp.broadcast_to(jnp.arange(ends_BxT.shape[1]), ends_BxT.shape)
   if cache is None:
-    tags = attention.Tags(order_BxT, ends_BxT)
-    return attention.visibility(tags, [tags], chunk, key_blocks_BxCxN)
+    text = config.text
+    backend = attention.choose_backend(config.attention, ends_BxT.shape[1], text.num_heads,
+                                       text.num_kv_heads, text.head_dim)
+    return attention.row_visibility(ends_BxT, config.attention_chunk, key_blocks_BxCxN, backend)
+  order_BxT = jnp.broadcast_to(jnp.arange(ends_BxT.shape[1]), ends_BxT.shape)
   # With a cache a row is one sequence: its filled slots are all earlier than the new tokens.
   def seen_to_the_end(order, real):
     return attention.Tags(order, jnp.where(real, ends_BxT.shape[1], 0))
@@ -168,4 +170,4 @@ def _visibility(ends_BxT, key_blocks_BxCxN, cache: Cache | None, chunk: int
   new = seen_to_the_end(order_BxT, ends_BxT > 0)
   old = [seen_to_the_end(jnp.zeros(filled_BxS.shape, jnp.int32), filled_BxS)
          for filled_BxS in cache.filled]
-  return attention.visibility(new, [*old, new], chunk)
+  return attention.visibility(new, [*old, new], config.attention_chunk)

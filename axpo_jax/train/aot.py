@@ -26,7 +26,7 @@ from axpo_jax.model import sharding
 from axpo_jax.model.config import VisionConfig
 from axpo_jax.model.vision_inputs import PATCH_BUCKETS, VisionInputs
 from axpo_jax.train import flops
-from axpo_jax.train.batch import Batch, batch_shards, shardings
+from axpo_jax.train.batch import Batch, shardings
 from axpo_jax.train.hlo import Traffic, read_traffic
 from axpo_jax.train.step import Learner
 
@@ -132,7 +132,7 @@ def abstract_batch(mesh: jax.sharding.Mesh, vision: VisionConfig, *, rows: int, 
     image_share: of the tokens that show an image; decides how many vision rows there are.
     scored: with the reference's log-probabilities.
   """
-  shards = batch_shards(mesh, rules)
+  shards = sharding.parts("vision_rows", mesh, rules)
   largest = image_pixels // vision.patch_size**2
   patches = min((b for b in PATCH_BUCKETS if b >= largest), default=max(PATCH_BUCKETS))
   images = rows * length * image_share * vision.merge_unit / patches

@@ -9,7 +9,6 @@ Legend: B rows, T tokens of a row, G targets of a row, C, N blocks of attention 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Iterable, Sequence, Sized
 
@@ -82,8 +81,7 @@ def shardings(batch: Batch, mesh: jax.sharding.Mesh, rules: sharding.Rules | Non
 
 def batch_shards(mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None) -> int:
   """Into how many parts the batch axis is split: a micro-batch's rows should be a multiple."""
-  axes = sharding.spec(("batch",), rules)[0] or ()
-  return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes))
+  return sharding.parts("batch", mesh, rules)
 
 
 def denominator(batches: Sequence[Batch]) -> float:

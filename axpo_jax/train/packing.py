@@ -85,6 +85,7 @@ def pack(
   aggregation: str = "token_mean",
   banned_ids: Sequence[int] = (),
   rows_multiple_of: int = 1,
+  image_rows_multiple_of: int | None = None,
   block: int = BLOCK,
   row_buckets: Sequence[int] = ROW_BUCKETS,
   patch_buckets: Sequence[int] = PATCH_BUCKETS,
@@ -100,8 +101,8 @@ def pack(
     aggregation: "token_mean" gives every target weight 1, "sequence_mean" 1 / (the targets of its
       example); see `rl.losses.aggregation_weights`.
     banned_ids: ids that a target may not have, since the softmax leaves them out.
-    rows_multiple_of: the number of rows is a multiple of it if `rows` is, that of vision rows
-      always; see `batch.batch_shards`.
+    rows_multiple_of: the number of rows is a multiple of it if `rows` is; see `batch.batch_shards`.
+    image_rows_multiple_of: the number of vision rows is one of it; default `rows_multiple_of`.
     block: tokens of a block of attention.
     row_buckets, patch_buckets: shapes of the vision tower, see `pack_images`.
 
@@ -126,7 +127,7 @@ def pack(
   cuts = [slice(at, at + height) for at in range(0, len(pieces_R), height)]
   batches = [Batch(**{name: array[cut] for name, array in whole.items()}) for cut in cuts]
   if any(example.images for example in examples):
-    options = {"config": vision_config, "rows_multiple_of": rows_multiple_of}
+    options = {"config": vision_config, "rows_multiple_of": image_rows_multiple_of or rows_multiple_of}
     batches = _with_images(batches, [pieces_R[cut] for cut in cuts], examples, row_buckets,
                            patch_buckets, options)
   return batches

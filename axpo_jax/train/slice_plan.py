@@ -100,7 +100,7 @@ class Plan:
       seen_patches=self.config.images.max_pixels / self.model.vision.patch_size**2)
     return slice_report.Report(
       aot.chip_of(self.topology), self.mesh.size, held, self._sampler(learner), programs,
-      self._has_reference + old, self.tokens, needed)
+      self._has_reference + old, self.tokens, needed, rl.reference_offload)
 
   def _sampler(self, learner: Learner) -> float:
     """Bytes that the embedded engine's weights and KV rows take of a chip."""
@@ -166,4 +166,4 @@ def _model_config(config: ConfigDict, layers: int) -> ModelConfig:
                       f"{base.text.num_layers}")
   text = dataclasses.replace(base.text, num_layers=layers or base.text.num_layers)
   return dataclasses.replace(base, text=text, dtype=section.dtype, param_dtype=section.param_dtype,
-                             remat=section.remat)
+                             remat=section.remat, attention=section.attention)

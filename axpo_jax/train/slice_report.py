@@ -22,6 +22,7 @@ class Report:
   Attributes:
     chips: of the slice.
     held: bytes of a chip by kind: parameters, reference, optimizer, gradients, batch.
+    reference_offload: the reference is on the chips only while it scores.
     sampler: bytes of a chip that the embedded engine takes beside training; 0 if there is none.
     programs: by function.
     scores: how often the step scores its micro-batch before it trains on it (reference, old policy).
@@ -37,12 +38,15 @@ class Report:
   scores: int
   tokens: int
   needed: float
+  reference_offload: bool = False
 
   def memory(self, function: str) -> dict[str, float]:
     """Bytes of a chip while a function runs, by kind. Gradients come after scoring."""
     held = {kind: size * (_BATCHES if kind == "batch" else 1) for kind, size in self.held.items()}
     if function == "score":
       del held["gradients"]
+    elif self.reference_offload:
+      held.pop("reference", None)
     return held | {"temporaries": self.programs[function].temporaries}
 
   def total(self, function: str) -> float:
@@ -116,6 +120,8 @@ def advice(report: Report, *, remat: str, mu_dtype: str, param_dtype: str, rows_
     out.append((saved, "config.model.param_dtype=bfloat16"))
   if reference := held.get("reference", 0.0):
     out.append((reference, "no reference policy: config.rl.loss.kl_coef=0"))
+    if not report.reference_offload:
+      out.append((min(reference, held["gradients"]), "config.rl.reference_offload=True"))
   return [f"{text} (saves {_gib(saved)} GiB)" for saved, text in sorted(out, reverse=True)]
 
 

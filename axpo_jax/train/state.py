@@ -236,6 +236,13 @@ def copy_params(params: nnx.State, dtype: str | None = None) -> nnx.State:
     lambda x: jnp.array(x, dtype=dtype and jnp.dtype(dtype), copy=True, device=x.sharding), params)
 
 
+def move_params(params: nnx.State, memory: str) -> nnx.State:
+  """A copy of the parameters, split as before, in "device" memory or in "pinned_host", that of the host
+  that a chip is plugged into; what is there already is not copied."""
+  return jax.tree.map(
+    lambda x: jax.device_put(x, x.sharding.with_memory_kind(memory)), params)
+
+
 def _state_shapes(params, optimizer) -> TrainState:
   def create(params):
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32),

@@ -37,7 +37,7 @@ def cells(text, row) -> list[str]:
 
 
 def test_the_step_compiles_for_a_slice(compiled):
-  assert "4 chips as v5e:2x2, mesh data 1 x fsdp 4 x tensor 1; 3 layers" in compiled
+  assert "4 chips as v5e:2x2, mesh data 1 x fsdp 4 x context 1 x tensor 1; 3 layers" in compiled
   assert "4 rows x 256 = 1,024 tokens" in compiled
   assert "**Fits**" in compiled
   assert set(cells(compiled, "limit")) == {"15.75"}

@@ -19,7 +19,7 @@ def mesh():
 
 def test_mesh_fills_one_axis_and_refuses_what_does_not_fit():
   assert dict(sharding.make_mesh({"tensor": 2, "fsdp": -1}).shape) == {
-    "data": 1, "fsdp": 4, "tensor": 2}
+    "data": 1, "fsdp": 4, "context": 1, "tensor": 2}
   one = sharding.make_mesh({}, devices=jax.devices()[:1])
   assert one.size == 1
   with pytest.raises(ShardingError, match="needs 4 devices, there are 8"):
@@ -34,7 +34,7 @@ def test_mesh_fills_one_axis_and_refuses_what_does_not_fit():
 
 def test_spec_maps_names_and_finds_collisions():
   assert sharding.spec(("layers", "embed", "mlp")) == P(None, "fsdp", "tensor")
-  assert sharding.spec(("batch", "length", None)) == P(("data", "fsdp"), None, None)
+  assert sharding.spec(("batch", "length", None)) == P(("data", "fsdp"), "context", None)
   with pytest.raises(ShardingError, match="'heads' and 'mlp' both map to the mesh axis 'tensor'"):
     sharding.spec(("heads", "mlp"))
   with pytest.raises(ShardingError, match="no rule for the logical axis 'typo'"):
@@ -42,7 +42,7 @@ def test_spec_maps_names_and_finds_collisions():
 
 
 def test_rules_may_not_name_a_mesh_axis_that_is_not_there(mesh):
-  with pytest.raises(ShardingError, match="context"), sharding.use(mesh, {"length": "context"}):
+  with pytest.raises(ShardingError, match="stage"), sharding.use(mesh, {"layers": "stage"}):
     pass
 
 
@@ -52,7 +52,7 @@ def test_indivisible_dimensions_fall_back_and_say_so(mesh, caplog):
   assert result.spec == P(None, "fsdp")
   assert "text/embedding" in caplog.text and "size 7" in caplog.text
   # Two rows over data x fsdp = 4: the leading axis still divides.
-  assert sharding.sharding_for(("batch", "length"), (2, 8), mesh).spec == P("data", None)
+  assert sharding.sharding_for(("batch", "length"), (2, 8), mesh).spec == P("data", "context")
   with pytest.raises(ShardingError, match="names"):
     sharding.sharding_for(("vocab",), (7, 4), mesh)
 
@@ -92,3 +92,21 @@ def test_a_parameter_without_names_is_an_error(mesh):
   state = {"a": {"w": nnx.Param(jnp.ones((2, 2)))}}
   with pytest.raises(ShardingError, match=r"a/w.*no logical names"):
     sharding.param_shardings(state, mesh)
+
+
+def test_local_code_sees_its_own_part(mesh):
+  """Here it adds up its rows, which are a quarter, with weights that every device has whole."""
+  x, weights = jnp.arange(64.0).reshape(8, 8), jnp.arange(8.0)
+
+  def total(x_BxT, weights_T):
+    return x_BxT * 0 + (x_BxT * weights_T).sum()
+
+  def f(x):
+    with sharding.use(mesh):
+      assert (sharding.parts("batch"), sharding.parts("length")) == (4, 1)
+      return sharding.local(total, ("batch", "length"), (None,))(x, weights)
+
+  want = (x * weights).reshape(4, -1).sum(1)
+  assert (jax.jit(f)(x)[:, 0] == jnp.repeat(want, 2)).all()
+  assert sharding.parts("batch") == 1
+  assert (sharding.local(total, ("batch", "length"), (None,))(x, weights) == want.sum()).all()

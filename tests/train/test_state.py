@@ -14,6 +14,7 @@ from axpo_jax.train.state import (
   init_state,
   make_optimizer,
   make_schedule,
+  move_params,
 )
 
 
@@ -145,6 +146,16 @@ def test_a_copy_outlives_a_donated_original(host_params):
   for got, want in zip(jax.tree.leaves(copy), jax.tree.leaves(host_params), strict=True):
     np.testing.assert_array_equal(got, want)
   assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype("bfloat16")}
+
+
+def test_parameters_wait_in_the_hosts_memory(host_params):
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+  params = jax.device_put(host_params, sharding.param_shardings(host_params, mesh))
+  away = move_params(params, "pinned_host")
+  assert {x.sharding.memory_kind for x in jax.tree.leaves(away)} == {"pinned_host"}
+  for x, y in zip(jax.tree.leaves(move_params(away, "device")), jax.tree.leaves(params), strict=True):
+    assert x.sharding == y.sharding
+    np.testing.assert_array_equal(x, y)
 
 
 def test_equal_seeds_give_equal_parameters_on_any_mesh(config):
