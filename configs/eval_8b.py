@@ -27,6 +27,6 @@ def get_config() -> ConfigDict:
   # Room for the paper's 32,768 tokens of response and the longest prompt with its pictures.
   c.agent.max_new_tokens = 32_768
   c.agent.max_total_tokens = 49_152
-  c.rollout.embedded.length = 49_152
+  c.rollout.embedded.update(rows=16, length=49_152, max_running=16)
   c.rollout.sglang.length = 49_152
   return c

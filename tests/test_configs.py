@@ -7,10 +7,11 @@ import pytest
 
 import axpo_jax
 from axpo_jax.config import ConfigError, base_config, validate
+from axpo_jax.eval.benchmarks import BENCHMARKS
 
 FOLDER = pathlib.Path(axpo_jax.__file__).parents[1] / "configs"
 FILES = sorted(FOLDER.glob("*.py"))
-LARGE = ("axpo_2b", "axpo_4b", "axpo_8b", "grpo_8b", "sft_8b")
+LARGE = ("axpo_2b", "axpo_4b", "axpo_8b", "eval_8b", "grpo_8b", "sft_8b")
 
 
 def load(path: pathlib.Path):
@@ -27,8 +28,14 @@ def ready(tmp_path):
     (tmp_path / "file.jsonl").touch()
     if not config.model.preset:
       config.model.checkpoint = str(tmp_path)
-    for section, field in ((config.data, "path"), (config.data, "eval_path"), (config.sft, "path")):
+    fields = [(config.data, "path"), (config.data, "eval_path")]
+    if config.sft.source == "jsonl":
+      fields.append((config.sft, "path"))
+    for section, field in fields:
       section[field] = str(tmp_path / "file.jsonl")
+    config.eval.folder = str(tmp_path)
+    for name in config.eval.benchmarks:
+      (tmp_path / name).mkdir(exist_ok=True)
     return config
 
   return fill
@@ -73,6 +80,20 @@ def test_values_of_the_paper():
   assert (e.temperature, e.top_p, e.top_k, e.presence_penalty) == (0.7, 0.8, 20, 1.5)
   assert load(FOLDER / "grpo_8b.py").get_config().rl.algorithm == "grpo"
   assert load(FOLDER / "sft_8b.py").get_config().stages == ("sft",)
+  # Out go questions solved 4 of 4 by the policy, and 0 of 4 by the teacher.
+  assert (c.teach.rollouts, c.screen.rollouts) == (4, 4)
+  assert (c.rl.filter.solved, c.rl.filter.hopeless) == (1.0, 0.0)
+
+
+def test_evaluation_of_the_paper():
+  c = load(FOLDER / "eval_8b.py").get_config()
+  assert set(c.eval.benchmarks) == BENCHMARKS.keys() and len(c.eval.benchmarks) == 9
+  assert (c.stages, c.eval.rollouts, c.eval.max_turns) == (("eval",), 4, 5)
+  assert set(c.agent.tools) == {"image_zoom_in", "python", "tavily-search"}
+  # No turn is cut before the response is, and the prompt has room beside it.
+  assert c.agent.max_new_tokens >= c.eval.max_response_tokens == 32_768
+  assert c.agent.max_total_tokens > c.eval.max_response_tokens
+  assert c.rollout.embedded.length >= c.agent.max_total_tokens
 
 
 @pytest.mark.parametrize("field, value, named", [
@@ -86,6 +107,7 @@ def test_values_of_the_paper():
   ("data.eval_path", "", "config.data.eval_path"),
   ("rl.algorithm", "ppo", "config.rl.algorithm"),
   ("agent.max_total_tokens", 100_000, "config.batch.length"),
+  ("rl.filter.policy", "/no/such/folder", "config.rl.filter.policy"),
 ])
 def test_what_cannot_work_names_its_field(ready, field, value, named):
   config = ready(base_config())
@@ -93,6 +115,32 @@ def test_what_cannot_work_names_its_field(ready, field, value, named):
   config.update_from_flattened_dict({field: value})
   with pytest.raises(ConfigError, match=named):
     validate(config)
+
+
+@pytest.mark.parametrize("name, changes, named", [
+  ("eval_8b", {"eval.folder": ""}, "config.eval.folder"),
+  ("eval_8b", {"eval.benchmarks": ("vstar", "mmlu")}, "mmlu"),
+  ("eval_8b", {"eval.folder": "/no/such/folder"}, "config.eval.folder.*mathvision"),
+  ("eval_8b", {"eval.judge.url": "http://localhost:8000/v1"}, "config.eval.judge.model"),
+  ("chain_tiny", {"teach.engine": "human"}, "config.teach.engine"),
+  ("chain_tiny", {"teach.engine": "openai"}, "config.teach.url"),
+  ("chain_tiny", {"data.source": "jsonl"}, "config.teach.engine"),
+  ("chain_tiny", {"stages": ("sft", "teach")}, "config.sft.path"),
+  ("chain_tiny", {"sft.source": "dreams"}, "config.sft.source"),
+])
+def test_stage_that_cannot_work_names_its_field(ready, name, changes, named):
+  config = ready(load(FOLDER / f"{name}.py").get_config())
+  validate(config)
+  config.sft.path = ""
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(ConfigError, match=named):
+    validate(config)
+
+
+def test_evaluation_needs_no_questions_but_its_benchmarks(ready):
+  config = ready(load(FOLDER / "eval_8b.py").get_config())
+  config.data.path = config.data.eval_path = ""
+  validate(config)
 
 
 def test_sft_alone_needs_no_questions(ready):

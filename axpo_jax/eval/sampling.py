@@ -139,12 +139,13 @@ async def _job(job: Job, config: ConfigDict, actor: ActorOf) -> list[shards.Reco
 async def _policy(config: ConfigDict, bench: build.Workbench, policy: str, folder: pathlib.Path, *,
                   evaluation: bool = False) -> AsyncIterator[ActorOf | None]:
   """The policy in a folder, by the engine of config.rollout."""
+  idle = _idle(config, bench, evaluation=evaluation)
   params = build.load_params(bench, policy, config.seed)
   with build.servers(config, policy, folder) as urls:
     engine = build.engine(config, bench, params, urls, folder)
     try:
       await engine.update_weights(params, 0)
-      yield _always(config, bench, engine, evaluation=evaluation)
+      yield _with(idle, engine)
     finally:
       await engine.close()
 
@@ -153,12 +154,12 @@ async def _policy(config: ConfigDict, bench: build.Workbench, policy: str, folde
 async def _endpoint(config: ConfigDict, bench: build.Workbench, policy: str, folder: pathlib.Path
                     ) -> AsyncIterator[ActorOf | None]:
   """A chat endpoint, which has the teacher."""
-  section = config.teach
+  section, idle = config.teach, _idle(config, bench)
   engine = OpenAIEngine(bench.chat, OpenAIConfig(
     section.url, section.model, api_key=os.environ.get(KEY_VARIABLE, ""),
     max_concurrent=section.max_concurrent, extensions=section.extensions))
   try:
-    yield _always(config, bench, engine)
+    yield _with(idle, engine)
   finally:
     await engine.close()
 
@@ -170,12 +171,17 @@ async def _script(config: ConfigDict, bench: build.Workbench, policy: str, folde
   yield build.scripted_teacher(config, bench)
 
 
-def _always(config: ConfigDict, bench: build.Workbench, engine: Engine, *, evaluation: bool = False
-            ) -> ActorOf | None:
-  """One actor for all questions. Of several processes only the main one acts."""
-  if not distributed.is_main():
+def _idle(config: ConfigDict, bench: build.Workbench, *, evaluation: bool = False
+          ) -> collect.Actor | None:
+  """An actor without an engine, made before weights are loaded: a tool that lacks its key says so at
+  once. Of several processes only the main one acts."""
+  return build.actor(config, bench, None, evaluation=evaluation) if distributed.is_main() else None
+
+
+def _with(idle: collect.Actor | None, engine: Engine) -> ActorOf | None:
+  if idle is None:
     return None
-  actor = build.actor(config, bench, engine, evaluation=evaluation)
+  actor = dataclasses.replace(idle, engine=engine)
   return lambda question: actor
 
 

@@ -211,11 +211,14 @@ async def sample(folder: pathlib.Path, questions: Iterable[Question],
   for leftover in folder.glob(".*.tmp"):  # of a killed run
     leftover.unlink()
   found: dict[int, list[Record]] = {}
+  failures: list[SamplingError] = []
   room = asyncio.Semaphore(_AHEAD)
 
   async def one(number: int, asked: list[tuple[int, Question]]):
     try:
       found[number] = await run.shard(number, asked)
+    except SamplingError as error:  # shards that are under way may still be finished
+      failures.append(error)
     finally:
       room.release()
 
@@ -225,9 +228,13 @@ async def sample(folder: pathlib.Path, questions: Iterable[Question],
       async with asyncio.TaskGroup() as tasks:
         for number, asked in enumerate(_shards(questions, size)):
           await room.acquire()
+          if failures:
+            break
           tasks.create_task(one(number, asked))
     except ExceptionGroup as errors:  # what ended the first shard that failed ends the call
       raise errors.exceptions[0] from None
+  if failures:
+    raise failures[0]
   everything = [record for number in sorted(found) for record in found[number]]
   _write_text(folder / DONE, json.dumps(totals(everything), indent=2))
   return everything

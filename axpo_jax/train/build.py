@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,6 @@ from axpo_jax.data import adapters, filters, pipeline, readers
 from axpo_jax.data.miniworld import perception, reasoning, world
 from axpo_jax.data.miniworld.habits import TeacherConfig
 from axpo_jax.data.question import Question
-from axpo_jax.eval import shards
 from axpo_jax.model import hf, sharding
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.config import PRESETS, ModelConfig
@@ -39,7 +37,7 @@ from axpo_jax.rollout.sidecar.spec import API_KEY_VARIABLE, SidecarError, Sideca
 from axpo_jax.rollout.sidecar.supervisor import Sidecar
 from axpo_jax.rollout.teacher_engine import TeacherEngine
 from axpo_jax.rollout.weight_push import PushConfig, PushFolder
-from axpo_jax.train import distributed, examples, seeds, toolbox
+from axpo_jax.train import distributed, examples, seeds, selection, toolbox
 from axpo_jax.train.batch import Batch, batch_shards
 from axpo_jax.train.collect import Actor
 from axpo_jax.train.packing import Example, pack
@@ -81,8 +79,7 @@ def _model_config(config: ConfigDict, chat: Chat) -> ModelConfig:
     base = PRESETS[m.preset]
     if m.preset == "tiny":
       base = _with_tokenizer(base, chat)
-  return dataclasses.replace(base, dtype=m.dtype, param_dtype=m.param_dtype, remat=m.remat,
-                             attention=m.attention)
+  return dataclasses.replace(base, dtype=m.dtype, param_dtype=m.param_dtype, remat=m.remat)
 
 
 def _with_tokenizer(base: ModelConfig, chat: Chat) -> ModelConfig:
@@ -199,7 +196,6 @@ def pack_examples(config: ConfigDict, bench: Workbench, batch: list[Example],
     vision_config=bench.model_config.vision, share_prefixes=config.batch.share_prefixes,
     aggregation=aggregation,
     banned_ids=bench.chat.banned_ids, rows_multiple_of=batch_shards(bench.mesh, bench.rules),
-    image_rows_multiple_of=sharding.parts("vision_rows", bench.mesh, bench.rules),
     row_buckets=[(config.batch.image_rows * quarters << doubled) // 4
                  for doubled in range(16) for quarters in (4, 5, 6, 7)])
 
@@ -223,53 +219,11 @@ def question_batches(config: ConfigDict, folder: pathlib.Path | None = None
   Args:
     folder: of the run, whose stages "teach" and "screen" the filter reads.
   """
-  source, (kept, _) = _questions(config, "rl", config.data.path), screened(config, folder)
-  if kept is not None:
-    source = pipeline.Chosen(source, [record.place for record in kept],
-                             [record.id for record in kept])
+  source, (records, _) = _questions(config, "rl", config.data.path), selection.questions(config, folder)
+  if records is not None:
+    source = pipeline.Chosen(source, [record.place for record in records],
+                             [record.id for record in records])
   return pipeline.question_batches(source, config.rl.questions, seed=config.seed)
-
-
-def screened(config: ConfigDict, folder: pathlib.Path | None
-             ) -> tuple[list[shards.Record] | None, filters.Tally | None]:
-  """Records of the questions that RL trains on, and how many were left out and why; (None, None)
-  where nothing was sampled that could tell.
-
-  Raises:
-    ConfigError: a folder holds no records.
-  """
-  section = config.rl.filter
-  policy = _records("config.rl.filter.policy", section.policy, config, folder, "screen")
-  teacher = _records("config.rl.filter.teacher", section.teacher, config, folder, "teach")
-  asked = teacher if policy is None else policy
-  if asked is None:
-    return None, None
-  thresholds = filters.Thresholds(section.solved, section.hopeless)
-  taught = {record.id: record.counts for record in teacher or ()}
-  reasons = [filters.question(None if policy is None else record.counts, taught.get(record.id),
-                              thresholds) for record in asked]
-  kept = [record for record, reason in zip(asked, reasons) if reason == filters.KEPT]
-  return kept, filters.Tally.of("questions", reasons)
-
-
-def _records(field: str, path: str, config: ConfigDict, folder: pathlib.Path | None, stage: str
-             ) -> list[shards.Record] | None:
-  """Records of a folder, or of one of this run's stages; None where there is neither."""
-  if not path and (folder is None or stage not in config.stages):
-    return None
-  try:
-    return list(shards.records(path or folder / stage / "shards"))
-  except shards.ShardError as error:
-    raise ConfigError(f"{field}={path!r}: {error}") from error
-
-
-def tell(tally: filters.Tally | None, folder: pathlib.Path) -> None:
-  """Prints what a filter did, and writes it to filter.json; nothing where none was used."""
-  if tally is None:
-    return
-  print(f"{folder.name}: {tally}")
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / "filter.json").write_text(json.dumps(tally.to_json(), indent=2) + "\n")
 
 
 def training_questions(config: ConfigDict, most: int = 0) -> Iterator[Question]:
@@ -360,37 +314,10 @@ def sft_batches(config: ConfigDict, bench: Workbench) -> SftBatches:
                                       "train", _world(config, sft.kinds))
     transform = _teacher(config, bench)
   else:
-    source, tally = trajectories(config, bench)
+    source, tally = selection.trajectories(config.sft, bench.processor, bench.folder)
     transform = _filter(config, bench)
   return SftBatches(pipeline.example_stream(source, seed=config.seed, transform=transform),
                     sft.examples, tally)
-
-
-def trajectories(config: ConfigDict, bench: Workbench
-                 ) -> tuple[shards.Trajectories, filters.Tally | None]:
-  """What SFT reads, on the disk until it is asked for; of shards what the filter keeps, and how many
-  that left out.
-
-  Raises:
-    ConfigError: nothing is left.
-  """
-  sft = config.sft
-  if sft.source == "jsonl":
-    return shards.Trajectories(sft.path, bench.processor), None
-  folder, reasons = sft.path or bench.folder / "teach" / "shards", []
-
-  def choose(record: shards.Record) -> list[int]:
-    why = [filters.trajectory(stats.reward, stats.total_tokens, failed=i not in record.judged,
-                              max_tokens=sft.max_length, keep_wrong=sft.keep_wrong)
-           for i, stats in enumerate(record.stats)]
-    reasons.extend(why)
-    return [i for i, reason in enumerate(why) if reason == filters.KEPT]
-
-  found = shards.Trajectories(folder, bench.processor, choose)
-  tally = filters.Tally.of("trajectories", reasons)
-  if not len(found):
-    raise ConfigError(f"config.sft: no trajectory of {folder} is left to learn from: {tally}")
-  return found, tally
 
 
 def _filter(config: ConfigDict, bench: Workbench) -> Callable[[Rollout], list[Example]]:
@@ -409,13 +336,13 @@ def _filter(config: ConfigDict, bench: Workbench) -> Callable[[Rollout], list[Ex
 def _teacher(config: ConfigDict, bench: Workbench) -> Callable[[Question], list[Example]]:
   """From a question to the example of the teacher's episode, by the same loop that rolls out the
   policy. The prompt is the policy's, except for warm starts that leave it out."""
-  kept, teacher_of = _filter(config, bench), scripted_teacher(config, bench)
+  to_examples, teacher_of = _filter(config, bench), scripted_teacher(config, bench)
 
   def transform(question: Question) -> list[Example]:
     teacher = teacher_of(question)
     episode = teacher.roll(teacher.start(question), question,
                            seeds.derive(config.seed, "teacher", question.id))
-    return kept(asyncio.run(episode))
+    return to_examples(asyncio.run(episode))
   return transform
 
 

@@ -237,7 +237,7 @@ def rollout_stats(rollout: Rollout, chat: Chat) -> census.RolloutStats:
     reward=rollout.reward, used_tool=rollout.used_tool, num_calls=len(rollout.calls),
     turns=rollout.num_turns, sampled_tokens=int(transcript.sampled[rollout.start:].sum()),
     stop=rollout.stop,
-    tool_errors=collections.Counter(call.error for call in rollout.calls if call.error),
+    tool_errors=dict(collections.Counter(call.error for call in rollout.calls if call.error)),
     mentions_tool_without_call=not rollout.used_tool and _mentions(transcript, chat),
     confidence=rollout.confidence(), total_tokens=transcript.expanded_length,
     prompt_tokens=rollout.prompt_tokens, cached_tokens=rollout.cached_tokens)

@@ -10,7 +10,7 @@ import time
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from axpo_jax.train import build, distributed
+from axpo_jax.train import build, distributed, selection
 from axpo_jax.train.batch import packing_metrics
 from axpo_jax.train.checkpoint import Checkpoints
 from axpo_jax.train.step import Learner, supervised_objective
@@ -30,7 +30,7 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
     supervised_objective(), bench.mesh, bench.rules, banned_ids=bench.chat.banned_ids,
     chunk=config.batch.logprob_chunk)
   data = build.sft_batches(config, bench)
-  distributed.on_main(build.tell, data.tally, workdir)
+  distributed.on_main(selection.tell, data.tally, workdir)
   with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
     if checkpoints.latest() is None:
       state = learner.init(build.load_params(bench, policy, config.seed), config.seed)

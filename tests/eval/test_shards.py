@@ -29,7 +29,7 @@ from axpo_jax.train.collect import Actor
 
 TINY = pathlib.Path(axpo_jax.__file__).parent / "assets" / "tiny_tokenizer"
 WORLD = perception.PerceptionConfig()
-HABITS = TeacherConfig(p_tool_small=0.6, p_wrong_mark=0.3)
+HABITS = TeacherConfig(p_tool_small=0.6, p_wrong_mark=0.3, p_malformed=0.3)
 
 
 class Watched(TeacherEngine):
@@ -103,6 +103,7 @@ def test_every_rollout_is_kept_beside_its_counts(whole):
   assert totals["rollouts"] == totals["judged"] == 22
   assert totals["right"] == sum(rollout.reward for rollout in rollouts)
   assert 0 < totals["right"] < 22 and 0 < totals["used_tool"] < 22  # the teacher errs, and acts
+  assert any(stats.tool_errors for record in records for stats in record.stats)
 
 
 def test_finished_stream_is_not_sampled_again(whole):
@@ -128,7 +129,9 @@ def test_killed_in_the_middle_and_resumed_it_is_the_unbroken_one(whole, tmp_path
                         check=False)
   assert died.returncode == -signal.SIGKILL, died.stderr
   finished = [record.id for record in shards.records(tmp_path)]
-  assert finished in ([q.id for q in questions[:3]], [q.id for q in questions[:6]])
+  # Two shards are under way at once; the third begins when one of the first two is finished.
+  assert finished and set(finished) <= {question.id for question in questions[:6]}
+  assert len(finished) % 3 == 0
   assert not shards.done(tmp_path)
   (tmp_path / ".rollouts_00002.jsonl.1.tmp").write_text("half a li")
   _, actor = world()

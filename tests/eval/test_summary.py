@@ -88,3 +88,22 @@ def test_command_makes_them_again(lines, tmp_path):
                         capture_output=True, text=True, check=True)
   assert summary.table(lines) in done.stdout
   assert (tmp_path / "curves.png").exists()
+
+
+def test_table_of_an_evaluation():
+  results = {
+    "vstar": {"pass_at_1": 0.5, "pass_at_1_se": 0.03, "pass_at_4": 0.75, "pass_at_4_se": 0.04,
+              "tool_attempt_rate": 0.8, "questions": 191.0, "rollouts": 764.0, "failed": 2.0},
+    "mmsearch": {"pass_at_1": 0.3, "pass_at_1_se": 0.04, "pass_at_4": 0.45, "pass_at_4_se": 0.03,
+                 "tool_attempt_rate": 0.9, "questions": 300.0, "rollouts": 1200.0, "failed": 0.0}}
+  table = rows(summary.results_table(results))
+  assert table["%"] == ["Pass@1", "Pass@4", "tool use", "questions", "failed rollouts"]
+  assert table["vstar"] == ["50.0 ± 3.0", "75.0 ± 4.0", "80.0", "191", "2 of 764"]
+  # Means of the columns; the error of a mean of two independent ones: hypot(3, 4) / 2.
+  assert table["mean"] == ["40.0 ± 2.5", "60.0 ± 2.5", "85.0", "", ""]
+  more = {name: result | {"pass_at_8": 0.9} for name, result in results.items()}
+  assert rows(summary.results_table(more))["%"][:3] == ["Pass@1", "Pass@4", "Pass@8"]
+  del results["vstar"]
+  assert "mean" not in rows(summary.results_table(results))
+  nothing = {"vstar": {"questions": 3.0, "rollouts": 12.0, "failed": 12.0}}  # nothing was judged
+  assert rows(summary.results_table(nothing))["vstar"] == ["–", "3", "12 of 12"]

@@ -41,7 +41,7 @@ from axpo_jax.rollout.teacher_engine import TeacherEngine
 TINY = pathlib.Path(axpo_jax.__file__).parent / "assets" / "tiny_tokenizer"
 WORLD = perception.PerceptionConfig()
 SHOWN = ImageLimits(WORLD.shown_min_pixels, WORLD.shown_max_pixels)
-HABITS = TeacherConfig(p_tool_small=1.0, p_tool_large=1.0)
+HABITS = TeacherConfig(p_tool_small=1.0, p_tool_large=1.0, p_malformed=0.0)
 CHAT = Chat.from_pretrained(TINY)
 PROCESSOR = ImageProcessor.from_checkpoint(TINY)
 LIMITS = EpisodeLimits(max_new_tokens_per_turn=128, max_response_tokens=512, max_total_tokens=2048)
