@@ -79,7 +79,8 @@ def _model_config(config: ConfigDict, chat: Chat) -> ModelConfig:
     base = PRESETS[m.preset]
     if m.preset == "tiny":
       base = _with_tokenizer(base, chat)
-  return dataclasses.replace(base, dtype=m.dtype, param_dtype=m.param_dtype, remat=m.remat)
+  return dataclasses.replace(base, dtype=m.dtype, param_dtype=m.param_dtype, remat=m.remat,
+                             attention=m.attention)
 
 
 def _with_tokenizer(base: ModelConfig, chat: Chat) -> ModelConfig:
@@ -196,6 +197,7 @@ def pack_examples(config: ConfigDict, bench: Workbench, batch: list[Example],
     vision_config=bench.model_config.vision, share_prefixes=config.batch.share_prefixes,
     aggregation=aggregation,
     banned_ids=bench.chat.banned_ids, rows_multiple_of=batch_shards(bench.mesh, bench.rules),
+    image_rows_multiple_of=sharding.parts("vision_rows", bench.mesh, bench.rules),
     row_buckets=[(config.batch.image_rows * quarters << doubled) // 4
                  for doubled in range(16) for quarters in (4, 5, 6, 7)])
 

@@ -35,7 +35,7 @@ from axpo_jax.train.batch import packing_metrics
 from axpo_jax.train.checkpoint import Checkpoints
 from axpo_jax.train.collect import Group
 from axpo_jax.train.metrics import read_metrics
-from axpo_jax.train.state import TrainState, copy_params
+from axpo_jax.train.state import TrainState, copy_params, move_params
 from axpo_jax.train.step import Learner, policy_objective
 
 
@@ -89,6 +89,8 @@ class Loop:
     self.state: TrainState = self.learner.init(copy_params(self.reference), config.seed)
     self.questions = build.question_batches(config, bench.folder)
     self.engine = build.engine(config, bench, self.reference, urls, workdir)
+    if config.rl.reference_offload:
+      self.reference = move_params(self.reference, "pinned_host")
     # Of several processes only the main one collects.
     self.actor = build.actor(config, bench, self.engine) if distributed.is_main() else None
     self.steps_done = 0  # RL steps; each makes up to `rl.updates` optimizer steps
@@ -192,9 +194,10 @@ class Loop:
     that the step began with."""
     rl = self.config.rl
     needs_old = rl.updates > 1 or rl.old_logprobs == "trainer"
+    # An offloaded reference is on the devices in here alone, where there are no gradients yet.
     return self.learner.annotate(
       batches, old=self.state.params if needs_old else None,
-      reference=self.reference if rl.loss.kl_coef else None)
+      reference=move_params(self.reference, "device") if rl.loss.kl_coef else None)
 
 
 def _joined(updates: list[dict[str, float]]) -> dict[str, float]:
