@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -19,11 +20,14 @@ import sys
 
 import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 import axpo_jax
-from axpo_jax.config import ConfigError
+from axpo_jax.config import ConfigError, validate
+from axpo_jax.eval import shards
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.config import PRESETS
 from axpo_jax.rollout.sidecar.spec import free_port
@@ -138,13 +142,16 @@ def compiled(tmp_path_factory):
     yield
 
 
-def micro(overrides, **changes):
-  """The micro config in this process; `changes` are overrides with "__" for dots."""
-  import importlib.util
-  spec = importlib.util.spec_from_file_location("micro_config", MICRO)
+def load_config(path):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  config = module.get_config()
+  return module.get_config()
+
+
+def micro(overrides, **changes):
+  """The micro config in this process; `changes` are overrides with "__" for dots."""
+  config = load_config(MICRO)
   for flag in overrides:
     name, value = flag.removeprefix("--config.").split("=")
     config.update_from_flattened_dict({name: value})
@@ -394,6 +401,100 @@ def test_rollouts_ahead_are_bounded_and_a_resume_skips_no_question(
 def _asked(workdir, step) -> list[str]:
   lines = (workdir / "rl" / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()
   return list(dict.fromkeys(json.loads(line)["question_id"] for line in lines))
+
+
+CHAIN = {
+  "stages": ("teach", "sft", "screen", "rl", "eval"), "data__source": "miniworld",
+  "teach__engine": "scripted", "teach__questions": 6, "teach__rollouts": 2, "teach__shard": 2,
+  "sft__source": "shards", "sft__steps": 2, "sft__teacher__p_wrong_mark": 0.3,
+  "screen__questions": 5, "screen__rollouts": 2, "screen__shard": 2,
+  "rl__steps": 1, "rl__questions": 2, "eval__every": 0, "eval__shard": 1, "log__dump_every": 1}
+
+
+def test_chain_from_questions_to_results(overrides, one_device, tmp_path, monkeypatch, capsys):
+  """teach -> filter -> SFT -> screen -> filter -> AXPO -> evaluation. Then the same again, broken off in
+  every stage that samples."""
+  whole, broken = tmp_path / "whole", tmp_path / "broken"
+  experiment.run(micro(overrides, **CHAIN), whole)
+  printed = capsys.readouterr().out
+  taught, screened = (list(shards.records(whole / stage / "shards")) for stage in ("teach", "screen"))
+  assert (len(taught), len(screened)) == (6, 5)
+  right = sum(record.counts.passed for record in taught)
+  assert 0 < right < 12  # the teacher points beside the mark now and then
+  assert f"sft: {right} of 12 trajectories kept" in printed
+  solved = {record.id for record in screened if record.counts.passed == 2}
+  hopeless = {record.id for record in taught if not record.counts.passed}
+  trained_on = {record.id for record in screened} - solved - hopeless
+  assert json.loads((whole / "rl" / "filter.json").read_text())["kept"] == len(trained_on)
+  assert set(_asked(whole, 1)) <= trained_on
+  (held_out,) = json.loads((whole / "eval" / "results.json").read_text()).values()
+  assert (held_out["questions"], held_out["rollouts"], held_out["failed"]) == (2, 4, 0)
+  assert "tool-attempt rate" in printed and "tool use" in printed  # both tables
+  assert (whole / "summary.md").read_text() in printed
+
+  write, died = shards._write_text, []
+
+  def dying(path, text):
+    write(path, text)
+    stage = path.relative_to(broken).parts[0]
+    if path.name.startswith("records_") and stage not in died:
+      died.append(stage)
+      raise InterruptedError("the machine is gone")
+
+  monkeypatch.setattr(shards, "_write_text", dying)
+  for stage in ("teach", "screen", "eval"):
+    with pytest.raises(InterruptedError):
+      experiment.run(micro(overrides, **CHAIN), broken)
+    assert died[-1] == stage
+  experiment.run(micro(overrides, **CHAIN), broken)
+  assert untimed(read_metrics(broken)) == untimed(read_metrics(whole))
+  for file in ("sft/filter.json", "rl/filter.json", "eval/results.json", "teach/shards/done.json"):
+    assert (broken / file).read_text() == (whole / file).read_text()
+
+
+def test_evaluation_of_benchmarks(overrides, one_device, tmp_path, capsys):
+  """The paper's config with smaller numbers, on two benchmarks in their public layouts."""
+  folder = tmp_path / "benchmarks"
+  (folder / "vstar").mkdir(parents=True)
+  (folder / "mmsearch").mkdir()
+  Image.new("RGB", (64, 48), (200, 10, 20)).save(folder / "vstar" / "sa_1.jpg")
+  options = "\n(A) red\n(B) blue\n(C) grey\n(D) pink\nAnswer with the option's letter."
+  (folder / "vstar" / "test_questions.jsonl").write_text("".join(json.dumps({
+    "image": "sa_1.jpg", "category": category, "label": "A", "question_id": number,
+    "text": f"What colour?{options}"}) + "\n"
+    for number, category in enumerate(("direct_attributes", "relative_position", "direct_attributes"))))
+  pq.write_table(pa.Table.from_pylist([{
+    "sample_id": str(number), "query": "Which letter?", "query_image": None, "area": "news",
+    "gt_answer": "B", "alternative_gt_answers": ["B C"]} for number in range(2)]),
+    folder / "mmsearch" / "end2end.parquet")
+  small, config = micro(overrides), load_config(REPO / "configs" / "eval_8b.py")
+  config.update(model=small.model, agent=small.agent, mesh=small.mesh, log=small.log)
+  config.rollout.embedded.update(small.rollout.embedded)
+  config.eval.update(folder=str(folder), benchmarks=("vstar", "mmsearch"), max_turns=2,
+                     max_response_tokens=192, shard=2)
+  validate(config)
+  run = tmp_path / "run"
+  experiment.run(config, run)
+  printed = capsys.readouterr().out
+  results = json.loads((run / "eval" / "results.json").read_text())
+  assert list(results) == ["vstar", "mmsearch"]
+  for name, questions in (("vstar", 3), ("mmsearch", 2)):
+    found = list(shards.records(run / "eval" / name))
+    assert (results[name]["questions"], results[name]["rollouts"]) == (questions, 4 * questions)
+    assert all(len(record.stats) == 4 for record in found)  # every rollout is kept
+    rewards = [stats.reward for record in found for stats in record.stats]
+    assert results[name]["pass_at_1"] == pytest.approx(sum(rewards) / len(rewards))
+    assert sum(rewards) > 0  # the rigged policy says A or B
+    for record in found:
+      for stats, answer, score in zip(record.stats, record.answers, record.scores, strict=True):
+        wanted = {"vstar": {"A": 1.0}, "mmsearch": {"B": 1.0}}[name].get(answer, 0.0)
+        assert stats.reward == score.value == wanted, answer
+  assert results["vstar"]["direct_attributes/pass_at_1"] >= 0
+  assert results["mmsearch"]["f1"] == results["mmsearch"]["pass_at_1"]
+  for row in ("| vstar", "| mmsearch", "| mean"):
+    assert row in printed
+  experiment.run(config, run)  # nothing is left to do, and nothing changes
+  assert json.loads((run / "eval" / "results.json").read_text()) == results
 
 
 @pytest.mark.skipif("AXPO_TEST_PROCESSES" not in os.environ, reason=(
