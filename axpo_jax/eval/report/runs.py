@@ -74,7 +74,7 @@ def _load(folder: pathlib.Path, name: str) -> Run:
   dumps = sorted(path for pattern in ("step_*.jsonl", "rollouts_*.jsonl")
                  for path in folder.rglob(pattern))
   metrics = read_metrics(folder)
-  benchmarks = _benchmarks(sorted(folder.rglob("records_*.jsonl")))
+  benchmarks = _benchmarks(sorted(folder.glob("eval/*/records_*.jsonl")))
   if not (metrics or dumps or benchmarks):
     raise ReportError(f"{folder} has neither metrics.jsonl nor rollouts (step_*.jsonl, "
                       "rollouts_*.jsonl); give a run's --workdir")
@@ -82,13 +82,13 @@ def _load(folder: pathlib.Path, name: str) -> Run:
 
 
 def _benchmarks(paths: Iterable[pathlib.Path]) -> dict[str, Benchmark]:
-  """Records of evaluation shards (eval/shards.py) by family, or by folder where they have none."""
+  """Records of evaluation shards (eval/shards.py): a folder a benchmark."""
   found = collections.defaultdict(lambda: Benchmark({}, {}, {}))
   for path in paths:
     for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
       kept = [stats for stats in record["stats"] if stats["stop"] not in FAILED_STOPS]
       if kept:
-        into, question = found[record.get("family") or path.parent.name], record["id"]
+        into, question = found[path.parent.name], record["id"]
         into.rewards[question] = [stats["reward"] for stats in kept]
         into.clusters[question] = record.get("group") or question
         into.tools[question] = [stats["used_tool"] for stats in kept]
