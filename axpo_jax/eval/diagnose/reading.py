@@ -20,8 +20,8 @@ from axpo_jax.eval.diagnose.traces import Fields, Trace, TraceError
 FORMATS = ("axpo", "openai", "text")
 _RECORDS, _PLAIN = (".jsonl", ".json"), (".txt", ".log")
 # Files and folders of a run that hold no rollouts.
-_OTHERS = frozenset({"metrics.jsonl", "audit.jsonl", "config.json", "checkpoints", "policy",
-                     "tensorboard"})
+_OTHERS = frozenset({"metrics.jsonl", "audit.jsonl", "config.json", "done.json", "filter.json",
+                     "results.json", "checkpoints", "policy", "tensorboard"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,8 @@ def _files(paths: Iterable[str | pathlib.Path]) -> Iterator[pathlib.Path]:
 
 def _inside(folder: pathlib.Path) -> list[pathlib.Path]:
   files = sorted(file for file in folder.rglob("*")
-                 if _OTHERS.isdisjoint(file.relative_to(folder).parts))
+                 if _OTHERS.isdisjoint(file.relative_to(folder).parts)
+                 and not file.name.startswith("records_"))  # counts beside the rollouts
   records = [file for file in files if file.suffix in _RECORDS]
   stems = {file.with_suffix("") for file in records}
   # A text beside records of the same name is a copy of them for people.
