@@ -274,10 +274,11 @@ def test_axpo_without_budget_is_grpo_bit_for_bit(overrides, one_device, tmp_path
 
 
 def test_eight_devices_give_the_numbers_of_one(unbroken, overrides, tmp_path):
-  """RL step 1 again, from the same SFT policy, on a mesh of 2 x 2 x 2."""
+  """RL step 1 again, from the same SFT policy, on a mesh of 2 x 2 x 2, which splits rows too, and with
+  the reference in the host's memory."""
   flags = [f"--config.model.checkpoint={unbroken / 'sft' / 'policy'}", *overrides[1:]]
-  experiment.run(micro(flags, stages=("rl",), rl__steps=1, eval__questions=1, mesh__data=2,
-                       mesh__fsdp=2, mesh__tensor=2), tmp_path)
+  experiment.run(micro(flags, stages=("rl",), rl__steps=1, eval__questions=1, mesh__fsdp=2,
+                       mesh__context=2, mesh__tensor=2, rl__reference_offload=True), tmp_path)
   one, eight = untimed(read_metrics(unbroken))[5], untimed(read_metrics(tmp_path))[1]
   names = [name for name in one if not name.startswith(("pack/", "eval/")) and name != "step"]
   assert len(names) > 60
