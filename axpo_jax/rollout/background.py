@@ -13,6 +13,10 @@ import threading
 from collections.abc import Coroutine
 from typing import Any
 
+from absl import logging
+
+_MOST_CANCELS = 30  # a second apart
+
 
 class LoopThread:
   """Runs coroutines on one loop, from now until `stop`. Threads and loops of any kind may call."""
@@ -31,7 +35,7 @@ class LoopThread:
     return await asyncio.wrap_future(self.start(coroutine))
 
   def stop(self) -> None:
-    """Cancels what runs, waits until it has ended, and ends the thread. Idempotent."""
+    """Cancels what runs, waits half a minute for its end, and ends the thread. Idempotent."""
     if self._loop.is_closed():
       return
     self.start(_cancel_all()).result()
@@ -41,8 +45,14 @@ class LoopThread:
 
 
 async def _cancel_all() -> None:
-  """Again and again: a cancellation that arrives together with a time limit can be lost."""
-  while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+  """Again and again, since a cancellation that arrives together with a time limit can be lost; but
+  not for ever, since whoever closes must not hang on a task that will not end."""
+  for _ in range(_MOST_CANCELS):
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    if not tasks:
+      return
     for task in tasks:
       task.cancel()
     await asyncio.wait(tasks, timeout=1.0)
+  logging.warning("given up after %d cancellations: %s", _MOST_CANCELS, [
+    task for task in tasks if not task.done()])
