@@ -36,6 +36,7 @@ WITHOUT_JAX = (
   "model.chat", "model.config", "model.images", "rl.advantages", "rl.census", "rl.credit",
   "rl.recipes", "rl.resample", "rollout.engine", "rollout.openai_engine", "rollout.sidecar",
   "rollout.sidecar.environment", "rollout.sidecar.sizing", "rollout.teacher_engine",
+  "rollout.weightless",
   "train.seeds")
 # Runs in the servers' environment, which has torch and SGLang and nothing of ours.
 SERVE = PACKAGE / "rollout" / "sidecar" / "serve.py"

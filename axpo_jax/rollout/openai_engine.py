@@ -27,13 +27,8 @@ from absl import logging
 
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ProcessedImage
-from axpo_jax.rollout.engine import (
-  EngineClosed,
-  EngineStats,
-  RequestError,
-  Sample,
-  SampleRequest,
-)
+from axpo_jax.rollout.engine import RequestError, Sample, SampleRequest
+from axpo_jax.rollout.weightless import WeightlessEngine
 
 KEY_VARIABLE = "AXPO_TEACHER_API_KEY"
 _THINK = "<think>\n"  # with it the prompt opens a turn
@@ -70,7 +65,7 @@ class OpenAIConfig:
   extensions: bool = True
 
 
-class OpenAIEngine:
+class OpenAIEngine(WeightlessEngine):
   """See the module docstring. Implements `rollout.engine.Engine`; one event loop uses it.
 
   Attributes:
@@ -79,10 +74,8 @@ class OpenAIEngine:
   """
 
   def __init__(self, chat: Chat, config: OpenAIConfig):
+    super().__init__()
     self._chat, self.config = chat, config
-    self._stats = EngineStats()
-    self._version = 0
-    self._closed = False
     self._session: aiohttp.ClientSession | None = None
     self._free = asyncio.Semaphore(config.max_concurrent)
     self.prompt_gap: int | None = None
@@ -96,15 +89,11 @@ class OpenAIEngine:
       EndpointError: the endpoint failed at every attempt.
       EngineClosed: after `close`.
     """
-    if self._closed:
-      raise EngineClosed("the OpenAI engine is closed")
+    self._check_open()
     body = self._body(request)
     replies = await asyncio.gather(*(self._ask(body | {"seed": seed}) for seed in request.seeds))
     samples = [self._sample(request, reply) for reply in replies]
-    self._stats.requests += 1
-    self._stats.samples += len(samples)
-    self._stats.prompt_tokens += request.prompt_tokens * len(samples)
-    self._stats.decode_tokens += sum(len(sample.ids) for sample in samples)
+    self._count(request, samples)
     return samples
 
   def _body(self, request: SampleRequest) -> dict[str, Any]:
@@ -145,14 +134,15 @@ class OpenAIEngine:
     try:
       reply = json.loads(text)
       message, reason = (reply["choices"][0][name] for name in ("message", "finish_reason"))
-    except (ValueError, LookupError, TypeError) as error:
+      turn = turn_text(message)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
       raise EndpointError(f"not a chat completion: {text[:300]}") from error
-    return {"message": message, "cut": reason == "length",
+    return {"turn": turn, "cut": reason == "length",
             "prompt_tokens": (reply.get("usage") or {}).get("prompt_tokens")}
 
   def _sample(self, request: SampleRequest, reply: dict[str, Any]) -> Sample:
     self._compare(request, reply["prompt_tokens"])
-    ids = self._chat.encode(turn_text(reply["message"]))
+    ids = self._chat.encode(reply["turn"])
     # The endpoint may write what the policy must not: pads would be taken for images.
     ids = [i for i in ids if i not in (*self._chat.banned_ids, *self._chat.stop_ids)]
     room = request.params.max_new_tokens
@@ -173,23 +163,8 @@ class OpenAIEngine:
         "image size. Harmless for a teacher of another family; for a Qwen3-VL look at the limits of "
         "its image processor", self.config.url, counted, request.prompt_tokens)
 
-  async def update_weights(self, params: Any, version: int) -> None:
-    """Takes the version's number; the endpoint's weights are its own."""
-    self._version = version
-
-  async def health(self) -> bool:
-    return not self._closed
-
-  def stats(self, *, reset: bool = False) -> EngineStats:
-    stats = self._stats
-    self._stats = EngineStats() if reset else EngineStats(**vars(stats))
-    return stats
-
-  def gauges(self) -> dict[str, float]:
-    return {}
-
   async def close(self) -> None:
-    self._closed = True
+    await super().close()
     if self._session is not None:
       await self._session.close()
 

@@ -9,22 +9,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any
 
 from axpo_jax.data.miniworld import script, teacher
 from axpo_jax.data.miniworld.habits import TeacherConfig
 from axpo_jax.data.question import Question
 from axpo_jax.model.chat import Chat
-from axpo_jax.rollout.engine import (
-  EngineClosed,
-  EngineStats,
-  RequestError,
-  Sample,
-  SampleRequest,
-)
+from axpo_jax.rollout.engine import RequestError, Sample, SampleRequest
+from axpo_jax.rollout.weightless import WeightlessEngine
 
 
-class TeacherEngine:
+class TeacherEngine(WeightlessEngine):
   """An Engine that samples from a script.
 
   A request's turn, its earlier calls and what they brought are read from its token ids: the engine
@@ -39,12 +33,10 @@ class TeacherEngine:
 
   def __init__(self, chat: Chat, questions_by_session: Mapping[str, Question],
                config: TeacherConfig | None = None):
+    super().__init__()
     self._chat = chat
     self._questions = questions_by_session
     self._config = config or TeacherConfig()
-    self._stats = EngineStats()
-    self._version = 0
-    self._closed = False
 
   async def generate(self, request: SampleRequest) -> list[Sample]:
     """One turn per seed; a function of the request alone.
@@ -53,8 +45,7 @@ class TeacherEngine:
       RequestError: the session is unknown, or the ids do not end in an assistant turn.
       EngineClosed: after `close`.
     """
-    if self._closed:
-      raise EngineClosed("the teacher engine is closed")
+    self._check_open()
     if request.session not in self._questions:
       raise RequestError(f"session {request.session!r} names no question of the teacher's "
                          f"{len(self._questions)}; pass the question's session to generate")
@@ -80,27 +71,3 @@ class TeacherEngine:
       ids=tuple(ids[:room]), logprobs=(0.0,) * min(len(ids), room),
       finish_reason="stop" if len(ids) <= room else "length",
       prompt_tokens=request.prompt_tokens, cached_tokens=0, weight_version=self._version)
-
-  def _count(self, request: SampleRequest, samples: list[Sample]) -> None:
-    self._stats.requests += 1
-    self._stats.samples += len(samples)
-    self._stats.prompt_tokens += request.prompt_tokens * len(samples)
-    self._stats.decode_tokens += sum(len(sample.ids) for sample in samples)
-
-  async def update_weights(self, params: Any, version: int) -> None:
-    """Takes the version's number; a script has no weights."""
-    self._version = version
-
-  async def health(self) -> bool:
-    return not self._closed
-
-  def stats(self, *, reset: bool = False) -> EngineStats:
-    stats = self._stats
-    self._stats = EngineStats() if reset else EngineStats(**vars(stats))
-    return stats
-
-  def gauges(self) -> dict[str, float]:
-    return {}
-
-  async def close(self) -> None:
-    self._closed = True

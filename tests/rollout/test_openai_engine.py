@@ -29,7 +29,6 @@ from axpo_jax.rollout.engine import (
   SamplingParams,
 )
 from axpo_jax.rollout.openai_engine import (
-  EndpointError,
   OpenAIConfig,
   OpenAIEngine,
   messages,
@@ -189,7 +188,20 @@ def test_a_busy_endpoint_is_asked_again_and_a_refusal_is_not(question):
   down = Endpoint(question, statuses=[500] * 9)
   (rollout,), _ = played(down, attempts=3)
   assert rollout.failed and "3 attempts" in rollout.error and len(down.bodies) == 3
-  assert issubclass(EndpointError, RuntimeError)
+
+
+@pytest.mark.parametrize("message", [
+  None, "text", {"content": 3}, {"content": "", "tool_calls": [{"type": "function"}]},
+  {"content": "", "tool_calls": "zoom"}])
+def test_a_reply_that_is_no_message_fails_its_rollout_alone(question, message):
+  class Garbage(Endpoint):
+    async def answer(self, request):
+      self.bodies.append(await request.json())
+      return web.json_response({"choices": [{"message": message, "finish_reason": "stop"}]})
+
+  garbage = Garbage(question)
+  (rollout,), _ = played(garbage, attempts=2)
+  assert rollout.failed and "not a chat completion" in rollout.error and len(garbage.bodies) == 2
 
 
 def test_a_reply_that_is_cut_or_holds_pads(question):
