@@ -69,7 +69,7 @@ def main() -> None:
   transformers_logging.set_verbosity_error()
   transformers_logging.disable_progress_bar()
   with tempfile.TemporaryDirectory() as scratch:
-    config = axpo_tiny.get_config()
+    config = _perception(axpo_tiny.get_config())
     policy = _policy(config, args.policy, pathlib.Path(scratch))
     bench = build.workbench(config)
     params = build.load_params(bench, policy, config.seed)
@@ -96,6 +96,13 @@ def _arguments() -> argparse.Namespace:
   if args.repetitions < 1:
     parser.error(f"--repetitions={args.repetitions} must be at least 1")
   return args
+
+
+def _perception(config: ConfigDict) -> ConfigDict:
+  """The config with the one family whose prompts all have an image, and its tool."""
+  config.data.miniworld.families.update(search=0.0, reasoning=0.0)
+  config.agent.update(tools=("image_zoom_in",), scopes=("read_image",))
+  return config
 
 
 def _policy(config: ConfigDict, folder: str, scratch: pathlib.Path) -> pathlib.Path:

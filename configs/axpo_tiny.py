@@ -2,14 +2,15 @@
 
   python launch/main.py --config=configs/axpo_tiny.py --workdir=runs/axpo_tiny
 
-Expect about eight minutes on two cores: 200 SFT steps, then 20 AXPO steps of 16 questions x 8
-rollouts. After SFT about half of the answers are right, tools are used in 20 to 45 % of the rollouts
-and in most of the groups that try them every tool-using rollout is wrong: the Thinking-Acting Gap.
+Expect about ten minutes on two cores: 200 SFT steps, then 20 AXPO steps of 16 questions x 8
+rollouts, over three families of questions: perception (zoom), search (two hops) and reasoning
+(python). After SFT the policy uses tools in a part of its rollouts only, and in many of the groups that
+try them every tool-using rollout is wrong: the Thinking-Acting Gap.
 
-A policy of about one million parameters that has learnt to see (the warm start that ships with the
-package; `configs/warmstart_tiny.py` makes it) learns the agent's format from a scripted teacher, and
-then by AXPO when to zoom and where. The run ends with a table, start against end, and curves.png.
-`axpo_tiny_mix.py` adds questions that want a search or a computation.
+A policy of about one million parameters that has learnt to see, to copy and to call (the groundwork
+that ships with the package; `configs/groundwork_tiny.py` makes it) learns the agent's habits from a
+scripted teacher, and then by AXPO when to act and how. The run ends with a table, start against end,
+a row per family, and curves.png.
 """
 
 from ml_collections import ConfigDict
@@ -20,14 +21,19 @@ from axpo_jax.config import ASSETS, base_config
 def get_config() -> ConfigDict:
   c = base_config()
   c.stages = ("sft", "rl")
-  c.model.checkpoint = str(ASSETS / "warm_start")
+  c.model.checkpoint = str(ASSETS / "groundwork")
   c.model.dtype = "float32"  # a CPU has no fast bfloat16
   c.model.remat = "none"     # memory is no concern here
   c.data.source = "miniworld"
+  c.data.miniworld.families.update(perception=1.0, search=1.0, reasoning=1.0)
 
   # A canvas of 5 x 5 cells is shown at 16 pixels a cell: 25 tokens. A zoomed cell is 16 tokens.
   c.images.min_pixels, c.images.max_pixels = 16 * 16, 25 * 16 * 16
   c.images.zoom_min_pixels, c.images.zoom_max_pixels = 48 * 48, 72 * 72
+  c.agent.tools = ("image_zoom_in", "python", "tavily-search")
+  c.agent.scopes = ("read_image", "execute", "network")
+  c.agent.search.backend = "miniworld"  # an index in this process
+  c.agent.overlap_tools = False         # so that a run repeats to the last bit
   c.agent.system_prompt = "short"
   c.agent.describe_tools = False  # a third of the prompt, and this policy cannot read prose
   c.agent.max_new_tokens = 64

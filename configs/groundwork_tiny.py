@@ -1,4 +1,4 @@
-"""Teaches the warm start to copy, which searching and computing rest on: for `axpo_tiny_mix.py`.
+"""Teaches the warm start to copy, which searching and computing rest on: for `axpo_tiny.py`.
 
   python launch/main.py --config=configs/groundwork_tiny.py --workdir=runs/groundwork
 
@@ -12,11 +12,11 @@ holds.
 from ml_collections import ConfigDict
 
 from axpo_jax.config import ASSETS
-from configs.axpo_tiny_mix import get_config as axpo_tiny_mix
+from configs.axpo_tiny import get_config as axpo_tiny_mix
 
 
 def get_config() -> ConfigDict:
-  c = axpo_tiny_mix()
+  c = axpo_tiny()
   c.stages = ("sft",)
   c.model.checkpoint = str(ASSETS / "warm_start")
   c.data.miniworld.train_size = 10_000_000

@@ -3,7 +3,8 @@
   python launch/main.py --config=tests/train/micro_config.py --workdir=runs/micro \
     --config.model.checkpoint=... --config.data.path=... --config.data.eval_path=...
 
-The sizes are chosen so that each jitted function meets one shape, or few.
+Perception alone: one tool, and an image in every prompt. The sizes are chosen so that each jitted
+function meets one shape, or few.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +16,9 @@ def get_config() -> ConfigDict:
   c = axpo_tiny()
   c.model.checkpoint = ""
   c.data.source = "jsonl"
+  c.data.miniworld.families.update(search=0.0, reasoning=0.0)
   c.mesh.update(data=1, fsdp=1, tensor=1)
+  c.agent.update(tools=("image_zoom_in",), scopes=("read_image",), overlap_tools=True)
   c.agent.update(max_new_tokens=64, max_response_tokens=192, max_total_tokens=384, max_turns=2)
   c.rollout.embedded.update(rows=32, length=384, max_running=8, decode_block=8)
   c.batch.update(rows=6, length=576, image_rows=4, logprob_chunk=1024)

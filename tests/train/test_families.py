@@ -9,14 +9,14 @@ from axpo_jax.data.miniworld.habits import TeacherConfig
 from axpo_jax.eval import evaluate
 from axpo_jax.rollout.teacher_engine import TeacherEngine
 from axpo_jax.train import build
-from configs import axpo_tiny_mix
+from configs import axpo_tiny
 
 TOOLS = {"perception": "image_zoom_in", "search": "tavily-search", "reasoning": "python"}
 
 
 @pytest.fixture(scope="module")
 def config(python_isolation):
-  config = axpo_tiny_mix.get_config()
+  config = axpo_tiny.get_config()
   config.eval.update(questions=24, rollouts=2)
   config.agent.python.isolation = python_isolation
   return config
