@@ -529,6 +529,8 @@ def _eval() -> ConfigDict:
     max_turns=5,              # [paper]
     max_response_tokens=32_768,  # [paper]
     temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5,  # [paper]
-    every=0,                  # RL steps between evaluations; 0 = only at start and end
+    every=0,                  # RL steps between evaluations; 0 = only at start and end; -1 = none
+    # The stage "eval" also repeats its rollouts with a call forced behind their thinking.
+    forced=False,
     extra_tools=(),           # offered beside agent.tools: tools that training does not see
   ))

@@ -4,22 +4,30 @@
     --sweep config.seed=0,1,2 --sweep config.rl.algorithm=grpo,axpo -- --config.rl.steps=10
 
 Several --sweep flags are a product. What is not a product, or has commas in its values, is a Python file
-with a function `points()` that returns a list of {"config.seed": 0, ...}: --points=my_sweep.py. What
-stands behind `--` goes to every point.
+with a function `points()` that returns a list of {"config.seed": 0, ...}: --points=my_sweep.py. There a
+point may also have a "name", which is its folder's, and "after", the name of a point that must be done
+first; "{workdir}" in a value is the sweep's folder, so that a point can begin with what another made:
+
+  {"name": "rl-0", "after": "sft-0", "config.model.checkpoint": "{workdir}/sft-0/sft/policy", ...}
+
+What stands behind `--` goes to every point.
 
 The same command run again goes on: finished points are skipped, others resume from their checkpoints. A
-point that fails does not stop the others; its log is in its folder. With --print nothing is run:
-one command a point is printed, for a cluster's scheduler, and --parallel=0 prints the table of what is
-there. Points that differ in config.seed alone share a line of the table: mean and 95 % interval.
+point that fails does not stop the others; its log is in its folder. --only takes some of the points, so
+that several sessions or machines share a sweep. With --print nothing is run: one command a point is
+printed, for a cluster's scheduler, and --parallel=0 prints the table of what is there. Points that differ
+in config.seed alone share a line of the table: mean and 95 % interval.
 """
 
 import collections
 import concurrent.futures
 import dataclasses
+import fnmatch
 import hashlib
 import itertools
 import json
 import math
+import os
 import pathlib
 import runpy
 import shlex
@@ -38,6 +46,7 @@ _CONFIG = flags.DEFINE_string("config", None, "Config file of all points.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that gets one folder a point.")
 _SWEEP = flags.DEFINE_multi_string("sweep", [], "config.<field>=<value>,<value>,...")
 _POINTS = flags.DEFINE_string("points", None, "Python file with points(), instead of --sweep.")
+_ONLY = flags.DEFINE_list("only", ["*"], "Points whose names match one of these patterns (*, ?).")
 _PARALLEL = flags.DEFINE_integer("parallel", 1, "Points at once; 0: only the table.", lower_bound=0)
 _PRINT = flags.DEFINE_bool("print", False, "Print one command a point and stop.")
 _METRICS = flags.DEFINE_list(
@@ -47,6 +56,9 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 MAIN = pathlib.Path(__file__).resolve().parent / "main.py"
 _SEED = "config.seed"
+_NAME, _AFTER = "name", "after"
+# XLA's programs, which the points of a sweep share: most of a short run is their compilation.
+_COMPILED = "compiled"
 # Written into a point's folder when it has ended well; holds its command.
 _DONE = "sweep_done.json"
 _LONGEST_NAME = 120
@@ -57,11 +69,17 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.2
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """One run: what it overrides, its folder and its command."""
+  """One run: what it overrides, its folder and its command, and the folder of the point that must be
+  done first."""
 
   overrides: Mapping[str, str]
   folder: pathlib.Path
   command: tuple[str, ...]
+  after: pathlib.Path | None = None
+
+  @property
+  def ready(self) -> bool:
+    return self.after is None or (self.after / _DONE).exists()
 
   @property
   def done(self) -> bool:
@@ -73,12 +91,19 @@ class Point:
     self.folder.mkdir(parents=True, exist_ok=True)
     log = self.folder / "log.txt"
     with open(log, "a") as file:
-      code = subprocess.run(self.command, stdout=file, stderr=subprocess.STDOUT).returncode
+      code = subprocess.run(self.command, stdout=file, stderr=subprocess.STDOUT,
+                            env=_environment(self.folder.parent / _COMPILED)).returncode
     if code:
       lines = log.read_text(errors="replace").strip().splitlines()
       return f"exit code {code}, {log}: {lines[-1] if lines else ''}"
     (self.folder / _DONE).write_text(json.dumps(self.command))
     return ""
+
+
+def _environment(compiled: pathlib.Path) -> dict[str, str]:
+  """Ours, with a folder for compiled programs unless it names one."""
+  return {"JAX_COMPILATION_CACHE_DIR": str(compiled.resolve()),
+          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5", **os.environ}
 
 
 def main(argv: list[str]) -> None:
@@ -109,7 +134,13 @@ def make_points(common: Sequence[str]) -> list[Point]:
   names = collections.Counter(point.folder.name for point in points)
   if twice := [name for name, count in names.items() if count > 1]:
     raise app.UsageError(f"points that are there twice: {twice}")
-  return points
+  if unknown := {p.after.name for p in points if p.after} - names.keys():
+    raise app.UsageError(f"points that others are after, and that are not there: {sorted(unknown)}")
+  chosen = [point for point in points
+            if any(fnmatch.fnmatch(point.folder.name, pattern) for pattern in _ONLY.value)]
+  if not chosen:
+    raise app.UsageError(f"--only={','.join(_ONLY.value)} matches none of {sorted(names)}")
+  return chosen
 
 
 def _product(axes: Sequence[str]) -> list[dict[str, str]]:
@@ -124,14 +155,22 @@ def _product(axes: Sequence[str]) -> list[dict[str, str]]:
 
 def _from_file(path: str) -> list[dict[str, str]]:
   points = runpy.run_path(path)["points"]()
+  if stray := {name for point in points for name in point
+               if not name.startswith("config.")} - {_NAME, _AFTER}:
+    raise app.UsageError(f"{path}: points may have config.<field>, {_NAME!r} and {_AFTER!r}, not "
+                         f"{sorted(stray)}")
   return [{name: str(value) for name, value in point.items()} for point in points]
 
 
-def _point(overrides: Mapping[str, str], common: Sequence[str]) -> Point:
-  folder = pathlib.Path(_WORKDIR.value) / _name(overrides)
+def _point(given: Mapping[str, str], common: Sequence[str]) -> Point:
+  root = pathlib.Path(_WORKDIR.value)
+  overrides = {name: value.replace("{workdir}", str(root)) for name, value in given.items()
+               if name not in (_NAME, _AFTER)}
+  folder = root / (given.get(_NAME) or _name(overrides))
   command = [sys.executable, str(MAIN), f"--config={_CONFIG.value}", f"--workdir={folder}", *common,
              *(f"--{name}={value}" for name, value in overrides.items())]
-  return Point(overrides, folder, tuple(command))
+  after = given.get(_AFTER)
+  return Point(overrides, folder, tuple(command), root / after if after else None)
 
 
 def _name(overrides: Mapping[str, str]) -> str:
@@ -144,17 +183,26 @@ def _name(overrides: Mapping[str, str]) -> str:
 
 
 def _run(points: Sequence[Point], parallel: int) -> dict[str, str]:
-  """Runs what is not done; name -> error of what failed."""
-  failures = {}
+  """Runs what is not done, in order but for points that others must precede; name -> error of what
+  failed."""
+  failures: dict[str, str] = {}
+  running: dict[concurrent.futures.Future, Point] = {}
+  waiting = [point for point in points if not point.done]
+  print(f"{len(points)} points, {len(points) - len(waiting)} of them done before", flush=True)
   with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
-    jobs = {pool.submit(point.run): point for point in points if not point.done}
-    print(f"{len(points)} points, {len(points) - len(jobs)} of them done before", flush=True)
-    for job in concurrent.futures.as_completed(jobs):
-      name, error = jobs[job].folder.name, job.result()
-      print(f"{name}: {'FAILED' if error else 'done'}", flush=True)
-      if error:
-        failures[name] = error
-  return failures
+    while waiting or running:
+      ready = [point for point in waiting if point.ready][:parallel - len(running)]
+      running |= {pool.submit(point.run): point for point in ready}
+      waiting = [point for point in waiting if point not in ready]
+      if not running:
+        break
+      ended, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+      for job in ended:
+        name, error = running.pop(job).folder.name, job.result()
+        print(f"{name}: {'FAILED' if error else 'done'}", flush=True)
+        failures |= {name: error} if error else {}
+  return failures | {point.folder.name: f"{point.after.name} is not done, which comes before it"
+                     for point in waiting}
 
 
 def table(points: Sequence[Point], metrics: Sequence[str]) -> str:

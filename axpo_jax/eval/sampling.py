@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from axpo_jax.config import ConfigError
 from axpo_jax.data.question import Question
 from axpo_jax.data.readers import ReaderConfig
-from axpo_jax.eval import benchmarks, evaluate, shards
+from axpo_jax.eval import benchmarks, evaluate, forced, shards
 from axpo_jax.eval.judge import ChatJudge
 from axpo_jax.rollout.engine import Engine
 from axpo_jax.rollout.openai_engine import KEY_VARIABLE, OpenAIConfig, OpenAIEngine
@@ -29,19 +29,24 @@ from axpo_jax.train.metrics import read_metrics
 
 RESULTS_FILE = "results.json"
 HELD_OUT = "held_out"
+FORCED = "forced"
 
 ActorOf = Callable[[Question], collect.Actor]
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One folder of shards: who is asked, how often, and by whom it is judged (None: as in training)."""
+  """One folder of shards: who is asked, how often, and by whom it is judged (None: as in training).
+
+  `forces`: a folder of shards whose rollouts are repeated with a call forced behind their thinking.
+  """
 
   name: str
   folder: pathlib.Path
   questions: Callable[[], Iterable[Question]]
   section: ConfigDict  # with `rollouts` and `shard`
   benchmark: benchmarks.Benchmark | None = None
+  forces: pathlib.Path | None = None
 
 
 def teach(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.Path,
@@ -66,24 +71,29 @@ def screen(config: ConfigDict, bench: build.Workbench, policy: str, root: pathli
 
 def evaluation(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.Path,
                first_step: int) -> str:
-  """The benchmarks, or the held-out questions where none is named; results.json at the end."""
+  """The benchmarks, or the held-out questions where none is named; results.json at the end. With
+  `eval.forced` all of them again, with a call forced (`eval.forced`)."""
   section, folder = config.eval, root / "eval"
   jobs = [Job(name, folder / name, functools.partial(_benchmark_questions, config, name), section,
               benchmarks.BENCHMARKS[name]) for name in section.benchmarks]
   if not jobs:
     jobs = [Job(HELD_OUT, folder / HELD_OUT, lambda: build.eval_questions(config), section)]
-  found = _sample(jobs, config, _policy(config, bench, policy, folder, evaluation=True))
+  forcing = [dataclasses.replace(job, folder=job.folder / FORCED, forces=job.folder)
+             for job in jobs if section.forced]
+  found = _sample([*jobs, *forcing], config,
+                  _policy(config, bench, policy, folder, evaluation=True))
   results = {job.name: evaluate.result(records, section.rollouts, job.benchmark)
              for job, records in zip(jobs, found)}
+  groups = [[record.group_stats() for record in records] for records in found]
+  for job, members in zip(forcing, groups[len(jobs):]):
+    results[job.name] |= forced.rates(members)
   distributed.on_main(_write, folder / RESULTS_FILE, results)
   if not section.benchmarks and not distributed.on_main(
       lambda: evaluate.measured(read_metrics(root), first_step)):
-    (records,) = found
+    metrics = evaluate.metrics(groups[0], section.rollouts, sum(r.failed for r in found[0]))
     with distributed.metrics_writer(root, resume_step=first_step,
                                     tensorboard=config.log.tensorboard) as writer:
-      writer.write(first_step, evaluate.metrics(
-        [record.group_stats() for record in records], section.rollouts,
-        sum(record.failed for record in records)))
+      writer.write(first_step, metrics | (forced.metrics(groups[1]) if forcing else {}))
   return policy
 
 
@@ -122,14 +132,21 @@ async def _job(job: Job, config: ConfigDict, actor: ActorOf) -> list[shards.Reco
     if config.eval.judge.url:
       judge = ChatJudge(config.eval.judge.url, config.eval.judge.model)
     score = functools.partial(job.benchmark.score, judge=judge)
+  if job.forces is not None:
+    actor = _opening(actor, forced.read_thoughts(job.forces))
   try:
     return await shards.sample(
       job.folder, job.questions(), actor, job.section.rollouts,
       seeds.derive(config.seed, "shards", job.name), size=job.section.shard, score=score,
-      group=lambda question: str(benchmarks.group(question)), progress=job.name)
+      group=lambda question: str(benchmarks.group(question)),
+      progress=f"{job.name}, forced" if job.forces else job.name)
   finally:
     if judge is not None:
       await judge.close()
+
+
+def _opening(actor: ActorOf, thoughts: forced.Thoughts) -> ActorOf:
+  return lambda question: forced.opener(actor(question), thoughts)
 
 
 # Whoever samples: a context that gives the actor of each question.

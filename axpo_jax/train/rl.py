@@ -260,7 +260,8 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
 
 async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
   config = loop.config
-  if not distributed.on_main(lambda: evaluate.measured(read_metrics(writer.path), first_step)):
+  if config.eval.every >= 0 and not distributed.on_main(
+      lambda: evaluate.measured(read_metrics(writer.path), first_step)):
     writer.write(first_step, await loop.evaluate())
   trained = build.question_batches(config, loop.bench.folder)  # what a checkpoint holds: see Collected.position
   ahead = Ahead(loop.collect, loop.steps_done, config.rl.steps)
@@ -276,7 +277,7 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
         batch, metrics = await loop.step(collected)
         done = loop.steps_done
         last = done == config.rl.steps
-        if last or _due(done, config.eval.every):
+        if (last and config.eval.every >= 0) or _due(done, config.eval.every):
           await ahead.settle()
           metrics |= await loop.evaluate()
         _watch(metrics, config.log)
