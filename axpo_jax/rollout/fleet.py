@@ -20,7 +20,6 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
@@ -121,7 +120,7 @@ class Fleet:
     self._idle = asyncio.Event()  # set while there is no lease
     self._idle.set()
     self._open = asyncio.Event()  # cleared while weights change
-    self._changed = asyncio.Condition()
+    self._changed = asyncio.Event()  # set, and replaced by another, when a server may be in
     self._watchers: list[asyncio.Task] = []  # the loop itself keeps weak references only
 
   def watch(self) -> None:
@@ -142,10 +141,15 @@ class Fleet:
       for task in member.calls:
         task.cancel()
 
-  async def let_in(self, member: Member) -> None:
+  def let_in(self, member: Member) -> None:
     member.why_out = None
-    async with self._changed:
-      self._changed.notify_all()
+    self._tell()
+
+  def _tell(self) -> None:
+    """Wakes who waits for a server. No condition: its lock can be lost for ever where waiters are
+    cancelled at the same moment, and with it every server."""
+    self._changed.set()
+    self._changed = asyncio.Event()
 
   # ---- leases ----
 
@@ -209,16 +213,12 @@ class Fleet:
       self._homes.popitem(last=False)[1].homes -= 1
 
   async def _wait_for_any(self) -> None:
-    deadline = time.monotonic() + self.config.deadline_s
-    async with self._changed:
-      while True:
-        if any(map(self.is_in, self.members)):
-          return
-        left = deadline - time.monotonic()
-        try:
-          await asyncio.wait_for(self._changed.wait(), max(left, 0))
-        except TimeoutError:
-          raise NoServer(self._all_out()) from None
+    try:
+      async with asyncio.timeout(self.config.deadline_s):
+        while not any(map(self.is_in, self.members)):
+          await self._changed.wait()
+    except TimeoutError:
+      raise NoServer(self._all_out()) from None
 
   def _all_out(self) -> str:
     reasons = "; ".join(f"{m.server.url}: {m.why_out or 'weights not loaded'}" for m in self.members)
@@ -231,10 +231,9 @@ class Fleet:
     """No lease begins until `open_gate`."""
     self._open.clear()
 
-  async def open_gate(self) -> None:
+  def open_gate(self) -> None:
     self._open.set()
-    async with self._changed:
-      self._changed.notify_all()
+    self._tell()
 
   @property
   def gate_is_open(self) -> bool:
@@ -243,7 +242,8 @@ class Fleet:
   async def drain(self, seconds: float) -> None:
     """Waits until every lease has ended, at most so long."""
     with contextlib.suppress(TimeoutError):
-      await asyncio.wait_for(self._idle.wait(), seconds)
+      async with asyncio.timeout(seconds):
+        await self._idle.wait()
 
   async def install_all(self) -> None:
     """Gives every member that is in the current weights; those that fail go out.
@@ -300,7 +300,8 @@ class Fleet:
       if misses >= self.config.misses:
         self.take_out(member, Unreachable(f"{misses} health checks failed"))
       with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(member.look.wait(), self.config.probe_s)
+        async with asyncio.timeout(self.config.probe_s):
+          await member.look.wait()
       member.look.clear()
 
   async def _looks_well(self, member: Member) -> bool:
@@ -327,4 +328,4 @@ class Fleet:
     if wanted == self._wanted():
       if wanted is not None:
         logging.info("server %s is in with weights %s", member.server.url, wanted)
-      await self.let_in(member)
+      self.let_in(member)

@@ -312,7 +312,7 @@ class SGLangEngine:
         await self._fleet.install_all()
       finally:
         if self._push is not None:
-          await self._fleet.open_gate()
+          self._fleet.open_gate()
       await asyncio.to_thread(weight_push.barrier, "weights installed")
       self._folder.remove_old()
       self._images.trim()
