@@ -12,7 +12,7 @@ holds.
 from ml_collections import ConfigDict
 
 from axpo_jax.config import ASSETS
-from configs.axpo_tiny import get_config as axpo_tiny_mix
+from configs.axpo_tiny import get_config as axpo_tiny
 
 
 def get_config() -> ConfigDict:

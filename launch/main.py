@@ -21,7 +21,8 @@ from ml_collections import config_flags
 # Config files derive from each other (`from configs.axpo_tiny import ...`).
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from axpo_jax.config import ConfigError, validate
+from axpo_jax.config import ConfigError
+from axpo_jax.config_checks import validate
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, such as configs/axpo_tiny.py.", lock_config=True)

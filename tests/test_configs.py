@@ -6,7 +6,8 @@ import pathlib
 import pytest
 
 import axpo_jax
-from axpo_jax.config import ConfigError, base_config, validate
+from axpo_jax.config import ConfigError, base_config
+from axpo_jax.config_checks import validate
 from axpo_jax.eval.benchmarks import BENCHMARKS
 
 FOLDER = pathlib.Path(axpo_jax.__file__).parents[1] / "configs"

@@ -13,7 +13,8 @@ import pytest
 from axpo_jax.agent import rewards
 from axpo_jax.agent.tools.base import EpisodeState
 from axpo_jax.agent.tools.image_search import ImageSearch
-from axpo_jax.config import BENCHMARKS, PUBLIC_SETS, ConfigError, base_config, validate
+from axpo_jax.config import BENCHMARKS, PUBLIC_SETS, ConfigError, base_config
+from axpo_jax.config_checks import validate
 from axpo_jax.data import adapters, readers
 from axpo_jax.data.question import load_image
 

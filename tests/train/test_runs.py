@@ -26,7 +26,8 @@ import pytest
 from PIL import Image
 
 import axpo_jax
-from axpo_jax.config import ConfigError, validate
+from axpo_jax.config import ConfigError
+from axpo_jax.config_checks import validate
 from axpo_jax.eval import shards
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.config import PRESETS

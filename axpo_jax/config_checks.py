@@ -1,0 +1,173 @@
+"""Checks of a configuration before anything is loaded, so that a run fails in its first second.
+
+In: the whole tree of `config.base_config`. Out: nothing, or a `ConfigError` that names the field, its
+value and what to set it to.
+"""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from axpo_jax.config import (
+  ALGORITHMS,
+  BENCHMARKS,
+  DATA_SOURCES,
+  ENGINES,
+  FILE_SOURCES,
+  SEARCH_BACKENDS,
+  SFT_SOURCES,
+  STAGES,
+  TEACHERS,
+  ConfigError,
+)
+
+
+def validate(config: ConfigDict) -> None:
+  """Checks what can be checked without loading anything, so that a run fails in its first second.
+
+  Raises:
+    ConfigError: names the field and says what to set it to.
+  """
+  model = config.model
+  if bool(model.checkpoint) == bool(model.preset):
+    raise ConfigError(
+      "set config.model.checkpoint to a Qwen3-VL folder in Hugging Face layout "
+      "(--config.model.checkpoint=/path/to/Qwen3-VL-8B-Thinking), or config.model.preset for "
+      f"random parameters; now checkpoint={model.checkpoint!r}, preset={model.preset!r}")
+  _require_folder("config.model.checkpoint", model.checkpoint)
+  if model.preset and not model.tokenizer:
+    raise ConfigError("config.model.preset brings no tokenizer: set config.model.tokenizer to a "
+                      "folder with tokenizer and preprocessor_config.json")
+  _require_folder("config.model.tokenizer", model.tokenizer)
+  if unknown := sorted(set(config.stages) - set(STAGES)):
+    raise ConfigError(f"config.stages names {unknown}; stages are {STAGES}")
+  _validate_data(config)
+  _validate_stages(config)
+  longest = config.agent.max_total_tokens
+  if "rl" in config.stages and longest > config.batch.length:
+    raise ConfigError(f"an episode of config.agent.max_total_tokens={longest} tokens does not fit a "
+                      f"row of config.batch.length={config.batch.length}: raise the latter")
+  if config.rollout.engine not in ENGINES:
+    raise ConfigError(f"config.rollout.engine={config.rollout.engine!r}; choose one of {ENGINES}")
+  if config.rollout.engine == "sglang" and longest > config.rollout.sglang.length:
+    raise ConfigError(f"an episode of config.agent.max_total_tokens={longest} tokens does not fit "
+                      f"config.rollout.sglang.length={config.rollout.sglang.length}: raise the latter")
+  if (config.rollout.engine == "sglang" and not config.rollout.urls and not model.checkpoint
+      and not _begins_without_policy(config)):
+    raise ConfigError("servers start from a checkpoint folder: set config.model.checkpoint, or name "
+                      "running ones in config.rollout.urls")
+  if config.rollout.staleness < 0:
+    raise ConfigError(f"config.rollout.staleness={config.rollout.staleness} must be 0 or more")
+  if config.batch.length % 64:
+    raise ConfigError(f"config.batch.length={config.batch.length} must be a multiple of 64")
+  _validate_tools(config)
+  if config.rl.algorithm not in ALGORITHMS:
+    raise ConfigError(f"config.rl.algorithm={config.rl.algorithm!r}; choose one of {ALGORITHMS}")
+
+
+def _validate_data(config: ConfigDict) -> None:
+  data, stages = config.data, set(config.stages)
+  if data.source not in DATA_SOURCES:
+    raise ConfigError(f"config.data.source={data.source!r}; choose one of {DATA_SOURCES}")
+  if data.source == "miniworld":
+    if data.eval_source:
+      raise ConfigError(f"config.data.eval_source={data.eval_source!r}: the miniature world brings "
+                        "its held-out questions; leave it empty")
+    return
+  if data.eval_source not in ("", *FILE_SOURCES):
+    raise ConfigError(f"config.data.eval_source={data.eval_source!r}; choose one of {FILE_SOURCES}, or "
+                      "leave it empty for that of config.data.source")
+  if {"teach", "screen", "rl"} & stages:
+    _require_data("config.data.path", data.path, data.source)
+  if "rl" in stages or ("eval" in stages and not config.eval.benchmarks):
+    _require_data("config.data.eval_path", data.eval_path, data.eval_source or data.source)
+  _require_folder("config.data.image_folder", data.image_folder)
+
+
+def _require_data(field: str, path: str, source: str) -> None:
+  """A file; of a public data set, the folder it was downloaded to will do."""
+  if source in ("jsonl", "parquet") or not pathlib.Path(path or "?").is_dir():
+    _require_file(field, path)
+
+
+def _begins_without_policy(config: ConfigDict) -> bool:
+  """Whether SFT makes the policy before anything samples from it."""
+  stages = [stage for stage in config.stages
+            if not (stage == "teach" and config.teach.engine != "policy")]
+  return stages[:1] == ["sft"]
+
+
+def _validate_stages(config: ConfigDict) -> None:
+  """What single stages read."""
+  stages, sft, teach = config.stages, config.sft, config.teach
+  if "teach" in stages:
+    if teach.engine not in TEACHERS:
+      raise ConfigError(f"config.teach.engine={teach.engine!r}; choose one of {TEACHERS}")
+    if teach.engine == "scripted" and config.data.source != "miniworld":
+      raise ConfigError("config.teach.engine='scripted' knows the miniature world alone: choose "
+                        "'policy' or 'openai'")
+    if teach.engine == "openai" and not (teach.url and teach.model):
+      raise ConfigError(f"config.teach.url={teach.url!r} and config.teach.model={teach.model!r}: set "
+                        "both, such as http://localhost:8000/v1 and the model's name there")
+  if "sft" in stages:
+    if sft.source not in SFT_SOURCES:
+      raise ConfigError(f"config.sft.source={sft.source!r}; choose one of {SFT_SOURCES}")
+    if sft.source == "jsonl":
+      _require_file("config.sft.path", sft.path)
+    if sft.source == "shards" and not sft.path and "teach" not in stages[:stages.index("sft")]:
+      raise ConfigError("config.sft.path is empty: set it to a folder of sampled shards (the "
+                        "teach/shards of another run), or put 'teach' before 'sft' in config.stages")
+    if sft.source == "shards":
+      _require_folder("config.sft.path", sft.path)
+  for name in ("policy", "teacher"):
+    _require_folder(f"config.rl.filter.{name}", config.rl.filter[name])
+  if "eval" in stages:
+    _validate_benchmarks(config.eval)
+
+
+def _validate_benchmarks(section: ConfigDict) -> None:
+  if unknown := sorted(set(section.benchmarks) - set(BENCHMARKS)):
+    raise ConfigError(f"config.eval.benchmarks names {unknown}; there are {BENCHMARKS}")
+  if section.benchmarks and not section.folder:
+    raise ConfigError("config.eval.folder is empty: set it to the folder that holds one folder for "
+                      f"each of config.eval.benchmarks={tuple(section.benchmarks)}")
+  for name in section.benchmarks:
+    if not (pathlib.Path(section.folder) / name).is_dir():
+      raise ConfigError(f"config.eval.folder={section.folder!r} has no folder {name!r}: put that "
+                        "benchmark's files there (docs/data.md), or leave it out of "
+                        "config.eval.benchmarks")
+  if bool(section.judge.url) != bool(section.judge.model):
+    raise ConfigError(f"config.eval.judge.url={section.judge.url!r} and "
+                      f"config.eval.judge.model={section.judge.model!r}: set both or neither")
+
+
+def _validate_tools(config: ConfigDict) -> None:
+  agent = config.agent
+  offered = {*agent.tools, *config.eval.extra_tools}
+  if agent.mcp:
+    _require_file("config.agent.mcp", agent.mcp)
+  if "image_search" in offered:
+    _require_file("config.agent.image_search.cache", agent.image_search.cache)
+  if "tavily-search" not in offered:
+    return
+  search = agent.search
+  if search.backend not in SEARCH_BACKENDS:
+    raise ConfigError(f"config.agent.search.backend={search.backend!r}; choose one of "
+                      f"{SEARCH_BACKENDS}")
+  if search.backend == "local" and not pathlib.Path(search.corpus or "?").exists():
+    raise ConfigError(f"config.agent.search.corpus={search.corpus!r}: set it to a folder of documents "
+                      "or a .jsonl file")
+  if search.backend == "recorded" and not search.record:
+    raise ConfigError("config.agent.search.record is empty: set it to a folder of recorded answers")
+
+
+def _require_folder(field: str, value: str) -> None:
+  if value and not pathlib.Path(value).is_dir():
+    raise ConfigError(f"{field}={value!r} is not a folder")
+
+
+def _require_file(field: str, value: str) -> None:
+  if not value:
+    raise ConfigError(f"{field} is empty: set it to a file (--{field}=/path/to/file)")
+  if not pathlib.Path(value).is_file():
+    raise ConfigError(f"{field}={value!r} is not a file")
