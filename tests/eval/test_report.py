@@ -157,14 +157,16 @@ def test_in_a_browser(report):
     assert page.inner_text("#count") == f"{len(expected)} of {len(index['rows'])}"
     # Keys: arrows move, the trajectory follows.
     page.focus("#list")
-    page.keyboard.press("Home")
-    group = index["groups"][expected[0][0]]["id"]
-    page.wait_for_selector(f'#detail[data-shown="{group} {expected[0][1]}"]')
+    for key, row in (("End", expected[-1]), ("Home", expected[0])):
+      page.keyboard.press(key)
+      page.wait_for_selector(f'#detail[data-shown="{index["groups"][row[0]]["id"]} {row[1]}"]')
     detail = page.locator("#detail")
     assert detail.locator(".prefix .thinking").count() == 1
     assert detail.locator(".continuations article").count() == 4
     assert detail.locator("article.chosen .verdict.right").count() == 1
     # The box is drawn where the call looked, on the original.
+    page.wait_for_function(
+      "[...document.querySelectorAll('#detail img')].every(image => image.complete)")
     box = detail.locator(".box .over").first
     frame = detail.locator(".frame:has(.box)").first.bounding_box()
     width = float(box.get_attribute("width")) / 1000 * frame["width"]
@@ -174,6 +176,12 @@ def test_in_a_browser(report):
       assert detail.locator(f".block .t{kind}").count() > 0
     detail.locator("input[value=plain]").check()
     assert detail.locator(".block .t:is(.gain, .loss, .doubt, .masked)").count() == 0
+    # Opened again, a trajectory stays as it was left.
+    detail.locator(".frame").first.click()
+    page.focus("#list")
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.activeElement.id == 'detail'")
+    assert detail.locator(".frame.large").count() == 1
     assert page.problems == []
 
 

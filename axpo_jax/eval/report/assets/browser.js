@@ -85,6 +85,7 @@
     const row = index.rows[open];
     history.replaceState(null, "", `#t${open}`);
     const chunk = await Report.json(`chunk-${Math.floor(row[GROUP] / index.chunk)}`);
+    await Report.whole;  // pictures stand at the end of the page
     if (open !== shown[at] && shown.includes(open)) return;  // somebody moved on meanwhile
     Report.show(chunk[row[GROUP] % index.chunk], row[PLACE], index.systems, (place) => {
       const number = index.rows.findIndex((other) => other[GROUP] === row[GROUP] && other[PLACE] === place);

@@ -5,7 +5,7 @@ const Report = {};
   const kept = new Map();
 
   // The parser may still be reading the end of the page when a script asks for it.
-  const whole = new Promise((done) => {
+  Report.whole = new Promise((done) => {
     if (document.readyState !== "loading") done();
     else document.addEventListener("DOMContentLoaded", () => done());
   });
@@ -13,7 +13,7 @@ const Report = {};
   Report.text = async (id) => {
     let block = document.getElementById(`block-${id}`);
     if (!block) {
-      await whole;
+      await Report.whole;
       block = document.getElementById(`block-${id}`);
     }
     const bytes = Uint8Array.from(atob(block.textContent), (c) => c.charCodeAt(0));

@@ -177,11 +177,13 @@
   };
 
   Report.show = (group, place, systems, go) => {
+    const same = current?.group === group && current.place === place;
     if (current?.group !== group) detail.scrollTop = 0;
     // Dumps of other makers have no advantages; something to see is better than nothing.
     if (!current && group.rollouts[place].advantage === undefined) Report.mode = "confidence";
     current = { group, place, systems, go };
-    draw();
+    // Shown again it stays as it is: enlarged pictures, the focus, what was unfolded.
+    if (!same) draw();
     detail.dataset.shown = `${group.id} ${place}`;
     browser.classList.add("opened");
     document.body.classList.toggle("covered", Report.narrow.matches);
