@@ -28,8 +28,6 @@ from axpo_jax.train import build, collect, distributed, seeds
 from axpo_jax.train.metrics import read_metrics
 
 RESULTS_FILE = "results.json"
-HELD_OUT = "held_out"
-FORCED = "forced"
 
 ActorOf = Callable[[Question], collect.Actor]
 
@@ -77,11 +75,15 @@ def evaluation(config: ConfigDict, bench: build.Workbench, policy: str, root: pa
   jobs = [Job(name, folder / name, functools.partial(_benchmark_questions, config, name), section,
               benchmarks.BENCHMARKS[name]) for name in section.benchmarks]
   if not jobs:
-    jobs = [Job(HELD_OUT, folder / HELD_OUT, lambda: build.eval_questions(config), section)]
-  forcing = [dataclasses.replace(job, folder=job.folder / FORCED, forces=job.folder)
+    jobs = [Job(shards.HELD_OUT, folder / shards.HELD_OUT, lambda: build.eval_questions(config), section)]
+  forcing = [dataclasses.replace(job, folder=job.folder / shards.FORCED, forces=job.folder)
              for job in jobs if section.forced]
+  distributed.on_main(_judge_again, [*jobs, *forcing], config, bench)
   found = _sample([*jobs, *forcing], config,
                   _policy(config, bench, policy, folder, evaluation=True))
+  if waiting := sum(len(record.unjudged) for records in found for record in records):
+    logging.warning("the judge gave no verdict on %d answers, which count as wrong: run the same "
+                    "command again, and it is asked again", waiting)
   results = {job.name: evaluate.result(records, section.rollouts, job.benchmark)
              for job, records in zip(jobs, found)}
   groups = [[record.group_stats() for record in records] for records in found]
@@ -127,22 +129,40 @@ def _sample(jobs: list[Job], config: ConfigDict,
 
 
 async def _job(job: Job, config: ConfigDict, actor: ActorOf) -> list[shards.Record]:
-  judge, score = None, None
-  if job.benchmark is not None:
-    if config.eval.judge.url:
-      judge = ChatJudge(config.eval.judge.url, config.eval.judge.model)
-    score = functools.partial(job.benchmark.score, judge=judge)
   if job.forces is not None:
     actor = _opening(actor, forced.read_thoughts(job.forces))
-  try:
+  async with _scorer(job, config) as score:
     return await shards.sample(
       job.folder, job.questions(), actor, job.section.rollouts,
       seeds.derive(config.seed, "shards", job.name), size=job.section.shard, score=score,
       group=lambda question: str(benchmarks.group(question)),
       progress=f"{job.name}, forced" if job.forces else job.name)
+
+
+@contextlib.asynccontextmanager
+async def _scorer(job: Job, config: ConfigDict) -> AsyncIterator[shards.Scorer | None]:
+  """Who judges a job's answers; None: the episodes did."""
+  if job.benchmark is None:
+    yield None
+    return
+  named = config.eval.judge
+  judge = ChatJudge(named.url, named.model) if named.url else None
+  try:
+    yield functools.partial(job.benchmark.score, judge=judge)
   finally:
     if judge is not None:
       await judge.close()
+
+
+def _judge_again(jobs: Iterable[Job], config: ConfigDict, bench: build.Workbench) -> None:
+  """Asks for the verdicts that a judge did not give when the run was here before."""
+  async def everything():
+    for job in jobs:
+      async with _scorer(job, config) as score:
+        if score is not None:
+          await shards.judge_again(job.folder, job.questions, score, bench.chat, bench.processor)
+
+  asyncio.run(everything())
 
 
 def _opening(actor: ActorOf, thoughts: forced.Thoughts) -> ActorOf:

@@ -12,7 +12,7 @@ this and nothing else. The folder:
 A shard is written whole or not at all. After a kill, finished shards are skipped and the others are
 sampled again with the seeds they had, so nothing that was kept is sampled twice. A rollout's seed
 comes from its question's id and its number: neither the size of the shards nor the other questions
-matter.
+matter. What a judge could not judge is judged again by `judge_again`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ from tqdm import tqdm
 from axpo_jax.agent import dump
 from axpo_jax.agent.rollout import FAILED_STOPS, Rollout
 from axpo_jax.data.filters import Counts
-from axpo_jax.data.question import Question
-from axpo_jax.eval.scoring import Score
+from axpo_jax.data.question import IMAGE_MARK, Question
+from axpo_jax.eval.scoring import JUDGE_FAILED, Score
+from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageProcessor
 from axpo_jax.rl.census import GroupStats, RolloutStats
 from axpo_jax.train import collect, seeds
 
 DONE = "done.json"
+# Of an evaluation's folder: the held-out questions; and within, the same with calls forced.
+HELD_OUT, FORCED = "held_out", "forced"
 # Shards under way at once: while the last episodes of one end, the next one has begun.
 _AHEAD = 2
 
@@ -89,6 +92,11 @@ class Record:
   @property
   def failed(self) -> int:
     return self.asked - len(self.judged)
+
+  @property
+  def unjudged(self) -> list[int]:
+    """Numbers of the rollouts whose judge failed."""
+    return [i for i, score in enumerate(self.scores) if score.how == JUDGE_FAILED]
 
   @property
   def counts(self) -> Counts:
@@ -240,6 +248,53 @@ async def sample(folder: pathlib.Path, questions: Iterable[Question],
   return everything
 
 
+async def judge_again(folder: pathlib.Path, questions: Callable[[], Iterable[Question]],
+                      score: Scorer, chat: Chat, processor: ImageProcessor) -> int:
+  """Scores anew, in finished shards, what a judge failed to judge; returns how much of it still waits.
+
+  Args:
+    folder: of the shards, or one that is not there yet.
+    questions: makes the stream that they were sampled from; not called if nothing waits.
+    score: see `sample`.
+    chat, processor: of the policy that was sampled, to write its rollouts again.
+  """
+  files = {path: _read(path) for path in sorted(folder.glob("records_*.jsonl"))}
+  waiting = {record.id for kept in files.values() for record in kept if record.unjudged}
+  if not waiting:
+    return 0
+  # Without pictures, which may be huge: a score is one of texts.
+  asked = {question.id: dataclasses.replace(question, images=(), text=question.text.replace(
+    IMAGE_MARK, "")) for question in questions() if question.id in waiting}
+  for path, kept in files.items():
+    if any(record.unjudged for record in kept):
+      files[path] = await asyncio.gather(*(_judged(record, asked, score) for record in kept))
+      _rewrite(path, files[path], chat, processor)
+  everything = [record for kept in files.values() for record in kept]
+  if done(folder):
+    _write_text(folder / DONE, json.dumps(totals(everything), indent=2))
+  return sum(len(record.unjudged) for record in everything)
+
+
+async def _judged(record: Record, asked: Mapping[str, Question], score: Scorer) -> Record:
+  """The record with new scores where it had none."""
+  scores, stats = list(record.scores), list(record.stats)
+  for i in record.unjudged if record.id in asked else ():
+    scores[i] = await score(asked[record.id], record.answers[i])
+    stats[i] = dataclasses.replace(stats[i], reward=scores[i].value)
+  return dataclasses.replace(record, scores=tuple(scores), stats=tuple(stats))
+
+
+def _rewrite(path: pathlib.Path, kept: list[Record], chat: Chat, processor: ImageProcessor) -> None:
+  """A shard with the rewards of its records, which again are written last."""
+  file = _rollouts_of(path)
+  notes = [json.loads(line)["extra"] for line in file.read_text(encoding="utf-8").splitlines()]
+  rollouts = list(dump.load_rollouts(file, processor))
+  for rollout, stats in zip(rollouts, (s for record in kept for s in record.stats), strict=True):
+    rollout.reward = stats.reward
+  dump.dump_rollouts(file, rollouts, extra=notes, chat=chat, originals=False)
+  _write_records(path, kept)
+
+
 def totals(of: Iterable[Record]) -> dict[str, int]:
   """Counts over questions: rollouts asked for, judged, failed, right, with tools; and questions by
   how many of their rollouts are right."""
@@ -291,7 +346,7 @@ class _Run:
     await asyncio.to_thread(dump.dump_rollouts, _rollouts_of(path), rollouts, extra=notes,
                             chat=self.actor(asked[0][1]).chat, originals=False)
     new = [record for record, _ in answered]
-    _write_text(path, "".join(json.dumps(record.to_json()) + "\n" for record in new))
+    _write_records(path, new)
     return new
 
   def _check(self, path: pathlib.Path, kept: list[Record],
@@ -321,6 +376,10 @@ class _Run:
       question.acting, self.group(question), error)
     self.bar.update()
     return record, list(rollouts)
+
+
+def _write_records(path: pathlib.Path, kept: Iterable[Record]) -> None:
+  _write_text(path, "".join(json.dumps(record.to_json()) + "\n" for record in kept))
 
 
 def _write_text(path: pathlib.Path, text: str) -> None:
