@@ -1,5 +1,7 @@
-"""Sweeps: real runs of the micro job at four points, resumed and with one that fails; and the table."""
+"""Sweeps: real runs of the micro job at four points, resumed and with one that fails; points that wait
+for others; and the table."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -64,6 +66,59 @@ def test_points_of_a_file(tmp_path):
   lines = sweep(tmp_path, f"--points={file}", "--print").stdout.splitlines()
   assert [line.split()[-2:] for line in lines] == [
     [f"--config.rl.num_rollouts={n}", f"--config.rl.resample.k={n // 2}"] for n in (4, 8)]
+
+
+def points_file(folder: pathlib.Path, points: list[dict]) -> pathlib.Path:
+  file = folder / "points.py"
+  file.write_text(f"def points():\n  return {points!r}\n")
+  return file
+
+
+def test_points_with_names_that_begin_with_what_others_made(tmp_path):
+  file = points_file(tmp_path, [
+    {"name": "sft-0", "config.seed": 0},
+    {"name": "rl-0", "after": "sft-0", "config.model.checkpoint": "{workdir}/sft-0/sft/policy"},
+    {"name": "rl-1", "after": "sft-0", "config.seed": 1}])
+  flags = (f"--points={file}", "--print")
+  lines = sweep(tmp_path / "runs", *flags).stdout.splitlines()
+  assert [re.search(r"--workdir=(\S+)", line)[1] for line in lines] == [
+    str(tmp_path / "runs" / name) for name in ("sft-0", "rl-0", "rl-1")]
+  assert lines[1].endswith(f"--config.model.checkpoint={tmp_path}/runs/sft-0/sft/policy")
+  only = sweep(tmp_path / "runs", *flags, "--only=*-1,sft-*").stdout.splitlines()
+  assert only == [lines[0], lines[2]]
+  assert "nothing" in sweep(tmp_path / "runs", *flags, "--only=nothing").stderr
+
+
+@pytest.mark.parametrize("point, named", [
+  ({"name": "a", "after": "b"}, "b"), ({"name": "a", "seed": 1}, "seed")])
+def test_points_that_make_no_sense_are_refused(point, named, tmp_path):
+  done = sweep(tmp_path, f"--points={points_file(tmp_path, [point])}", "--print")
+  assert done.returncode not in (0, None) and repr(named) in done.stderr
+
+
+@pytest.fixture(scope="module")
+def module():
+  spec = importlib.util.spec_from_file_location("sweep", REPO / "launch" / "sweep.py")
+  loaded = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(loaded)
+  return loaded
+
+
+def test_a_point_runs_when_the_one_before_it_is_done(module, tmp_path):
+  """Processes that only look for each other's files: the order of the list is not that of need."""
+  def point(name, program, after=None):
+    return module.Point({}, tmp_path / name, (sys.executable, "-c", program),
+                        tmp_path / after if after else None)
+
+  needs = f"assert open({str(tmp_path / 'first' / 'made')!r}).read() == 'x'"
+  makes = f"open({str(tmp_path / 'first' / 'made')!r}, 'w').write('x')"
+  points = [point("second", needs, "first"), point("third", needs, "first"), point("first", makes),
+            point("broken", "raise SystemExit('no luck')"), point("never", "pass", "broken")]
+  failures = module._run(points, 2)
+  assert failures.keys() == {"broken", "never"}
+  assert "no luck" in failures["broken"] and "broken is not done" in failures["never"]
+  assert [one.done for one in points] == [True, True, True, False, False]
+  assert "broken is not done" in module._run(points[4:], 1)["never"]  # alone, too
 
 
 @pytest.mark.parametrize("flags, named", [

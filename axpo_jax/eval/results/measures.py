@@ -24,6 +24,8 @@ _MEANS = {
   "recovered": "axpo/recovered_share",
   "prefix_recovered": "axpo/prefix_recovered_share",
   "continuation_success": "axpo/continuation_success_rate",
+  "credited": "axpo/prefix_advantage_positive_share",
+  "train_direct_success": "rollout/no_tool_success_rate",
   "budget_used": "axpo/budget_used",
   "prefix_cached": "axpo/prefix_cached_share",
 }

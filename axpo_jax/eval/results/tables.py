@@ -81,9 +81,18 @@ def _habits(c: Comparison) -> str:
   return _by_recipe(c, columns)
 
 
-def _by_recipe(c: Comparison, columns: Mapping[str, str]) -> str:
+def _credit(c: Comparison) -> str:
+  """What resampling finds and what is made of it, in the recipes that resample."""
+  columns = {"budget used": "budget_used", "prefix from the cache": "prefix_cached",
+             "continuations right": "continuation_success", "prefixes recovered": "prefix_recovered",
+             "prefixes pushed up": "credited", "right without tools": "train_direct_success"}
+  return _by_recipe(c, columns, [recipe for recipe in c.recipes if c.values(recipe, "budget_used")])
+
+
+def _by_recipe(c: Comparison, columns: Mapping[str, str],
+               recipes: Sequence[str] | None = None) -> str:
   rows = [["%", "seeds", *columns]]
-  for recipe in c.recipes:
+  for recipe in c.recipes if recipes is None else recipes:
     rows.append([LABELS[recipe], str(len(c.of(recipe))),
                  *(_cell(c.mean(recipe, name)) for name in columns.values())])
   return _markdown(rows)
@@ -239,7 +248,7 @@ def _from_start(c: Comparison, recipe: str, name: str) -> Estimate | None:
 
 TABLES: Mapping[str, Callable[[Comparison], str]] = {
   "main": _main, "pairs": _pairs, "questions": _questions, "families": _families,
-  "habits": _habits, "policies": _policies, "cost": _cost, "health": _health, "paper": _paper}
+  "habits": _habits, "credit": _credit, "policies": _policies, "cost": _cost, "health": _health, "paper": _paper}
 
 
 def _plain(recipe: str) -> str:
