@@ -20,7 +20,7 @@ from axpo_jax.data.filters import Counts
 from axpo_jax.data.miniworld import perception
 from axpo_jax.data.miniworld.habits import TeacherConfig
 from axpo_jax.eval import shards
-from axpo_jax.eval.scoring import RULE, Score
+from axpo_jax.eval.scoring import JUDGE, JUDGE_FAILED, RULE, Score
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageLimits, ImageProcessor
 from axpo_jax.rollout.engine import SamplingParams
@@ -195,6 +195,39 @@ def test_a_benchmark_judges(whole, tmp_path):
   assert found[1].scores == (Score(0.25, RULE, 0.5),) * 2 and found[1].group == "one"
   assert shards.Trajectories(tmp_path, actor.processor)[0].reward == 0.25
   assert list(shards.records(tmp_path)) == found
+
+
+def test_what_a_judge_failed_to_judge_is_judged_again(whole, tmp_path):
+  """And nothing else is: neither what was judged, nor any rollout."""
+  _, questions, actor, _ = whole
+  asked = []
+
+  def judge(down: bool):
+    async def score(question, answer):
+      asked.append(question.id)
+      if down and question.id in (questions[1].id, questions[4].id):
+        return Score(0.0, JUDGE_FAILED)
+      return Score(1.0, JUDGE)
+    return score
+
+  def again(folder, down=False):
+    asked.clear()
+    return asyncio.run(shards.judge_again(folder, lambda: questions, judge(down), actor.chat,
+                                          actor.processor))
+
+  run(tmp_path / "whole", questions[:7], actor, score=judge(down=False))
+  run(tmp_path / "late", questions[:7], actor, score=judge(down=True))
+  assert json.loads((tmp_path / "late" / shards.DONE).read_text())["right"] == 10
+  assert again(tmp_path / "late", down=True) == 4
+  before = content(tmp_path / "late")
+  assert [record.counts.passed for record in shards.records(tmp_path / "late")] == [2, 0, 2, 2, 0, 2, 2]
+  assert again(tmp_path / "late") == 0
+  assert asked == [questions[1].id] * 2 + [questions[4].id] * 2
+  after = content(tmp_path / "late")
+  assert after == content(tmp_path / "whole")
+  assert after["records_00002.jsonl"] == before["records_00002.jsonl"]
+  assert again(tmp_path / "late") == 0 and not asked
+  assert again(tmp_path / "nothing here yet") == 0
 
 
 def test_shards_of_something_else_are_refused(whole, tmp_path):

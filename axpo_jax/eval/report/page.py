@@ -21,6 +21,7 @@ from axpo_jax.eval.diagnose.reading import read
 from axpo_jax.eval.report import charts, tables, trajectories
 from axpo_jax.eval.report.pictures import Pictures
 from axpo_jax.eval.report.runs import Run
+from axpo_jax.eval.shards import FORCED
 
 _ASSETS = pathlib.Path(__file__).parent / "assets"
 _SCRIPTS = ("data.js", "charts.js", "tokens.js", "trajectory.js", "browser.js")
@@ -67,7 +68,9 @@ def _asset(name: str) -> str:
 
 
 def _warnings(run: Run) -> list[dict[str, str]]:
-  return diagnose(read(run.dumps).traces)["warnings"] if run.dumps else []
+  """Of what the policy did in training; of a run that did not train, in all that it chose to do."""
+  paths = run.training_dumps or [path for path in run.dumps if path.parent.name != FORCED]
+  return diagnose(read(paths).traces)["warnings"] if paths else []
 
 
 def _facts(runs: Sequence[Run], collection: trajectories.Collection) -> list[str]:

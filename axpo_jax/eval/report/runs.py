@@ -55,6 +55,11 @@ class Run:
   benchmarks: Mapping[str, Benchmark]
   dumps: Sequence[pathlib.Path]
 
+  @property
+  def training_dumps(self) -> list[pathlib.Path]:
+    """The dumps of RL steps."""
+    return [path for path in self.dumps if path.name.startswith("step_")]
+
 
 def load_runs(folders: Iterable[str | pathlib.Path]) -> list[Run]:
   """Reads runs; their names are the shortest ends of their paths that tell them apart.
