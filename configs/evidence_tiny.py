@@ -25,6 +25,6 @@ def get_config() -> ConfigDict:
   c.rl.update(steps=40, updates=2)
   c.eval.update(questions=256, forced=True, every=-1)
   c.agent.audit = False
-  c.checkpoint.update(every=20, keep=1)
+  c.checkpoint.update(every=10, keep=1)
   c.log.update(dump_every=0, tensorboard=False)
   return c
