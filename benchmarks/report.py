@@ -1,4 +1,4 @@
-"""How long the report's page takes to show: 10,000 synthetic rollouts, in headless Chromium.
+"""How long the report's page takes to show: at least 10,000 synthetic rollouts, in headless Chromium.
 
   python benchmarks/report.py [--rollouts=10000] [--folder=/tmp/report_benchmark]
 
@@ -9,6 +9,7 @@ filled list of trajectories. Needs the extras `report` and `test`, and Chromium.
 from __future__ import annotations
 
 import argparse
+import math
 import pathlib
 import sys
 import time
@@ -25,10 +26,10 @@ def main() -> None:
   parser.add_argument("--folder", default="/tmp/report_benchmark")
   arguments = parser.parse_args()
   folder = pathlib.Path(arguments.folder)
-  # 16 rollouts a question (with continuations), 16 questions a step.
-  write_run(folder, steps=max(1, arguments.rollouts // 256), questions=16, rollouts=12)
+  # Whole steps: their continuations come on top.
+  write_run(folder, steps=math.ceil(arguments.rollouts / 192), questions=16, rollouts=12)
   start = time.perf_counter()
-  make_report([str(folder), "--trajectories", str(arguments.rollouts)])
+  make_report([str(folder), "--trajectories", str(10 * arguments.rollouts)])  # all of them
   print(f"made in {time.perf_counter() - start:.1f} s")
   with open_page(folder / "report.html") as page:
     page.wait_for_selector("#list[data-ready]")
