@@ -141,8 +141,11 @@ def policy_loss(
   ratio = jnp.exp(jnp.clip(logp - old_logp, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
   surrogate, clipped = _SURROGATES[config.variant](ratio, logp, advantages, config)
   gap = jnp.where(mask, old_logp - behaviour_logp, 0.0)
-  tis, sampler_metrics = _sampler_correction(gap, mask, sequences, config)
-  sampler_metrics |= _gap_metrics(old_logp, behaviour_logp, mask, lag, max_lag)
+  tis, corrected = _sampler_correction(gap, mask, sequences, config)
+  sampler_metrics = _gap_metrics(old_logp, behaviour_logp, corrected, mask)
+  for k in range(max_lag + 1) if max_lag else ():
+    of_lag = _gap_metrics(old_logp, behaviour_logp, corrected, mask & (lag == k))
+    sampler_metrics |= {f"lag_{k}/{name}": value for name, value in of_lag.items()}
   per_token = -tis * surrogate
   totals = {"tokens": mask, "weight": weights, "policy_loss": -tis * surrogate * weights}
   totals |= {"ratio": ratio, "ratio_squared": ratio**2, **clipped, "advantage": advantages}
@@ -201,7 +204,8 @@ _SURROGATES = {"grpo": _clipped_surrogate, "cispo": _cispo_surrogate}
 
 
 def _sampler_correction(gap, mask, sequences, config):
-  """Importance weight trainer / sampler: capped by token, zero in sequences that drifted apart."""
+  """Importance weight trainer / sampler: capped by token, zero in sequences that drifted apart; and
+  what to count of it."""
   raw = jnp.exp(jnp.clip(gap, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
   cap = jnp.inf if config.tis_cap is None else config.tis_cap
   tis = jnp.ones_like(raw) if config.tis_cap is None else jnp.minimum(raw, cap)
@@ -210,8 +214,7 @@ def _sampler_correction(gap, mask, sequences, config):
     apart = jnp.abs(_sequence_means(gap, mask, sequences)) > math.log(config.tis_mask)
     tis = jnp.where(apart, 0.0, tis)
     totals["tis_masked"] = apart
-  sums = _masked_sums(totals | {"tis_weight": tis}, mask)
-  return jax.lax.stop_gradient(tis), sums
+  return jax.lax.stop_gradient(tis), totals | {"tis_weight": tis}
 
 
 def _sequence_means(x, mask, sequences):
@@ -225,8 +228,8 @@ def _sequence_means(x, mask, sequences):
   return jax.vmap(of_row)(x, mask, sequences)
 
 
-def _gap_metrics(old_logp, behaviour_logp, mask, lag, max_lag):
-  """Sums that describe how far trainer and sampler are apart.
+def _gap_metrics(old_logp, behaviour_logp, corrected, mask):
+  """Sums over the tokens of `mask` that describe how far trainer and sampler are apart.
 
   Between two computations of the policy that sampled (old, not current), so at lag 0 they show
   numerics alone, and above it how far the policy has moved.
@@ -234,6 +237,7 @@ def _gap_metrics(old_logp, behaviour_logp, mask, lag, max_lag):
   gap = jnp.abs(old_logp - behaviour_logp)
   p, q = jnp.exp(old_logp), jnp.exp(behaviour_logp)
   totals = {
+    "gap_tokens": mask,
     "gap": old_logp - behaviour_logp,
     "gap_abs": gap,
     "prob_trainer": p,
@@ -242,10 +246,8 @@ def _gap_metrics(old_logp, behaviour_logp, mask, lag, max_lag):
     "prob_sampler_squared": q * q,
     "prob_product": p * q,
   }
-  for k in range(max_lag + 1) if max_lag else ():
-    totals |= {f"gap_abs_lag_{k}": jnp.where(lag == k, gap, 0.0), f"tokens_lag_{k}": lag == k}
   largest = {"gap_abs_max": jnp.max(jnp.where(mask, gap, 0.0), initial=0.0)}
-  return _masked_sums(totals, mask) | largest
+  return _masked_sums(totals | corrected, mask) | largest
 
 
 def _masked_sums(totals, mask):
@@ -306,6 +308,9 @@ _TOKEN_MEANS = {
   "train/entropy": "entropy",
   "train/advantage_mean": "advantage",
   "train/advantage_nonzero_share": "advantage_nonzero",
+}
+# The same of the gap between trainer and sampler: over all tokens, and over those of one lag.
+_GAP_MEANS = {
   "train/tis_weight_mean": "tis_weight",
   "train/tis_capped_share": "tis_capped",
   "train/tis_masked_share": "tis_masked",
@@ -331,15 +336,22 @@ def summarise(sums: Mapping[str, float], denominator: float) -> dict[str, float]
   spread = sums["ratio_squared"] / tokens - (sums["ratio"] / tokens) ** 2
   out["train/ratio_std"] = math.sqrt(max(spread, 0.0))
   out["train/ratio_max"] = sums["ratio_max"]
-  out["train/logp_gap_abs_max"] = sums["gap_abs_max"]
-  for name in sums:
-    kind, _, lag = name.rpartition("_lag_")
-    if kind == "tokens" and sums[name]:
-      out[f"train/logp_gap_abs_mean/lag_{lag}"] = sums[f"gap_abs_lag_{lag}"] / sums[name]
-  correlation = _pearson(sums, tokens)
-  if correlation is not None:
-    out["train/prob_pearson"] = correlation
+  out |= _gap_summary(sums)
+  for lag in sorted({name.partition("/")[0] for name in sums if "/" in name}):
+    of_lag = {name.removeprefix(f"{lag}/"): x for name, x in sums.items() if name.startswith(f"{lag}/")}
+    out |= {f"{name}/{lag}": value for name, value in _gap_summary(of_lag).items()}
   return out
+
+
+def _gap_summary(sums: Mapping[str, float]) -> dict[str, float]:
+  """What `_gap_metrics` counted, as metrics; none where it met no token."""
+  tokens = sums["gap_tokens"]
+  if not tokens:
+    return {}
+  out = {name: sums[key] / tokens for name, key in _GAP_MEANS.items() if key in sums}
+  out["train/logp_gap_abs_max"] = sums["gap_abs_max"]
+  correlation = _pearson(sums, tokens)
+  return out if correlation is None else out | {"train/prob_pearson": correlation}
 
 
 def _pearson(sums: Mapping[str, float], n: float) -> float | None:
