@@ -30,6 +30,10 @@ from axpo_jax.rollout.sglang_api import Server, ServerError, Unreachable
 _SESSIONS_KEPT = 65_536
 
 
+class NotAsked(ServerError):
+  """The server went out before it was asked."""
+
+
 class NoServer(RuntimeError):
   """No server was in within the deadline; the message says why each of them is out."""
 
@@ -79,10 +83,10 @@ class Member:
     self.prefills: dict[Any, Any] = {}  # prompts that several requests are about to share
 
   async def call(self, coroutine: Coroutine) -> Any:
-    """Awaits a call to this server; ServerError when the server is out or goes out meanwhile."""
+    """Awaits a call to this server; ServerError when it goes out meanwhile, NotAsked when it is out."""
     if self.why_out is not None:
       coroutine.close()
-      raise ServerError(f"{self.server.url} is out: {self.why_out}")
+      raise NotAsked(f"{self.server.url} is out: {self.why_out}")
     task = asyncio.ensure_future(coroutine)
     self.calls.add(task)
     try:

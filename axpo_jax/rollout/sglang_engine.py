@@ -39,9 +39,10 @@ from axpo_jax.rollout.engine import (
   SampleRequest,
   check_request,
 )
-from axpo_jax.rollout.fleet import Fleet, FleetConfig, Member
+from axpo_jax.rollout.fleet import Fleet, FleetConfig, Member, NotAsked
 from axpo_jax.rollout.image_sender import ImageSender
 from axpo_jax.rollout.sglang_api import LoadError, Server, ServerError
+from axpo_jax.rollout.weight_check import WeightCheck
 from axpo_jax.rollout.weight_push import Push, PushConfig, PushFolder
 
 # Requests with one prompt that arrive within so many seconds share its prefill.
@@ -117,9 +118,7 @@ class SGLangEngine:
     self._images = ImageSender(config.image_folder, config.image_cache_bytes)
     self._stats = EngineStats()
     self._push: Push | None = None
-    # Verified checksums of servers with the current push and with the one before, by their keys.
-    self._sums: dict[frozenset[str], dict[str, str]] = {}
-    self._old_sums: dict[frozenset[str], dict[str, str]] = {}
+    self._check = WeightCheck(self._folder.server_names)
     self._closed = False
     self.retries = 0
     self.last_push: Push | None = None
@@ -181,15 +180,15 @@ class SGLangEngine:
 
   def gauges(self) -> dict[str, float]:
     """Servers in, how often one went out and requests asked again since the start; the last push:
-    its seconds, bytes, and share of values that changed."""
+    its seconds, its bytes, their share of a whole push, and the share of values that changed."""
     found = {
       "servers_in": float(sum(map(self._fleet.is_in, self._fleet.members))),
       "servers_lost": float(self._fleet.times_out),
       "retries": float(self.retries),
     }
-    if self._push is not None:
-      found |= {"push_s": self._push.seconds, "push_bytes": float(self._push.bytes_written),
-                "push_changed_share": self._push.changed_share}
+    if (push := self.last_push) is not None:
+      found |= {"push_s": push.seconds, "push_bytes": float(push.bytes_written),
+                "push_bytes_share": push.bytes_share, "push_changed_share": push.changed_share}
     return found
 
   def _check_open(self) -> None:
@@ -235,6 +234,8 @@ class SGLangEngine:
       async with self._fleet.lease(request.session) as member:
         try:
           return await self._draw(member, self._push, request, seed, images)
+        except NotAsked:
+          continue  # another request's failure, not ours
         except ServerError as error:
           # An abort while weights change is our own doing.
           if self._fleet.gate_is_open or not isinstance(error, wire.Aborted):
@@ -323,7 +324,8 @@ class SGLangEngine:
     if self._push is not None and push.tag == self._push.tag:  # equal weights under a new number
       self._push = dataclasses.replace(self._push, version=push.version)
     else:
-      self._push, self._sums, self._old_sums = push, {}, self._sums
+      self._push = push
+      self._check.next_push(push)
 
   async def _install(self, member: Member) -> None:
     """Loads the current push into a server and verifies it. A server that fails stays paused: it
@@ -355,7 +357,7 @@ class SGLangEngine:
     if found != push.tag:
       raise LoadError(f"{server.url} reports weights {found!r} after loading {push.tag!r}")
     if self.config.verify:
-      await self._verify(server, push)
+      self._check.check(server.url, await server.checksums(self.config.load_s), push)
 
   async def _check_flags(self, server: Server) -> None:
     """Raises LoadError for a server that was started with flags that cannot work."""
@@ -368,25 +370,6 @@ class SGLangEngine:
     if dtype == "float32" and info.get("dtype") != "float32":
       raise LoadError(f"{server.url} runs in {info.get('dtype')} and weights come in float32: start "
                       "it with --dtype float32, or push bfloat16")
-
-  async def _verify(self, server: Server, push: Push) -> None:
-    """Raises LoadError if the server's checksums say that it does not hold the push.
-
-    `/update_weights_from_disk` skips what it does not know and still succeeds. So: the server's
-    tensors are those of the model; those that differ from the push before, wherever that was
-    verified, are those that the push changed; and servers with one layout agree in all of them.
-    """
-    sums = await server.checksums(self.config.load_s)
-    found = frozenset(key.partition("/")[2] for key in sums if key.endswith((".weight", ".bias")))
-    _agree(f"{server.url} holds other tensors than the model", found, self._folder.server_names)
-    old = self._old_sums.get(frozenset(sums))
-    if old is not None and push.changed is not None:
-      changed = frozenset(key.partition("/")[2] for key in sums if sums[key] != old[key])
-      _agree(f"{server.url} did not take the push as written", changed,
-             weight_push.server_names(push.changed))
-    others = self._sums.setdefault(frozenset(sums), sums)
-    _agree(f"{server.url} and another server hold different weights",
-           frozenset(sums.items()), frozenset(others.items()))
 
   async def _wait_for_first_process(self, member: Member, push: Push) -> None:
     """The first process of a run loads the weights; the others look until they are there."""
@@ -405,9 +388,3 @@ class _Group:
 
   size: int = 1
   done: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
-
-
-def _agree(what: str, found: frozenset, wanted: frozenset) -> None:
-  if wrong := found ^ wanted:
-    some = ", ".join(map(str, sorted(wrong)[:5]))
-    raise LoadError(f"{what}: {len(wrong)} differ ({some})")

@@ -91,6 +91,7 @@ class Push:
     changed: names of the tensors that changed since the push before; None if they were not compared.
     changed_share: share of the values that changed since then; 1 if they were not compared.
     bytes_written: by all processes.
+    bytes_share: of what a push of every tensor takes.
     seconds: that writing took.
   """
 
@@ -103,6 +104,7 @@ class Push:
   changed: frozenset[str] | None
   changed_share: float
   bytes_written: int
+  bytes_share: float
   seconds: float
 
 
@@ -245,10 +247,11 @@ class PushFolder:
     if self.config.delta and last is not None:
       changed = frozenset(name for part in parts for name in part.changed)
     kept = frozenset(name for part in parts for name in part.kept)
+    values, written = sum(part.values for part in parts), sum(part.bytes for part in parts)
     numbers = dict(
       version=version, previous=last.tag if last else None, changed=changed, seconds=seconds,
-      changed_share=sum(p.changed_values for p in parts) / sum(p.values for p in parts),
-      bytes_written=sum(part.bytes for part in parts))
+      changed_share=sum(part.changed_values for part in parts) / values, bytes_written=written,
+      bytes_share=written / (values * jnp.dtype(self.config.dtype).itemsize))
     if changed is not None and not changed:
       if not jax.process_index():
         shutil.rmtree(staging, ignore_errors=True)

@@ -195,7 +195,7 @@ def server(start_servers):
     yield sidecar
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def proxy():
   """proxy(url): a Proxy in front of the server at `url`."""
   made = []
@@ -251,7 +251,8 @@ class Proxy:
                                   json=changed or sent) as answer):
         text, status = await answer.text(), answer.status
     except aiohttp.ClientError:  # the server died: so does this connection
-      request.transport.close()
+      if request.transport is not None:
+        request.transport.close()
       raise
     if status == 200 and route in self.after:
       text = self.after[route](json.loads(text))

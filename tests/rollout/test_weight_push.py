@@ -65,6 +65,7 @@ def test_a_push_holds_every_tensor_under_its_name(folder, reference, model_confi
   assert (push.version, push.delta, push.previous, push.changed_share) == (4, None, None, 1.0)
   assert push.changed is None and push.tag.startswith("4-")
   assert push.bytes_written == sum(tensor.nbytes for tensor in wanted.values())
+  assert push.bytes_share == 1.0
   files = sorted(push.base.glob("*.safetensors"))
   assert len(files) > 3 and not list(push.base.parent.glob("*.partial"))
   biggest = max(tensor.nbytes for tensor in wanted.values())
@@ -90,6 +91,8 @@ def test_what_did_not_change_is_not_written_again(folder, reference, model_confi
   assert second.base == first.base and tensors(second.delta).keys() == {name} == second.changed
   total = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert second.changed_share == pytest.approx(5 / total)
+  # The tensor goes as a whole.
+  assert second.bytes_share == pytest.approx(tensors(second.delta)[name].size / total)
   assert second.previous == first.tag and second.tags_of_base == {first.tag, second.tag}
   assert_equal(tensors(second.base, second.delta), expected(params, model_config, np.float32))
 
@@ -124,7 +127,7 @@ def test_equal_weights_keep_their_tag(folder, reference, model_config):
   first = pushes.write(reference.params, 0)
   again = pushes.write(reference.params, 1)
   assert (again.version, again.tag, again.base) == (1, first.tag, first.base)
-  assert again.changed_share == again.bytes_written == 0
+  assert again.changed_share == again.bytes_written == again.bytes_share == 0
   whole = dataclasses.replace(pushes.config, delta=False)
   pushes = PushFolder(whole, model_config)
   assert pushes.write(reference.params, 0).tag != pushes.write(reference.params, 0).tag
