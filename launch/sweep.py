@@ -29,6 +29,7 @@ import json
 import math
 import os
 import pathlib
+import platform
 import runpy
 import shlex
 import statistics
@@ -61,6 +62,8 @@ _NAME, _AFTER = "name", "after"
 _COMPILED = "compiled"
 # Written into a point's folder when it has ended well; holds its command.
 _DONE = "sweep_done.json"
+# Which code ran a point first, and on what; for whoever reports of it later.
+_MADE_BY = "made_by.json"
 _LONGEST_NAME = 120
 # 97.5 % quantiles of Student's t by degrees of freedom, from 1.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
@@ -89,7 +92,9 @@ class Point:
   def run(self) -> str:
     """Runs it to its end; returns what went wrong, or nothing."""
     self.folder.mkdir(parents=True, exist_ok=True)
-    log = self.folder / "log.txt"
+    log, made_by = self.folder / "log.txt", self.folder / _MADE_BY
+    if not made_by.exists():
+      made_by.write_text(json.dumps(_made_by()))
     with open(log, "a") as file:
       code = subprocess.run(self.command, stdout=file, stderr=subprocess.STDOUT,
                             env=_environment(self.folder.parent / _COMPILED)).returncode
@@ -98,6 +103,14 @@ class Point:
       return f"exit code {code}, {log}: {lines[-1] if lines else ''}"
     (self.folder / _DONE).write_text(json.dumps(self.command))
     return ""
+
+
+def _made_by() -> dict[str, str]:
+  """The commit (empty outside of a checkout) and the machine."""
+  git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=MAIN.parent, text=True,
+                       capture_output=True)
+  return {"commit": git.stdout.strip(),
+          "machine": f"{os.cpu_count()} x {platform.machine()}, {platform.system()}"}
 
 
 def _environment(compiled: pathlib.Path) -> dict[str, str]:

@@ -118,6 +118,8 @@ def test_a_point_runs_when_the_one_before_it_is_done(module, tmp_path):
   assert failures.keys() == {"broken", "never"}
   assert "no luck" in failures["broken"] and "broken is not done" in failures["never"]
   assert [one.done for one in points] == [True, True, True, False, False]
+  noted = json.loads((tmp_path / "first" / "made_by.json").read_text())
+  assert noted.keys() == {"commit", "machine"} and noted["machine"]
   assert "broken is not done" in module._run(points[4:], 1)["never"]  # alone, too
 
 

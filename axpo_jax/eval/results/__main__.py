@@ -3,9 +3,9 @@
   python -m axpo_jax.eval.results pack runs/evidence --into docs/results/raw
   python -m axpo_jax.eval.results page docs/results.md
 
-`page` reads the folder raw/ in the page's own folder of its name (docs/results/raw), draws the figures
-beside it, and writes every table between its marks in the page, `<!-- table: main -->` and
-`<!-- end -->`. The text around them is left alone.
+`page` reads the folder raw/ in the folder that has the page's name (docs/results/raw), draws the figures
+beside it, and writes every table and figure between its marks in the page, `<!-- table: main -->` or
+`<!-- figure: curves -->` and `<!-- end -->`. The text around them is left alone.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import pathlib
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 
 from axpo_jax.eval.results import figures, store
 from axpo_jax.eval.results.tables import TABLES, Comparison
 
-_MARKS = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKS = re.compile(r"(<!-- (table|figure): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _pack(arguments: argparse.Namespace) -> int:
-  commit, unfinished = _commit(), []
+  unfinished = []
   for folder in sorted(path.parent for path in arguments.sweep.glob("*/config.json")):
-    run = store.pack(folder, commit)
+    run = store.pack(folder)
     if run is None:
       unfinished.append(folder.name)
       continue
@@ -51,30 +50,28 @@ def _page(arguments: argparse.Namespace) -> int:
   page: pathlib.Path = arguments.page
   folder = page.with_suffix("")
   comparison = Comparison(store.load(folder / "raw"))
-  page.write_text(filled(page.read_text(encoding="utf-8"), comparison), encoding="utf-8")
+  text = filled(page.read_text(encoding="utf-8"), comparison, folder.name)
+  page.write_text(text, encoding="utf-8")
   for path in (page, *figures.draw(comparison, folder)):
     print(path)
   return 0
 
 
-def filled(text: str, comparison: Comparison) -> str:
-  """The page with its tables made anew.
+def filled(text: str, comparison: Comparison, folder: str) -> str:
+  """The page with its tables made anew, and its figures linked to in `folder`.
 
   Raises:
-    StoreError: a mark names no table.
+    StoreError: a mark names no table or figure.
   """
-  def table(match: re.Match) -> str:
-    if match[2] not in TABLES:
-      raise store.StoreError(f"the page asks for a table {match[2]!r}; there are {sorted(TABLES)}")
-    return f"{match[1]}{TABLES[match[2]](comparison)}\n{match[3]}"
-  return _MARKS.sub(table, text)
-
-
-def _commit() -> str:
-  """Of the code that runs here; "" outside of a checkout."""
-  done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], text=True, capture_output=True,
-                        cwd=pathlib.Path(__file__).parent)
-  return done.stdout.strip() if done.returncode == 0 else ""
+  def content(match: re.Match) -> str:
+    opening, kind, name, closing = match.groups()
+    known = TABLES if kind == "table" else figures.FIGURES
+    if name not in known:
+      raise store.StoreError(f"the page asks for a {kind} {name!r}; there are {sorted(known)}")
+    inside = (TABLES[name](comparison) if kind == "table"
+              else f"![{figures.FIGURES[name][0]}]({folder}/{name}.png)")
+    return f"{opening}{inside}\n{closing}"
+  return MARKS.sub(content, text)
 
 
 def _parser() -> argparse.ArgumentParser:

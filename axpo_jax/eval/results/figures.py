@@ -41,11 +41,12 @@ _AXES = {
 
 
 def draw(comparison: Comparison, folder: pathlib.Path) -> list[pathlib.Path]:
-  """Writes all figures; returns their paths."""
+  """Writes all FIGURES; returns their paths."""
   folder.mkdir(parents=True, exist_ok=True)
-  paths = [folder / name for name in ("curves.png", "cost.png", "health.png")]
-  for path, figure in zip(paths, (_curves, _cost, _health)):
-    _save(figure(comparison), path)
+  paths = []
+  for name, (_, figure) in FIGURES.items():
+    paths.append(folder / f"{name}.png")
+    _save(figure(comparison), paths[-1])
   return paths
 
 
@@ -80,6 +81,11 @@ def _health(c: Comparison):
                 color=_COLOURS.get(run.recipe, _OTHER))
     axis.set(title=f"{title}, {len(runs)} runs", xlabel="step")
   return figure
+
+
+# Name -> what it shows, and who draws it.
+FIGURES = {"curves": ("Learning curves", _curves), "cost": ("Reward over what it cost", _cost),
+           "health": ("Health of every run", _health)}
 
 
 def _shown(c: Comparison) -> list[str]:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import pathlib
-import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -41,8 +40,7 @@ class Run:
     recipe: "sft" for a policy that others begin with.
     sft, seed: which such policy it began with, and its own seed.
     began_with, made: digests of the weights; "" where they were not there when it was packed.
-    commit: of the code; "" if not known.
-    machine: what it ran on.
+    commit, machine: which code ran it and on what, as the sweep noted; "" if it did not.
     config: without the paths.
     metrics: name -> a value a line of metrics.jsonl, None where the line has none; "step" among them.
     questions: the evaluation's counts.
@@ -71,7 +69,7 @@ class Run:
     return [column[i] if column else None for i, n in enumerate(steps) if n is not None]
 
 
-def pack(folder: pathlib.Path, commit: str = "") -> Run | None:
+def pack(folder: pathlib.Path) -> Run | None:
   """Reads a run; None if it was not evaluated yet.
 
   Raises:
@@ -84,14 +82,15 @@ def pack(folder: pathlib.Path, commit: str = "") -> Run | None:
   if not (shards.done(held_out) and (folder / "config.json").exists()):
     return None
   forced = held_out / shards.FORCED
-  alone = found["alone"]
+  alone, noted = found["alone"], folder / "made_by.json"
+  made_by = json.loads(noted.read_text()) if noted.exists() else {}
   config = json.loads((folder / "config.json").read_text())
   began_with = config["model"].pop("checkpoint")
   stage = "rl" if alone is None else "sft"
   return Run(
     folder.name, found["recipe"] or SFT, int(alone or found["sft"]), int(alone or found["seed"]),
-    _digest(pathlib.Path(began_with)), _digest(folder / stage / "policy"), commit, _machine(),
-    config, _columns(read_metrics(folder)),
+    _digest(pathlib.Path(began_with)), _digest(folder / stage / "policy"),
+    made_by.get("commit", ""), made_by.get("machine", ""), config, _columns(read_metrics(folder)),
     counts.from_records(shards.records(held_out),
                         shards.records(forced) if shards.done(forced) else ()))
 
@@ -148,6 +147,3 @@ def _digest(policy: pathlib.Path) -> str:
   file = policy / "model.safetensors"
   return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.exists() else ""
 
-
-def _machine() -> str:
-  return f"{os.cpu_count()} x {platform.machine()}, {platform.system()}"
