@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
   c.stages = ("sft",)
   c.model.checkpoint, c.model.preset = "", "tiny"
   c.model.tokenizer = str(ASSETS / "tiny_tokenizer")
+  c.images.zoom_min_pixels, c.images.zoom_max_pixels = 48 * 48, 72 * 72  # as when it was run
   c.data.miniworld.train_size = 10_000_000
   c.data.miniworld.families.update(search=0.0, reasoning=0.0)
   c.agent.system_prompt, c.agent.tools = "", ()
