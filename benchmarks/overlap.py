@@ -1,14 +1,20 @@
 """What collecting ahead saves when tools are slow: staleness 1 against staleness 0, in one run.
 
-  python benchmarks/overlap.py --policy runs/axpo_tiny/sft/policy [--steps 6]
+  python benchmarks/overlap.py --policy runs/axpo_tiny/sft/policy [--steps 6] [--updates 12]
 
-Every zoom takes two more seconds, as a search would. The number of questions a step is chosen so that
-an update takes as long as the rollouts do; then the same steps run strictly in turn and one step
-ahead, after a round that compiles. The learning rate is 0, so that all rounds do the same work, and
-trajectories are trained as plain rows, so that few rollouts (whose sampling needs the same cores) make
-a long update. The policy must be one that calls tools: what SFT leaves behind does.
+Set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as `launch/main.py` does for itself: trainer and sampler share
+one allocator.
 
-Prints seconds a step (median, smallest and largest) and the ratio of the medians. Aim: at most 0.65.
+Every tool call takes two more seconds. The optimizer updates of a step are chosen so that they take as
+long together as its rollouts and continuations, within 10 %; then the same steps run strictly in turn
+and one step ahead. The learning rate is 0, so that all rounds do the same work, and trajectories are
+trained as plain rows. A step has few questions, so that collecting is mostly waiting, as it is for whoever
+samples on other machines: here both sides share the cores. The policy must be one that calls tools: what
+SFT leaves behind does.
+
+A step is timed from the end of the one before; the first of each round, which nothing precedes, is left
+out. Prints seconds a step (mean, smallest and largest), how they divide, and the ratio of the means. Aim:
+at most 0.65.
 """
 
 from __future__ import annotations
@@ -22,52 +28,35 @@ import platform
 import statistics
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from ml_collections import ConfigDict
-
-from axpo_jax.agent.tools.base import EpisodeState, Observation, ToolBox
-from axpo_jax.agent.tools.zoom import ImageZoomIn
+from axpo_jax.agent.tools.base import EpisodeState, Observation, Tool, ToolBox
 from axpo_jax.train import build
 from axpo_jax.train.ahead import Ahead
-from axpo_jax.train.rl import Loop
+from axpo_jax.train.rl import Collected, Loop
 from configs import axpo_tiny
 
 TOOL_SECONDS = 2.0
-FIRST_QUESTIONS, MOST_QUESTIONS = 4, 64
-
-
-class SlowZoom(ImageZoomIn):
-  """The zoom tool behind a slow line."""
-
-  waits = True
-  max_concurrent = 4096
-
-  async def run(self, arguments: dict, episode: EpisodeState) -> Observation:
-    await asyncio.sleep(TOOL_SECONDS)
-    return await super().run(arguments, episode)
+TOLERANCE, LOOKS, MOST_UPDATES = 0.1, 8, 32
+PHASES = ("weights", "wait", "update")
 
 
 def main() -> None:
   args = _arguments()
-  config = axpo_tiny.get_config()
-  config.model.checkpoint = args.policy
-  config.optimizer.learning_rate = 0.0
-  config.batch.share_prefixes = False
   print(f"machine   {platform.processor() or platform.machine()}, {os.cpu_count()} cores, load "
-        f"{os.getloadavg()[0]:.1f} at the start")
-  print(f"sizes     a tool call takes {TOOL_SECONDS:g} s; {args.steps} steps of each\n", flush=True)
+        f"{os.getloadavg()[0]:.1f} at the start; a tool call takes {TOOL_SECONDS:g} s", flush=True)
   with asyncio.Runner() as runner:
-    config.rl.questions = args.questions or _balanced(runner, config)
-    loop = _loop(config)
-    runner.run(_steps(loop, args.steps, staleness=0))
-    seconds = {}
-    for staleness in (0, 1):
-      lines = runner.run(_steps(loop, args.steps, staleness=staleness))
-      _print_phases(staleness, config, lines)
-      seconds[staleness] = statistics.median(line["time/step_s"] for line in lines)
+    loop = _loop(args)
+    collected = runner.run(_collect(loop, args.steps + 1))
+    if not args.updates:
+      _balance(loop, collected[:2])
+    for batch in collected:  # compiles what is left
+      loop.update(batch.groups)
+    seconds = {s: _round(runner, loop, args.steps, s) for s in (0, 1)}
     runner.run(loop.engine.close())
   print(f"staleness 1 / staleness 0: {seconds[1] / seconds[0]:.2f}   aim <= 0.65")
 
@@ -77,70 +66,134 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument("--policy", required=True, help=(
     "folder in Hugging Face layout of a policy that calls tools, such as a run's sft/policy"))
   parser.add_argument("--steps", type=int, default=6)
-  parser.add_argument("--questions", type=int, default=0, help=(
-    "questions a step; 0 chooses them so that rollouts and update take equally long"))
+  parser.add_argument("--questions", type=int, default=4, help="questions a step")
+  parser.add_argument("--updates", type=int, default=0, help=(
+    "optimizer updates a step; 0 chooses them so that rollouts and updates take equally long"))
   args = parser.parse_args()
   if not (pathlib.Path(args.policy) / "config.json").exists():
     parser.error(f"--policy={args.policy} is not a checkpoint folder")
   return args
 
 
-def _balanced(runner: asyncio.Runner, config: ConfigDict) -> int:
-  """Questions at which the update lasts as long as the rollouts.
-
-  The rollouts' time is mostly the tool's, the update's grows with the questions: two looks, the
-  second where the first one's proportion points to, each after a round that compiles.
-  """
-  questions = FIRST_QUESTIONS
-  for _ in range(2):
-    config.rl.questions = questions
-    loop = _loop(config)
-    for _ in range(2):
-      lines = runner.run(_steps(loop, 2, staleness=0))
-    runner.run(loop.engine.close())
-    waited, updated = (sum(line[f"time/{phase}_s"] for line in lines) for phase in
-                       ("wait", "update"))
-    questions = min(max(round(questions * waited / updated), 2), MOST_QUESTIONS)
-  return questions
-
-
-def _loop(config: ConfigDict) -> Loop:
+def _loop(args: argparse.Namespace) -> Loop:
+  config = axpo_tiny.get_config()
+  config.model.checkpoint = args.policy
+  config.data.miniworld.families.update(reasoning=0.0)  # python calls would take the cores
+  # A turn is one block, so that rollouts which waited alike go on together: in turns that end one by
+  # one, sampling would take most of the cores. Few shapes, so that none is left to compile meanwhile.
+  with config.unlocked():
+    config.rollout.embedded.update(
+      decode_block=config.agent.max_new_tokens, min_batch=32, min_tokens=128, min_slots=512)
+  config.optimizer.learning_rate = 0.0
+  config.batch.share_prefixes = False
+  config.rl.update(questions=args.questions, updates=args.updates or 1)
   bench = build.workbench(config)
   loop = Loop(config, bench, config.model.checkpoint, pathlib.Path(tempfile.gettempdir()))
-  loop.actor = dataclasses.replace(loop.actor, toolbox=_slow(bench, config))
+  slow = ToolBox(map(_slowed, loop.actor.toolbox.tools), config.agent.scopes,
+                 describe=config.agent.describe_tools)
+  loop.actor = dataclasses.replace(loop.actor, toolbox=slow)
   return loop
 
 
-async def _steps(loop: Loop, steps: int, *, staleness: int) -> list[dict[str, float]]:
-  """The metrics of the loop's first steps, with the same questions at every call."""
+def _slowed(tool: Tool) -> Tool:
+  """The tool behind a slow line."""
+  run = tool.run
+
+  async def late(arguments: dict, episode: EpisodeState) -> Observation:
+    await asyncio.sleep(TOOL_SECONDS)
+    return await run(arguments, episode)
+
+  tool.run, tool.waits, tool.max_concurrent = late, True, 4096
+  return tool
+
+
+async def _collect(loop: Loop, steps: int) -> list[Collected]:
+  """The rollouts of the first steps; then again, now that all is compiled, and timed."""
+  for _ in range(2):
+    _rewind(loop)
+    cpu = time.process_time()
+    collected = []
+    for step in range(steps):
+      await loop.sync()
+      collected.append(await loop.collect(step))
+  cpu = (time.process_time() - cpu) / steps
+  print(f"collecting alone: {_spread(map(_collecting, collected))} s, of which {cpu:.2f} s of CPU; tools in "
+        f"{_spread(batch.metrics['rollout/tool_attempt_rate'] for batch in collected)} of the rollouts",
+        flush=True)
+  return collected
+
+
+def _balance(loop: Loop, collected: Sequence[Collected]) -> None:
+  """Sets the updates of a step so that they last as long as collecting, within the tolerance."""
+  wanted = statistics.mean(map(_collecting, collected))
+  for _ in range(LOOKS):
+    updates = loop.config.rl.updates
+    for _ in range(2):  # the first one compiles
+      begin = time.perf_counter()
+      for batch in collected:
+        loop.update(batch.groups)
+      found = (time.perf_counter() - begin) / len(collected)
+    print(f"{updates} updates alone: {found:.2f} s", flush=True)
+    if abs(found / wanted - 1) <= TOLERANCE:
+      return
+    loop.config.rl.updates = min(max(round(updates * wanted / found), 1), MOST_UPDATES)
+    if loop.config.rl.updates == updates:
+      break
+  sys.exit(f"{updates} updates take {found:.2f} s, collecting {wanted:.2f} s: try other --questions")
+
+
+def _collecting(batch: Collected) -> float:
+  return batch.metrics["time/rollout_s"] + batch.metrics["time/resample_s"]
+
+
+def _rewind(loop: Loop) -> None:
+  """The next steps have the same questions and seeds again."""
   loop.questions, loop.steps_done = build.question_batches(loop.config), 0
-  ahead = Ahead(loop.collect, 0, steps)
+
+
+def _round(runner: asyncio.Runner, loop: Loop, steps: int, staleness: int) -> float:
+  """Mean seconds of a step, of so many behind the first; prints how they divide."""
+  _rewind(loop)
+  compiled = loop.engine.stats().compilations
+  lines = runner.run(_steps(loop, steps + 1, staleness))[1:]
+  compiled = loop.engine.stats().compilations - compiled
+  seconds = [line["seconds"] for line in lines]
+
+  def phase(name):
+    return f"{name} {_spread(line[f'time/{name}_s'] for line in lines)}"
+
+  print(f"staleness {staleness}, {loop.config.rl.questions} questions x {loop.config.rl.num_rollouts} "
+        f"rollouts, {loop.config.rl.updates} updates: step {_spread(seconds)} s; "
+        f"{', '.join(map(phase, PHASES))}; collecting "
+        f"{_spread(line['time/rollout_s'] + line['time/resample_s'] for line in lines)}, "
+        f"{sum(line['axpo/prefixes'] for line in lines):.0f} prefixes; lag "
+        f"{_spread(line['rollout/lag_mean'] for line in lines)}; {compiled} programs compiled",
+        flush=True)
+  return statistics.mean(seconds)
+
+
+async def _steps(loop: Loop, steps: int, staleness: int) -> list[dict[str, float]]:
+  """Metrics of the first steps, with the seconds since the step before. While the last one is
+  trained, the next is collected as ever."""
+  ahead = Ahead(loop.collect, 0, steps + staleness)
 
   def collected():
     ahead.allow(loop.steps_done + staleness)
     return ahead.next()
 
-  lines = [(await loop.step(collected))[1] for _ in range(steps)]
+  lines, last = [], time.perf_counter()
+  for _ in range(steps):
+    _, metrics = await loop.step(collected)
+    now = time.perf_counter()
+    lines.append(metrics | {"seconds": now - last})
+    last = now
   await ahead.close()
   return lines
 
 
-def _slow(bench: build.Workbench, config: ConfigDict) -> ToolBox:
-  limits = build.ImageLimits(config.images.zoom_min_pixels, config.images.zoom_max_pixels)
-  return ToolBox([SlowZoom(limits, factor=bench.processor.factor)],
-                 frozenset(config.agent.scopes), describe=config.agent.describe_tools)
-
-
-def _print_phases(staleness: int, config: ConfigDict, lines: list[dict[str, float]]) -> None:
-  def spread(name):
-    values = [line[name] for line in lines]
-    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
-
-  print(f"staleness {staleness}, {config.rl.questions} questions x {config.rl.num_rollouts} "
-        f"rollouts: step {spread('time/step_s')} s; rollouts {spread('time/rollout_s')}, "
-        f"continuations {spread('time/resample_s')}, update {spread('time/update_s')}, waited "
-        f"{spread('time/wait_s')}; tools in {spread('rollout/tool_attempt_rate')} of the rollouts; "
-        f"lag {spread('rollout/lag_mean')}", flush=True)
+def _spread(values) -> str:
+  values = list(values)
+  return f"{statistics.mean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
 if __name__ == "__main__":
