@@ -13,7 +13,8 @@ import pytest
 from aiohttp import web
 
 from axpo_jax.rollout.sidecar import Sidecar
-from axpo_jax.train import build, rl
+from axpo_jax.train import build, experiment, rl
+from axpo_jax.train.metrics import read_metrics
 from tests.train import micro_config, rigged
 
 QUESTIONS, ROLLOUTS, CONTINUATIONS = 4, 4, 2
@@ -49,31 +50,37 @@ def config(sidecar_python, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(config, proxy, tmp_path_factory):
-  started, folder = [], tmp_path_factory.mktemp("run")
+def started():
+  """The supervisors that runs have started. Runs see one of this process's eight devices."""
+  found, make_mesh = [], build.sharding.make_mesh
 
   class Recorded(Sidecar):
     def start(self):
-      started.append(self)
+      found.append(self)
       return super().start()
 
-  make_mesh = build.sharding.make_mesh
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(build, "Sidecar", Recorded)
     patch.setattr(build.sharding, "make_mesh", lambda axes: make_mesh(axes, jax.devices()[:1]))
-    policy = config.model.checkpoint
-    with build.servers(config, policy, folder) as (url,):
-      between = proxy(url)
-      loop = rl.Loop(config, build.workbench(config), policy, folder, [between.url])
-      yield Run(loop, between, started[0])
-      asyncio.run(loop.engine.close())
+    yield found
 
 
-@pytest.fixture(autouse=True)
-def sound_again(run):
-  yield
-  run.between.before.clear()
-  run.between.after.clear()
+@pytest.fixture(scope="module")
+def shared(config, started, proxy, tmp_path_factory):
+  policy, folder = config.model.checkpoint, tmp_path_factory.mktemp("run")
+  with build.servers(config, policy, folder) as (url,):
+    between = proxy(url)
+    loop = rl.Loop(config, build.workbench(config), policy, folder, [between.url])
+    yield Run(loop, between, started[-1])
+    asyncio.run(loop.engine.close())
+
+
+@pytest.fixture
+def run(shared):
+  """The loop that the tests share, with a proxy that spoils nothing yet."""
+  yield shared
+  shared.between.before.clear()
+  shared.between.after.clear()
 
 
 def assert_accounted_for(groups, version):
@@ -86,6 +93,21 @@ def assert_accounted_for(groups, version):
     for rollout in kept:
       drawn = {v for v in rollout.transcript.versions if v >= 0}
       assert rollout.num_turns and drawn == {version}
+
+
+def test_a_whole_run_with_a_server_of_its_own(config, started, tmp_path):
+  """SFT, an AXPO step and evaluations; the server starts with what SFT left and ends with the run."""
+  config = config.copy_and_resolve_references()
+  config.sft.steps, config.rl.steps = 1, 1
+  experiment.run(config, tmp_path)
+  _sft, start, step = read_metrics(tmp_path)
+  assert "eval/pass_at_1" in start and "eval/pass_at_1" in step
+  assert step["train/logp_gap_abs_mean"] < 2e-3
+  assert (step["engine/servers_in"], step["rollout/failed"]) == (1, 0)
+  sidecar = started[-1]
+  assert sidecar.spec.model == str(tmp_path / "sft" / "policy")
+  assert [status.state for status in sidecar.status()] == ["stopped"]
+  assert (tmp_path / "rl" / "policy" / "model.safetensors").exists()
 
 
 def test_server_and_trainer_agree(run):
