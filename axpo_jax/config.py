@@ -39,6 +39,7 @@ def base_config() -> ConfigDict:
   c.stages = ("rl",)
 
   c.model = _model()
+  c.lora = _lora()
   # Devices along each mesh axis; one -1 takes what is left.
   c.mesh = ConfigDict(dict(data=1, fsdp=-1, context=1, tensor=1))
   c.data = _data()
@@ -81,6 +82,15 @@ def _model() -> ConfigDict:
     attention="auto",         # tpu or gpu (kernels), xla, or auto: tpu where it runs (docs/pods.md)
     export_dtype="bfloat16",  # of the folders that stages write
     freeze_vision=False,      # keep the vision tower and its mergers fixed
+  ))
+
+
+def _lora() -> ConfigDict:
+  return ConfigDict(dict(
+    rank=0,                   # of adapters, which SFT and RL then train alone (docs/lora.md); 0 = none
+    alpha=32.0,               # their products are scaled by alpha / rank
+    # Layers with adapters: q, k, v, o, gate, up, down; of the vision tower qkv, proj, fc1, fc2.
+    targets=("q", "k", "v", "o", "gate", "up", "down"),
   ))
 
 

@@ -17,6 +17,9 @@ from typing import Any
 REMAT_POLICIES = ("none", "full", "dots")
 ATTENTION = ("auto", "xla", "tpu", "gpu")
 DTYPES = ("float32", "bfloat16")
+# Linear layers that can have adapters, by the names of the model's modules.
+TEXT_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+VISION_TARGETS = ("qkv", "proj", "fc1", "fc2")
 
 
 class UnsupportedConfig(ValueError):
@@ -104,6 +107,34 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adapters beside linear layers (`model.lora`).
+
+  Attributes:
+    rank: of the products that are added to kernels.
+    alpha: they are scaled by alpha / rank.
+    targets: which layers have one, of TEXT_TARGETS and VISION_TARGETS; in all blocks, and for "fc1"
+      and "fc2" in the mergers too.
+  """
+
+  rank: int
+  alpha: float
+  targets: tuple[str, ...] = TEXT_TARGETS
+
+  def __post_init__(self):
+    if self.rank < 1 or self.alpha <= 0:
+      raise UnsupportedConfig(f"lora.rank={self.rank} and lora.alpha={self.alpha} must be positive")
+    known = (*TEXT_TARGETS, *VISION_TARGETS)
+    if not self.targets or set(self.targets) - set(known):
+      raise UnsupportedConfig(f"lora.targets={self.targets}: name some of {known} and no others")
+
+  @property
+  def in_vision(self) -> bool:
+    """Whether the vision tower has adapters."""
+    return bool(set(self.targets) & set(VISION_TARGETS))
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A whole policy.
 
@@ -115,6 +146,7 @@ class ModelConfig:
     anywhere, and "auto" takes "tpu" where it runs. See `model.attention`.
   attention_chunk: with "xla", queries per attention block. Longer sequences are done block by block with
     recomputation, so that scores take [heads, chunk, keys] instead of [heads, T, keys]. 0: never.
+  lora: adapters to train; None: none. Checkpoints and samplers know policies without them.
   """
 
   text: TextConfig
@@ -128,6 +160,7 @@ class ModelConfig:
   remat: str = "none"
   attention: str = "auto"
   attention_chunk: int = 512
+  lora: LoraConfig | None = None
 
   def __post_init__(self):
     if self.remat not in REMAT_POLICIES:

@@ -46,19 +46,25 @@ class Maker:
 class Linear(nnx.Module):
   """x @ kernel + bias over the last `fan_in` axes; the other kernel axes come out.
 
-  shape, names: the kernel's, input axes first. A bias has the output axes.
+  shape, names: the kernel's, input axes first. A bias has the output axes. zero: the kernel begins
+  with zeros. `adapter`: adds its own function of x, see `model.lora`.
   """
 
-  def __init__(self, make: Maker, shape, names, *, fan_in: int = 1, bias: bool = False):
+  def __init__(self, make: Maker, shape, names, *, fan_in: int = 1, bias: bool = False,
+               zero: bool = False):
     self.fan_in, self.names = fan_in, tuple(names)
-    self.kernel = make.normal(shape, names, math.prod(shape[:fan_in]))
+    self.kernel = (make(_zeros, shape, names) if zero
+                   else make.normal(shape, names, math.prod(shape[:fan_in])))
     self.bias = make(_zeros, shape[fan_in:], names[fan_in:]) if bias else None
+    self.adapter = None
 
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.kernel[...].astype(x.dtype)
     if x.size > kernel.size:  # else it is cheaper to leave the kernel where it is: decoding
       kernel = sharding.gather_stored(kernel, self.names)
     y = jnp.tensordot(x, kernel, self.fan_in)
+    if self.adapter is not None:
+      y = y + self.adapter(x)
     return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 

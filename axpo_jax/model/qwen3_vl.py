@@ -24,6 +24,7 @@ from flax import nnx
 
 from axpo_jax.model.cache import DecodeCache, KVCache
 from axpo_jax.model.config import ModelConfig
+from axpo_jax.model.lora import adapt
 from axpo_jax.model.text import Cache, DeepStack, Intermediates, TextDecoder, gather_image
 from axpo_jax.model.vision import VisionFeatures, VisionTower
 from axpo_jax.model.vision_inputs import VisionInputs
@@ -38,6 +39,8 @@ class Qwen3VL(nnx.Module):
     self.config = config
     self.vision = VisionTower(config, rngs=rngs)
     self.text = TextDecoder(config, rngs=rngs)
+    if config.lora is not None:
+      adapt(self, config.lora, rngs)
 
   def encode_images(self, vision: VisionInputs) -> VisionFeatures:
     """Runs the vision tower: embeds [M, D] and DeepStack features [N, M, D]."""

@@ -52,6 +52,7 @@ DEFAULT_RULES: Rules = MappingProxyType({
   "vision_mlp": "tensor",
   "patch": None,
   "norm": None,
+  "rank": None,
   # Activations: rows over data and fsdp, a row's tokens over context, features over tensor. Queries
   # of attention stay where they are; keys and values are gathered.
   "batch": ("data", "fsdp"),

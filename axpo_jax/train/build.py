@@ -26,7 +26,7 @@ from axpo_jax.data.miniworld.habits import TeacherConfig
 from axpo_jax.data.question import Question
 from axpo_jax.model import hf, sharding
 from axpo_jax.model.chat import Chat
-from axpo_jax.model.config import PRESETS, ModelConfig
+from axpo_jax.model.config import PRESETS, LoraConfig, ModelConfig
 from axpo_jax.model.images import ImageLimits, ImageProcessor
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.rollout.embedded import EmbeddedConfig, EmbeddedEngine
@@ -37,7 +37,7 @@ from axpo_jax.rollout.sidecar.spec import API_KEY_VARIABLE, SidecarError, Sideca
 from axpo_jax.rollout.sidecar.supervisor import Sidecar
 from axpo_jax.rollout.teacher_engine import TeacherEngine
 from axpo_jax.rollout.weight_push import PushConfig, PushFolder
-from axpo_jax.train import distributed, examples, seeds, selection, toolbox
+from axpo_jax.train import distributed, examples, lora, seeds, selection, toolbox
 from axpo_jax.train.batch import Batch, batch_shards
 from axpo_jax.train.collect import Actor
 from axpo_jax.train.packing import Example, pack
@@ -50,7 +50,11 @@ _PROMPTS = {"full": SYSTEM_PROMPT, "short": SHORT_SYSTEM_PROMPT}
 
 @dataclasses.dataclass(frozen=True)
 class Workbench:
-  """What every stage of a run shares; the parameters themselves belong to the stages."""
+  """What every stage of a run shares; the parameters themselves belong to the stages.
+
+  folder: of the run; None keeps no audit log. lora: adapters that are trained in the place of the
+  model's own parameters; None: there are none.
+  """
 
   model_config: ModelConfig
   graphdef: nnx.GraphDef
@@ -58,7 +62,13 @@ class Workbench:
   processor: ImageProcessor
   mesh: jax.sharding.Mesh
   rules: sharding.Rules
-  folder: pathlib.Path | None = None  # of the run; None keeps no audit log
+  folder: pathlib.Path | None = None
+  lora: LoraConfig | None = None
+
+  @property
+  def trained_config(self) -> ModelConfig:
+    """The model as learners know it, with adapters; all others know `model_config`."""
+    return dataclasses.replace(self.model_config, lora=self.lora)
 
 
 def workbench(config: ConfigDict, folder: pathlib.Path | None = None) -> Workbench:
@@ -68,7 +78,8 @@ def workbench(config: ConfigDict, folder: pathlib.Path | None = None) -> Workben
   model_config = _model_config(config, chat)
   model = nnx.eval_shape(lambda: Qwen3VL(model_config, rngs=nnx.Rngs(0)))
   return Workbench(model_config, nnx.split(model)[0], chat, ImageProcessor.from_checkpoint(files),
-                   sharding.make_mesh(dict(config.mesh)), sharding.DEFAULT_RULES, folder)
+                   sharding.make_mesh(dict(config.mesh)), sharding.DEFAULT_RULES, folder,
+                   lora.from_config(config))
 
 
 def _model_config(config: ConfigDict, chat: Chat) -> ModelConfig:
@@ -96,6 +107,14 @@ def load_params(bench: Workbench, checkpoint: str | pathlib.Path, seed: int) -> 
   if checkpoint:
     return hf.load_params(checkpoint, bench.model_config, mesh=bench.mesh, rules=bench.rules)
   return init_params(bench.model_config, seed, bench.mesh, bench.rules)
+
+
+def trained_params(bench: Workbench, checkpoint: str | pathlib.Path, seed: int) -> nnx.State:
+  """`load_params` for a learner: with new adapters where those are trained."""
+  params = load_params(bench, checkpoint, seed)
+  if bench.lora is None:
+    return params
+  return lora.attach(params, bench.trained_config, seed, bench.mesh, bench.rules)
 
 
 def actor(config: ConfigDict, bench: Workbench, engine: Engine, *, evaluation: bool = False
@@ -160,7 +179,7 @@ def engine(config: ConfigDict, bench: Workbench, params: nnx.State, urls: Sequen
     return _embedded(config, bench, params)
   s = config.rollout.sglang
   push = PushConfig(folder=os.path.abspath(s.push_folder or folder / "push"), dtype=s.push_dtype,
-                    delta=s.push_delta, skip_vision=config.model.freeze_vision,
+                    delta=s.push_delta, skip_vision=vision_stands(config, bench.lora),
                     shard_bytes=s.push_shard_bytes, writers=s.push_writers)
   if not distributed.is_main():
     return distributed.Follower(PushFolder(push, bench.model_config).write)
@@ -168,6 +187,11 @@ def engine(config: ConfigDict, bench: Workbench, params: nnx.State, urls: Sequen
     push=push, length=s.length, fleet=FleetConfig(**s.fleet), request_s=s.request_s,
     attempts=s.attempts, drain_s=s.drain_s, load_s=s.load_s, verify=s.verify,
     image_folder=s.image_folder, router_url=s.router_url, api_key=os.environ.get(API_KEY_VARIABLE, "")))
+
+
+def vision_stands(config: ConfigDict, adapters: LoraConfig | None) -> bool:
+  """Whether RL leaves the vision tower as it was."""
+  return config.model.freeze_vision or (adapters is not None and not adapters.in_vision)
 
 
 def _embedded(config: ConfigDict, bench: Workbench, params: nnx.State) -> Engine:
@@ -183,10 +207,11 @@ def _embedded(config: ConfigDict, bench: Workbench, params: nnx.State) -> Engine
     lambda params, _version: distributed.whole_on_main(params, mesh, bench.rules))
 
 
-def optimizer(section: ConfigDict, total_steps: int, freeze_vision: bool) -> Optimizer:
+def optimizer(section: ConfigDict, total_steps: int, freeze_vision: bool,
+              adapters: LoraConfig | None = None) -> Optimizer:
   """The optimizer of a section such as config.optimizer or config.sft.optimizer."""
   return make_optimizer(OptimizerConfig(**section, total_steps=total_steps,
-                                        freeze_vision=freeze_vision))
+                                        freeze_vision=freeze_vision, adapters=bool(adapters)))
 
 
 def pack_examples(config: ConfigDict, bench: Workbench, batch: list[Example],
@@ -204,11 +229,12 @@ def pack_examples(config: ConfigDict, bench: Workbench, batch: list[Example],
 
 def export(params: nnx.State, config: ConfigDict, bench: Workbench, policy: str | pathlib.Path,
            folder: pathlib.Path) -> pathlib.Path:
-  """Saves a trained policy as a folder that every tool of the ecosystem loads.
+  """Saves a trained policy as a folder that every tool of the ecosystem loads, adapters merged in.
 
   The tokenizer and processor files are those of `policy`, the folder it was trained from.
   """
-  hf.save_checkpoint_hf(folder, params, bench.model_config, dtype=config.model.export_dtype,
+  hf.save_checkpoint_hf(folder, lora.merge(params, bench.lora), bench.model_config,
+                        dtype=config.model.export_dtype,
                         tokenizer_from=config.model.tokenizer or policy)
   distributed.barrier()  # the next stage reads what the main process has written
   return folder

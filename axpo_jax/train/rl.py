@@ -29,7 +29,7 @@ from axpo_jax.rl import census, credit, recipes
 from axpo_jax.rl.acting import acting_census
 from axpo_jax.rl.losses import LossConfig
 from axpo_jax.rl.resample import ResampleConfig, prefix_budget
-from axpo_jax.train import build, collect, distributed, examples, seeds, selection
+from axpo_jax.train import build, collect, distributed, examples, lora, seeds, selection
 from axpo_jax.train.ahead import Ahead
 from axpo_jax.train.batch import packing_metrics
 from axpo_jax.train.checkpoint import Checkpoints
@@ -80,25 +80,35 @@ class Loop:
     self.config, self.bench, self.workdir = config, bench, workdir
     self.recipe = Recipe.from_config(config.rl)
     self.learner = Learner(
-      bench.model_config, build.optimizer(config.optimizer, config.rl.steps * config.rl.updates,
-                                          config.model.freeze_vision),
+      bench.trained_config, build.optimizer(config.optimizer, config.rl.steps * config.rl.updates,
+                                            config.model.freeze_vision, bench.lora),
       policy_objective(self.recipe.loss, config.rollout.staleness), bench.mesh, bench.rules,
       banned_ids=bench.chat.banned_ids, temperature=config.rollout.temperature,
       chunk=config.batch.logprob_chunk)
     self.reference = build.load_params(bench, policy, config.seed)
-    self.state: TrainState = self.learner.init(copy_params(self.reference), config.seed)
     self.questions = build.question_batches(config, bench.folder)
     self.engine = build.engine(config, bench, self.reference, urls, workdir)
-    if config.rl.reference_offload:
+    self.state = self._first_state()
+    if config.rl.reference_offload and self.reference is not None:
       self.reference = move_params(self.reference, "pinned_host")
     # Of several processes only the main one collects.
     self.actor = build.actor(config, bench, self.engine) if distributed.is_main() else None
     self.steps_done = 0  # RL steps; each makes up to `rl.updates` optimizer steps
 
+  def _first_state(self) -> TrainState:
+    """Trains a copy of the policy, for the policy is also the reference; with adapters it stays as it
+    is and is both."""
+    config, bench, params = self.config, self.bench, self.reference
+    if bench.lora is None:
+      return self.learner.init(copy_params(params), config.seed)
+    self.reference = None
+    return self.learner.init(
+      lora.attach(params, bench.trained_config, config.seed, bench.mesh, bench.rules), config.seed)
+
   async def sync(self) -> None:
     """Gives the sampler the current weights. It forgets its cached prefixes, so that a step or an
     evaluation begins alike whatever ran before it, in an unbroken run or a resumed one."""
-    await self.engine.update_weights(self.state.params, self.steps_done)
+    await self.engine.update_weights(lora.merge(self.state.params, self.bench.lora), self.steps_done)
 
   async def evaluate(self) -> dict[str, float]:
     await self.sync()
@@ -194,10 +204,14 @@ class Loop:
     that the step began with."""
     rl = self.config.rl
     needs_old = rl.updates > 1 or rl.old_logprobs == "trainer"
-    # An offloaded reference is on the devices in here alone, where there are no gradients yet.
-    return self.learner.annotate(
-      batches, old=self.state.params if needs_old else None,
-      reference=move_params(self.reference, "device") if rl.loss.kl_coef else None)
+    return self.learner.annotate(batches, old=self.state.params if needs_old else None,
+                                 reference=self._reference() if rl.loss.kl_coef else None)
+
+  def _reference(self):
+    if self.reference is None:
+      return lora.switched_off(self.state.params)
+    # An offloaded one is on the devices in here alone, where there are no gradients yet.
+    return move_params(self.reference, "device")
 
 
 def _joined(updates: list[dict[str, float]]) -> dict[str, float]:
@@ -205,7 +219,8 @@ def _joined(updates: list[dict[str, float]]) -> dict[str, float]:
   out = {}
   for name in updates[0] if updates else ():
     values = [metrics[name] for metrics in updates if name in metrics]
-    out[name] = max(values) if name.endswith("_max") else sum(values) / len(values)
+    largest = name.partition("/lag_")[0].endswith("_max")
+    out[name] = max(values) if largest else sum(values) / len(values)
   return out
 
 
@@ -245,8 +260,11 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
     distributed.on_main(selection.tell, selection.questions(config, bench.folder)[1], folder)
     loop = Loop(config, bench, policy, folder, urls)
     if checkpoints.latest() is not None:
-      restored = checkpoints.restore(loop.learner.abstract_state(), iterator=loop.questions)
-      loop.state, loop.steps_done = restored.state, restored.step
+      learner = loop.learner
+      restored = checkpoints.restore(learner.stored(learner.abstract_state()),
+                                     iterator=loop.questions)
+      loop.state = learner.restored(restored.state, lambda: loop.state.params)
+      loop.steps_done = restored.step
     resume_step = first_step + loop.steps_done
     with (distributed.metrics_writer(root, resume_step=resume_step,
                                      tensorboard=config.log.tensorboard) as writer,
@@ -283,11 +301,13 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
         _watch(metrics, config.log)
         writer.write(first_step + done, metrics)
         if _due(done, config.log.dump_every) and distributed.is_main():
-          dump(batch.groups, loop.credits(batch.groups),
-               loop.workdir / "rollouts" / f"step_{done:06d}.jsonl", loop.bench.chat)
+          # In a thread for the same reason as the update.
+          await asyncio.to_thread(dump, batch.groups, loop.credits(batch.groups),
+                                  loop.workdir / "rollouts" / f"step_{done:06d}.jsonl", loop.bench.chat)
         if last or _due(done, config.checkpoint.every):
           trained.set_state(batch.position)
-          checkpoints.save(done, loop.state, host={"stage": "rl"}, iterator=trained)
+          checkpoints.save(done, loop.learner.stored(loop.state), host={"stage": "rl"},
+                           iterator=trained)
         bar.set_postfix(reward=f"{metrics.get('rollout/reward_mean', 0):.2f}",
                         tools=f"{metrics.get('rollout/tool_attempt_rate', 0):.2f}",
                         prefixes=int(metrics["axpo/prefixes"]))

@@ -4,6 +4,7 @@ In: a policy folder (or random parameters) and a stream of trajectories. Out: a 
 Loss falls on what the teacher sampled and on nothing else.
 """
 
+import functools
 import pathlib
 import time
 
@@ -26,16 +27,18 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
   """
   sft, workdir = config.sft, root / "sft"
   learner = Learner(
-    bench.model_config, build.optimizer(sft.optimizer, sft.steps, sft.freeze_vision),
+    bench.trained_config, build.optimizer(sft.optimizer, sft.steps, sft.freeze_vision, bench.lora),
     supervised_objective(), bench.mesh, bench.rules, banned_ids=bench.chat.banned_ids,
     chunk=config.batch.logprob_chunk)
   data = build.sft_batches(config, bench)
   distributed.on_main(selection.tell, data.tally, workdir)
   with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+    params = functools.partial(build.trained_params, bench, policy, config.seed)
     if checkpoints.latest() is None:
-      state = learner.init(build.load_params(bench, policy, config.seed), config.seed)
+      state = learner.init(params(), config.seed)
     else:
-      state = checkpoints.restore(learner.abstract_state(), iterator=data.stream).state
+      stored = checkpoints.restore(learner.stored(learner.abstract_state()), iterator=data.stream)
+      state = learner.restored(stored.state, params)
     before = int(state.step)
     with (distributed.metrics_writer(root, resume_step=first_step + before,
                                      tensorboard=config.log.tensorboard) as writer,
@@ -53,7 +56,7 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
         writer.write(first_step + done, {
           name.replace("train/", "sft/"): value for name, value in metrics.items()})
         if done % config.checkpoint.every == 0 or done == sft.steps:
-          checkpoints.save(done, state, host={"stage": "sft"}, iterator=data.stream)
+          checkpoints.save(done, learner.stored(state), host={"stage": "sft"}, iterator=data.stream)
         bar.set_postfix(nll=f"{metrics['train/nll']:.3f}")
         bar.update()
   return build.export(state.params, config, bench, policy, workdir / "policy")

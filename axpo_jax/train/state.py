@@ -18,6 +18,7 @@ from flax import nnx
 
 from axpo_jax.model import sharding
 from axpo_jax.model.config import ModelConfig
+from axpo_jax.model.lora import is_adapter
 from axpo_jax.model.qwen3_vl import Qwen3VL
 
 SCHEDULES = ("constant", "cosine")
@@ -47,6 +48,7 @@ class OptimizerConfig:
     clip_norm: largest global gradient norm; 0 = off.
     mu_dtype: of the first moment. The second is always float32.
     freeze_vision: the vision tower and its mergers get no gradient and no optimizer state.
+    adapters: nothing but low-rank adapters gets gradients and optimizer state.
   """
 
   learning_rate: float
@@ -61,6 +63,7 @@ class OptimizerConfig:
   clip_norm: float = 1.0
   mu_dtype: str = "float32"
   freeze_vision: bool = False
+  adapters: bool = False
 
   def __post_init__(self):
     if self.schedule not in SCHEDULES:
@@ -119,6 +122,8 @@ class Optimizer:
     return jax.tree.map(lambda new, old: new.astype(old.dtype), master, trained), opt_state
 
   def _trains(self, path: tuple, _value: Any) -> bool:
+    if self.config.adapters and not is_adapter(path):
+      return False
     return not (self.config.freeze_vision and path[0] == VISION)
 
 
@@ -183,11 +188,15 @@ def _is_kernel(path: tuple) -> bool:
 
 
 def init_params(config: ModelConfig, seed: int, mesh: jax.sharding.Mesh,
-                rules: sharding.Rules | None = None) -> nnx.State:
-  """Random parameters, created in place on the mesh. Equal seeds give equal values on any mesh."""
+                rules: sharding.Rules | None = None, *, only: nnx.filterlib.Filter = ...
+                ) -> nnx.State:
+  """Random parameters, created in place on the mesh. Equal seeds give equal values on any mesh.
+
+  only: which of them to create, by an nnx filter.
+  """
 
   def create():
-    return nnx.state(Qwen3VL(config, rngs=nnx.Rngs(seed)), nnx.Param)
+    return nnx.state(Qwen3VL(config, rngs=nnx.Rngs(seed)), nnx.All(nnx.Param, only))
 
   shardings = sharding.param_shardings(nnx.eval_shape(create), mesh, rules)
   # XLA's CPU backend takes ten times as long to optimise the random draws as to compile them, and

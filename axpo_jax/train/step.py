@@ -160,8 +160,26 @@ class Learner:
     return init_state(params, self.optimizer, seed, self.mesh, self.rules)
 
   def abstract_state(self) -> TrainState:
-    """Shapes and shardings of the state: what a checkpoint is restored to."""
+    """Shapes and shardings of the state."""
     return abstract_state(self._abstract_params, self.optimizer, self.mesh, self.rules)
+
+  def stored(self, state: TrainState) -> TrainState:
+    """What a checkpoint holds of a state: all of it; with adapters their part alone, for the policy
+    beneath them has a folder already."""
+    if not self.optimizer.config.adapters:
+      return state
+    return dataclasses.replace(state, params=self.optimizer.split(state.params)[0])
+
+  def restored(self, stored: TrainState, params: Callable[[], nnx.State]) -> TrainState:
+    """The state of which a checkpoint holds `stored`.
+
+    Args:
+      params: makes parameters to take from what is not stored; not called if nothing is missing.
+    """
+    if not self.optimizer.config.adapters:
+      return stored
+    frozen = self.optimizer.split(params())[1]
+    return dataclasses.replace(stored, params=nnx.merge_state(frozen, stored.params))
 
   def update(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, StepResult]:
     """One optimizer step over host micro-batches. Donates `state`.
