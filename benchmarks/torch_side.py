@@ -42,15 +42,18 @@ def choose_threads(call: Callable[[], object]) -> int:
 class PyTorch:
   """transformers' own model and `generate`, SDPA attention; threads: see `choose_threads`.
 
+  dtype, device: of the model; `inputs` are made there.
+
   Sampling: inference mode, dynamic KV cache, left padding, temperature 1, top-k and top-p off (no
   logits processor at all), no end token.
   Training: right padding, one trajectory a row, all rows in one pass; cross-entropy of the same
   targets, gradient clipping, fused AdamW. Positions, as usual, are the model's own business.
   """
 
-  def __init__(self, policy: pathlib.Path):
+  def __init__(self, policy: pathlib.Path, dtype: torch.dtype = torch.float32, device: str = "cpu"):
     self.model = Qwen3VLForConditionalGeneration.from_pretrained(
-      policy, dtype=torch.float32, attn_implementation="sdpa")
+      policy, dtype=dtype, attn_implementation="sdpa").to(device)
+    self._device = device
     self._image_id = self.model.config.image_token_id
 
   def inputs(self, rows: Sequence[tuple[Sequence[int], Sequence[ProcessedImage]]], *,
@@ -66,10 +69,11 @@ class PyTorch:
     arrays = {
       "input_ids": ids_BxT, "attention_mask": mask_BxT,
       "mm_token_type_ids": (ids_BxT == self._image_id).astype(np.int64),
-      "pixel_values": np.concatenate([image.patches_PxC for image in images]),
-      "image_grid_thw": np.array([(1, *image.grid_hw) for image in images]),
     }
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if images:
+      arrays |= {"pixel_values": np.concatenate([image.patches_PxC for image in images]),
+                 "image_grid_thw": np.array([(1, *image.grid_hw) for image in images])}
+    return {name: torch.from_numpy(array).to(self._device) for name, array in arrays.items()}
 
   def generate(self, inputs: dict[str, torch.Tensor], new_tokens: int) -> None:
     options = GenerationConfig(

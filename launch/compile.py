@@ -30,7 +30,8 @@ _IMAGES = flags.DEFINE_float(
 _FUNCTIONS = flags.DEFINE_list(
   "functions", ["score", "accumulate", "apply"], "Functions of the step to compile.")
 _BUDGET = flags.DEFINE_bool(
-  "budget", True, "Compile a second size too, for the largest micro-batch that fits.")
+  "budget", True, "Compile a second size too, for the largest micro-batch that fits; without it a "
+  "lower bound is printed.")
 flags.mark_flags_as_required(["config", "topology"])
 
 
@@ -52,7 +53,8 @@ def _report(config: ConfigDict) -> None:
   plan = slice_plan.Plan.from_config(config, _TOPOLOGY.value, layers=_LAYERS.value,
                                      image_share=_IMAGES.value)
   print(f"{pathlib.Path(sys.argv[0]).name}: {plan.describe()}", flush=True)
-  print(f"\n{plan.report(tuple(_FUNCTIONS.value), budget=_BUDGET.value)}")
+  for part in plan.report(tuple(_FUNCTIONS.value), budget=_BUDGET.value):
+    print(f"\n{part}", flush=True)
 
 
 if __name__ == "__main__":

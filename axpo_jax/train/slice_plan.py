@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -56,15 +56,16 @@ class Plan:
                f"multiple of {batch_shards(self.mesh)}; computed with {self.rows}")
     return text
 
-  def report(self, functions: Sequence[str], *, budget: bool) -> str:
-    """Compiles and writes it all down."""
+  def report(self, functions: Sequence[str], *, budget: bool) -> Iterator[str]:
+    """Compiles, and writes each part down as soon as it is known."""
     learner, batch = self.learner(), self.batch(self.rows, self.config.batch.length)
     programs = aot.compile_step(learner, batch, functions)
     report = self._measured(learner, batch, programs)
-    lines = [slice_report.text(report), *self._verdict(report)]
-    if budget and "accumulate" in programs:
-      lines.append(self._budget(learner, report))
-    return "\n\n".join(lines)
+    yield "\n\n".join([slice_report.text(report), *self._verdict(report)])
+    if "accumulate" in programs and budget:
+      yield self._budget(learner, report)
+    elif "accumulate" in programs and report.excess <= 0:
+      yield self._least_budget(report)
 
   def learner(self) -> Learner:
     config = self.config
@@ -142,11 +143,18 @@ class Plan:
     other = aot.compile_step(learner, self.batch(other_rows, other_length), ["accumulate"])
     shards = batch_shards(self.mesh)
     multiple = shards * (length if fits else 64)
-    most = slice_report.largest_tokens(report, other["accumulate"], other_rows * other_length,
-                                       multiple)
+    most = slice_report.largest_tokens(report, multiple, other["accumulate"],
+                                       other_rows * other_length)
     rest = f"{most // (shards * length)} rows a shard" if fits else f"rows of {most // rows:,}"
     return (f"Largest micro-batch that fits: {most:,} tokens ({rest}), if memory is linear between the "
             f"compiled sizes {rows} x {length:,} and {other_rows} x {other_length:,}.")
+
+  def _least_budget(self, report: slice_report.Report) -> str:
+    shards, length = batch_shards(self.mesh), self.config.batch.length
+    most = slice_report.largest_tokens(report, shards * length)
+    return (f"Largest micro-batch that fits: at least {most:,} tokens ({most // (shards * length)} rows "
+            "a shard), as if all temporaries grew with the rows; --budget compiles a second size and "
+            "says more.")
 
 
 def _model_config(config: ConfigDict, layers: int) -> ModelConfig:

@@ -81,15 +81,19 @@ class Report:
     return seconds and self.needed / (seconds * self.chips * self.chip.flops)
 
 
-def largest_tokens(report: Report, other: Program, other_tokens: int, multiple: int) -> int:
+def largest_tokens(report: Report, multiple: int, other: Program | None = None, other_tokens: int = 0
+                   ) -> int:
   """Most tokens of a micro-batch that fit, a multiple of `multiple`: temporaries and batch of
   `accumulate` are taken as linear between two compiled sizes. 0 if nothing fits.
 
   Args:
-    other: `accumulate` at another size of `other_tokens` tokens.
+    other: `accumulate` at another size of `other_tokens` tokens. Without it temporaries are taken as
+      proportional to the tokens: too many for a larger micro-batch than the compiled one, since some
+      of them are the parameters', so that at least the result fits.
   """
   here = report.programs["accumulate"].temporaries
-  slope = (other.temporaries - here) / (other_tokens - report.tokens)
+  there = other.temporaries if other else 0.0
+  slope = (there - here) / (other_tokens - report.tokens)
   slope += _BATCHES * report.held["batch"] / report.tokens
   room = report.chip.hbm - (report.total("accumulate") - slope * report.tokens)
   return max(int(room / slope) // multiple, 0) * multiple

@@ -1,13 +1,8 @@
-"""Whole runs through the one entry: what a user of the package does, at its smallest.
-
-The policy is a checkpoint written by `transformers` whose weights are rigged: each token says how the
-next one is drawn, so that a policy that nobody trained calls tools, fails, and is sometimes right.
-"""
+"""Whole runs through the one entry: what a user of the package does, at its smallest, with the policy
+of `rigged`."""
 
 import asyncio
-import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import importlib.util
 import json
@@ -29,98 +24,23 @@ import axpo_jax
 from axpo_jax.config import ConfigError
 from axpo_jax.config_checks import validate
 from axpo_jax.eval import shards
-from axpo_jax.model.chat import Chat
-from axpo_jax.model.config import PRESETS
-from axpo_jax.rollout.sidecar.spec import free_port
 from axpo_jax.train import build, experiment, rl
 from axpo_jax.train.metrics import read_metrics
+from tests.train import rigged
+from tests.train.rigged import untimed
 
 REPO = pathlib.Path(axpo_jax.__file__).parents[1]
-TOKENIZER = REPO / "axpo_jax" / "assets" / "tiny_tokenizer"
 MAIN = REPO / "launch" / "main.py"
 MICRO = REPO / "tests" / "train" / "micro_config.py"
 
-# Token -> the tokens that may follow and their probabilities. Every other token is followed by any.
-NEXT = {
-  "\n": {"</think>": 0.8, "T": 0.2},
-  "T": {"</think>": 1.0},
-  "</think>": {"<tool_call>": 0.45, "\\boxed{": 0.55},
-  "<tool_call>": {"</tool_call>": 0.6, "T": 0.1, "\\boxed{": 0.3},
-  "</tool_call>": {"<|im_end|>": 0.8, "\\boxed{": 0.2},
-  "\\boxed{": {"A": 0.5, "B": 0.5},
-  "A": {"}": 1.0},
-  "B": {"}": 1.0},
-  "}": {"<|im_end|>": 1.0},
-}
-SURE = 14.0  # logit above all other tokens
-STRENGTH = 8.0  # of a token's own direction in its embedding; makes the norm 1 at width 64
-
-
-def model_config(chat: Chat):
-  """Two layers; widths that two devices can share."""
-  tiny = PRESETS["tiny"]
-  text = dataclasses.replace(
-    tiny.text, vocab_size=chat.vocab_size, hidden_size=64, intermediate_size=96, num_layers=2,
-    num_heads=4, num_kv_heads=2, head_dim=16, mrope_section=(4, 2, 2), tie_word_embeddings=False)
-  vision = dataclasses.replace(
-    tiny.vision, depth=2, hidden_size=32, intermediate_size=48, out_hidden_size=64, num_heads=2,
-    deepstack_layers=(0,))
-  return dataclasses.replace(
-    tiny, text=text, vision=vision, image_token_id=chat.image_pad_id,
-    video_token_id=chat.video_pad_id, vision_start_token_id=chat.vision_start_id,
-    vision_end_token_id=chat.vision_end_id)
-
-
-def rig(embedding, head, chat: Chat, rng) -> None:
-  """Sets both tables (float arrays [vocab, width]) so that NEXT holds."""
-  def token(text):
-    (only,) = chat.encode(text)
-    return only
-
-  embedding[:] = rng.normal(size=embedding.shape, scale=0.05)
-  head[:] = rng.normal(size=head.shape, scale=0.01)
-  for place, (text, follows) in enumerate(NEXT.items()):
-    embedding[token(text), place] = STRENGTH
-    for following, probability in follows.items():
-      head[token(following), place] = (SURE + np.log(probability)) / STRENGTH
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> pathlib.Path:
-  """A Hugging Face folder as `transformers` writes it, with the tiny tokenizer."""
-  import torch
-  from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
-  folder = tmp_path_factory.mktemp("policy")
-  chat = Chat.from_pretrained(TOKENIZER)
-  model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**model_config(chat).to_hf())).float()
-  rng = np.random.default_rng(0)
-  with torch.no_grad():
-    for _, weight in sorted(model.named_parameters()):
-      if weight.ndim > 1:
-        weight.copy_(torch.tensor(rng.normal(size=weight.shape, scale=0.05)))
-    rig(model.get_input_embeddings().weight.numpy(), model.get_output_embeddings().weight.numpy(),
-        chat, rng)
-  model.save_pretrained(folder)
-  for file in TOKENIZER.iterdir():
-    shutil.copy(file, folder)
-  return folder
+  return rigged.write_policy(tmp_path_factory.mktemp("policy"))
 
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory) -> pathlib.Path:
-  """Questions with images as JSON lines."""
-  folder = tmp_path_factory.mktemp("data")
-  rng = np.random.default_rng(0)
-  lines = []
-  for i in range(12):
-    name = f"{i}.png"
-    Image.fromarray(rng.integers(0, 256, (48, 32, 3), np.uint8)).save(folder / name)
-    lines.append({"id": f"q{i}", "question": f"Read the mark {i}.", "answer": "AB"[i % 2],
-                  "images": [name]})
-  path = folder / "questions.jsonl"
-  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-  return path
+  return rigged.write_questions(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -158,11 +78,6 @@ def micro(overrides, **changes):
     config.update_from_flattened_dict({name: value})
   config.update_from_flattened_dict({name.replace("__", "."): v for name, v in changes.items()})
   return config
-
-
-def untimed(lines):
-  return [{name: value for name, value in line.items() if not name.startswith("time/")}
-          for line in lines]
 
 
 # Runs launch/main.py with sys.argv[2:]; kills itself as soon as step sys.argv[1] is on the disk.
@@ -497,53 +412,3 @@ def test_evaluation_of_benchmarks(overrides, one_device, tmp_path, capsys):
     assert row in printed
   experiment.run(config, run)  # nothing is left to do, and nothing changes
   assert json.loads((run / "eval" / "results.json").read_text()) == results
-
-
-@pytest.mark.skipif("AXPO_TEST_PROCESSES" not in os.environ, reason=(
-  "set AXPO_TEST_PROCESSES=1: several processes on one machine take many minutes, and have not been "
-  "seen to end here yet"))
-def test_two_processes_give_the_numbers_of_one(overrides, tmp_path):
-  """Two steps of SFT, two of RL; four devices each against eight. Then one process repeats the last
-  step from their checkpoint."""
-  flags = [*overrides, "--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2",
-           "--config.sft.steps=2", "--config.rl.steps=2", "--config.eval.questions=1",
-           "--config.eval.every=0", "--config.checkpoint.every=1"]
-  (alone,) = start_processes(tmp_path / "one", flags, 1)
-  assert alone.returncode == 0, alone.stderr[-4000:]
-  main, other = start_processes(tmp_path / "two", flags, 2)
-  assert main.returncode == other.returncode == 0, main.stderr[-4000:] + other.stderr[-4000:]
-  assert "tool-attempt rate" in main.stdout and not other.stdout  # one of them talks
-  one, two = (untimed(read_metrics(tmp_path / name)) for name in ("one", "two"))
-  assert [line["step"] for line in two] == [1, 2, 2, 3, 4]
-  assert two[3]["train/grad_norm"] > 0 and two[3]["axpo/triggered"] > 0
-  assert_close(two, one)
-  shutil.rmtree(tmp_path / "two" / "rl" / "policy")
-  shutil.rmtree(tmp_path / "two" / "rl" / "checkpoints" / "2")
-  (resumed,) = start_processes(tmp_path / "two", flags, 1)
-  assert resumed.returncode == 0, resumed.stderr[-4000:]
-  assert_close(untimed(read_metrics(tmp_path / "two")), one)
-
-
-def assert_close(lines, wanted):
-  """Equal up to the order of sums."""
-  for line, want in zip(lines, wanted, strict=True):
-    assert line.keys() == want.keys()
-    for name in want:
-      # Sampler against trainer is nothing but rounding.
-      tolerance = {"abs": 1e-5} if name.startswith("train/logp_gap") else {"rel": 1e-4, "abs": 1e-6}
-      assert line[name] == pytest.approx(want[name], **tolerance), name
-
-
-def start_processes(workdir, flags, count) -> list[subprocess.CompletedProcess]:
-  """A run of `count` processes on this machine that share eight devices."""
-  devices = f"--xla_force_host_platform_device_count={8 // count}"
-  together = [f"--coordinator=127.0.0.1:{free_port('127.0.0.1')}", f"--processes={count}"]
-  processes = [subprocess.Popen(
-    [sys.executable, str(MAIN), f"--config={MICRO}", f"--workdir={workdir}", *flags, *together,
-     f"--process_id={i}"],
-    env={**os.environ, "XLA_FLAGS": devices}, text=True, stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE) for i in range(count)]
-  with concurrent.futures.ThreadPoolExecutor(count) as pool:
-    outputs = list(pool.map(lambda process: process.communicate(timeout=900), processes))
-  return [subprocess.CompletedProcess(process.args, process.returncode, *output)
-          for process, output in zip(processes, outputs, strict=True)]

@@ -3,7 +3,7 @@
 import dataclasses
 
 from axpo_jax.train.aot import CHIPS, Program
-from axpo_jax.train.slice_report import Report, advice
+from axpo_jax.train.slice_report import Report, advice, largest_tokens
 
 GIB = 2.0**30
 PROGRAMS = {name: Program(size * GIB, 0.0, None, 0.0)
@@ -33,3 +33,12 @@ def test_advice_names_what_is_not_done_yet():
   offloaded = dataclasses.replace(small, reference_offload=True)
   assert advice(offloaded, **options)
   assert not any("offload" in line for line in advice(offloaded, **options))
+
+
+def test_largest_micro_batch():
+  """14 of 15.75 GiB are taken, of which 4 go with the 1,024 tokens: 3 of temporaries, two batches."""
+  report = dataclasses.replace(REPORT, reference_offload=True)
+  assert largest_tokens(report, 64) == 5.75 / 4 * 1024
+  # A second size shows that 1 GiB of the temporaries stays: 3 GiB go with the tokens.
+  twice = dataclasses.replace(PROGRAMS["accumulate"], temporaries=5 * GIB)
+  assert largest_tokens(report, 64, twice, 2048) == 4.75 / 3 * 1024 // 64 * 64

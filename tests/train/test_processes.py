@@ -1,0 +1,118 @@
+"""Several processes on this machine: a run of two gives the numbers of a run of one."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import axpo_jax
+from axpo_jax.rollout.sidecar.spec import free_port
+from axpo_jax.train import build
+from axpo_jax.train.checkpoint import Checkpoints
+from axpo_jax.train.metrics import read_metrics
+from axpo_jax.train.step import Learner, supervised_objective
+from tests.train import micro_config, rigged
+from tests.train.rigged import untimed
+
+REPO = pathlib.Path(axpo_jax.__file__).parents[1]
+# What the processes compute is compared, not how fast: programs are compiled in a hurry, and a thread
+# that waits for others is not taken for dead on a busy machine.
+HURRY = ("--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+         "--xla_cpu_collective_call_terminate_timeout_seconds=600")
+# Seconds after which a run is taken for stuck. Alone on two cores it takes a twentieth of that.
+PATIENCE = 600
+
+
+@pytest.fixture(scope="module")
+def changes(tmp_path_factory) -> dict:
+  """Of the micro config. Parameters are split over both processes, and so are the rows of a batch; most
+  of the time goes into compiling, hence few sizes."""
+  policy = rigged.write_policy(tmp_path_factory.mktemp("policy"), layers=1)
+  questions = rigged.write_questions(tmp_path_factory.mktemp("data"))
+  return {
+    "stages": ("rl",), "model.checkpoint": str(policy), "data.path": str(questions),
+    "data.eval_path": str(questions), "mesh.fsdp": 4, "mesh.tensor": 2, "batch.rows": 4,
+    "rl.steps": 2, "rl.questions": 2, "eval.questions": 1, "eval.rollouts": 1, "eval.every": 0,
+    "checkpoint.every": 1, "log.dump_every": 0}
+
+
+def run(workdir: pathlib.Path, changes: dict, count: int) -> list[str]:
+  """A run of `count` processes with eight devices in all; what each wrote to its standard output."""
+  flags = [f"--config.{name}={value}" for name, value in changes.items()]
+  flags += [f"--coordinator=127.0.0.1:{free_port('127.0.0.1')}", f"--processes={count}"]
+  env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count} {HURRY}"}
+  logs = [(workdir.with_suffix(f".{i}.out"), workdir.with_suffix(f".{i}.err")) for i in range(count)]
+  processes = []
+  try:
+    for i, (out, err) in enumerate(logs):
+      with out.open("w") as stdout, err.open("w") as stderr:
+        processes.append(subprocess.Popen(
+          [sys.executable, "launch/main.py", "--config=tests/train/micro_config.py",
+           f"--workdir={workdir}", *flags, f"--process_id={i}"],
+          cwd=REPO, env=env, stdout=stdout, stderr=stderr))
+    codes = wait(processes)
+  finally:
+    for process in processes:
+      process.kill()  # nothing less: jax takes the signal to end for a notice of preemption
+      process.wait()
+  ends = "\n".join(f"process {i}: {err.read_text()[-4000:]}" for i, (_, err) in enumerate(logs))
+  assert codes == [0] * count, f"exit codes {codes} (None: still running)\n{ends}"
+  return [out.read_text() for out, _ in logs]
+
+
+def wait(processes) -> list[int | None]:
+  """Exit codes once all have ended, one has failed, or patience has."""
+  deadline = time.monotonic() + PATIENCE
+  while True:
+    codes = [process.poll() for process in processes]
+    if None not in codes or any(codes) or time.monotonic() > deadline:
+      return codes
+    time.sleep(0.2)
+
+
+def test_two_processes_give_the_numbers_of_one(changes, tmp_path):
+  """Four devices each against eight of one: every metric of two steps, and all that they save."""
+  run(tmp_path / "one", changes, 1)
+  main, other = run(tmp_path / "two", changes, 2)
+  said = [line for line in other.splitlines() if not line.startswith("[Gloo]")]
+  assert "tool-attempt rate" in main and not said  # one of them talks
+  one, two = (untimed(read_metrics(tmp_path / name)) for name in ("one", "two"))
+  assert [line["step"] for line in two] == [0, 1, 2]
+  assert two[1]["train/grad_norm"] > 0
+  assert sum(line["axpo/continuations"] for line in two[1:]) > 0
+  assert_close(two, one)
+  (want, want_place), (got, place) = (restored(tmp_path / name, changes) for name in ("one", "two"))
+  assert place == want_place
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
+
+
+def assert_close(lines, wanted):
+  """Equal up to the order of sums."""
+  for line, want in zip(lines, wanted, strict=True):
+    assert line.keys() == want.keys()
+    for name in want:
+      # Sampler against trainer is nothing but rounding.
+      tolerance = {"abs": 1e-5} if name.startswith("train/logp_gap") else {"rel": 1e-4, "abs": 1e-6}
+      assert line[name] == pytest.approx(want[name], **tolerance), name
+
+
+def restored(workdir: pathlib.Path, changes: dict):
+  """What the last checkpoint holds, read by this process alone: the state, and the place in the
+  questions."""
+  config: ConfigDict = micro_config.get_config()
+  config.update_from_flattened_dict(changes)
+  bench = build.workbench(config)
+  learner = Learner(
+    bench.model_config, build.optimizer(config.optimizer, 2, config.model.freeze_vision),
+    supervised_objective(), bench.mesh, bench.rules)
+  questions = build.question_batches(config)
+  with Checkpoints(workdir / "rl" / "checkpoints") as checkpoints:
+    found = checkpoints.restore(learner.abstract_state(), iterator=questions)
+  assert found.step == 2 and found.state.step == 2
+  return jax.device_get(found.state), questions.get_state()
