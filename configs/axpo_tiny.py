@@ -2,7 +2,7 @@
 
   python launch/main.py --config=configs/axpo_tiny.py --workdir=runs/axpo_tiny
 
-Expect about ten minutes on two cores: 100 SFT steps, then 20 AXPO steps of 16 questions x 8
+Expect seven to ten minutes on two cores: 100 SFT steps, then 20 AXPO steps of 16 questions x 8
 rollouts, over three families of questions: perception (zoom), search (two hops) and reasoning
 (python). After SFT the policy uses tools in a part of its rollouts only, and in many of the groups that
 try them every tool-using rollout is wrong: the Thinking-Acting Gap.
