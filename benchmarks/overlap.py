@@ -1,14 +1,14 @@
 """What collecting ahead saves when tools are slow: staleness 1 against staleness 0, in one run.
 
-  python benchmarks/overlap.py --policy runs/axpo_tiny/sft/policy [--steps 6] [--updates 12]
+  python benchmarks/overlap.py --policy runs/axpo_tiny/sft/policy [--steps 6] [--passes 4]
 
 Set GLIBC_TUNABLES=glibc.malloc.hugetlb=1, as `launch/main.py` does for itself: trainer and sampler share
 one allocator.
 
-Every tool call takes two more seconds. The optimizer updates of a step are chosen so that they take as
-long together as its rollouts and continuations, within 10 %; then the same steps run strictly in turn
-and one step ahead. The learning rate is 0, so that all rounds do the same work, and trajectories are
-trained as plain rows. A step has few questions, so that collecting is mostly waiting, as it is for whoever
+Every tool call takes two more seconds. A step trains on its trajectories as many times as take as long
+as its rollouts and continuations, within 10 %; then the same steps run strictly in turn and one step
+ahead. The learning rate is 0, so that all rounds do the same work, and trajectories are trained as
+plain rows. A step has few questions, so that collecting is mostly waiting, as it is for whoever
 samples on other machines: here both sides share the cores. The policy must be one that calls tools: what
 SFT leaves behind does.
 
@@ -29,7 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -37,12 +37,15 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from axpo_jax.agent.tools.base import EpisodeState, Observation, Tool, ToolBox
 from axpo_jax.train import build
 from axpo_jax.train.ahead import Ahead
+from axpo_jax.train.collect import Group
 from axpo_jax.train.rl import Collected, Loop
 from configs import axpo_tiny
 
 TOOL_SECONDS = 2.0
-TOLERANCE, LOOKS, MOST_UPDATES = 0.1, 8, 32
+TOLERANCE, LOOKS = 0.1, 8
 PHASES = ("weights", "wait", "update")
+
+Update = Callable[[list[Group]], dict[str, float]]
 
 
 def main() -> None:
@@ -52,10 +55,10 @@ def main() -> None:
   with asyncio.Runner() as runner:
     loop = _loop(args)
     collected = runner.run(_collect(loop, args.steps + 1))
-    if not args.updates:
-      _balance(loop, collected[:2])
-    for batch in collected:  # compiles what is left
+    for batch in collected:  # compiles
       loop.update(batch.groups)
+    passes = args.passes or _balance(loop, collected)
+    loop.update = _repeated(loop.update, passes)
     seconds = {s: _round(runner, loop, args.steps, s) for s in (0, 1)}
     runner.run(loop.engine.close())
   print(f"staleness 1 / staleness 0: {seconds[1] / seconds[0]:.2f}   aim <= 0.65")
@@ -67,8 +70,8 @@ def _arguments() -> argparse.Namespace:
     "folder in Hugging Face layout of a policy that calls tools, such as a run's sft/policy"))
   parser.add_argument("--steps", type=int, default=6)
   parser.add_argument("--questions", type=int, default=4, help="questions a step")
-  parser.add_argument("--updates", type=int, default=0, help=(
-    "optimizer updates a step; 0 chooses them so that rollouts and updates take equally long"))
+  parser.add_argument("--passes", type=int, default=0, help=(
+    "times that a step trains on its trajectories; 0 chooses them so that this takes as long as collecting"))
   args = parser.parse_args()
   if not (pathlib.Path(args.policy) / "config.json").exists():
     parser.error(f"--policy={args.policy} is not a checkpoint folder")
@@ -86,7 +89,7 @@ def _loop(args: argparse.Namespace) -> Loop:
       decode_block=config.agent.max_new_tokens, min_batch=32, min_tokens=128, min_slots=512)
   config.optimizer.learning_rate = 0.0
   config.batch.share_prefixes = False
-  config.rl.update(questions=args.questions, updates=args.updates or 1)
+  config.rl.questions = args.questions
   bench = build.workbench(config)
   loop = Loop(config, bench, config.model.checkpoint, pathlib.Path(tempfile.gettempdir()))
   slow = ToolBox(map(_slowed, loop.actor.toolbox.tools), config.agent.scopes,
@@ -123,23 +126,34 @@ async def _collect(loop: Loop, steps: int) -> list[Collected]:
   return collected
 
 
-def _balance(loop: Loop, collected: Sequence[Collected]) -> None:
-  """Sets the updates of a step so that they last as long as collecting, within the tolerance."""
+def _balance(loop: Loop, collected: Sequence[Collected]) -> int:
+  """How often to train on a step's trajectories, so that it lasts as long as collecting them."""
   wanted = statistics.mean(map(_collecting, collected))
+  passes = 1
   for _ in range(LOOKS):
-    updates = loop.config.rl.updates
-    for _ in range(2):  # the first one compiles
-      begin = time.perf_counter()
-      for batch in collected:
-        loop.update(batch.groups)
-      found = (time.perf_counter() - begin) / len(collected)
-    print(f"{updates} updates alone: {found:.2f} s", flush=True)
+    update = _repeated(loop.update, passes)
+    begin = time.perf_counter()
+    for batch in collected:
+      update(batch.groups)
+    found = (time.perf_counter() - begin) / len(collected)
+    print(f"updates of {passes} passes alone: {found:.2f} s", flush=True)
     if abs(found / wanted - 1) <= TOLERANCE:
-      return
-    loop.config.rl.updates = min(max(round(updates * wanted / found), 1), MOST_UPDATES)
-    if loop.config.rl.updates == updates:
+      return passes
+    before, passes = passes, max(round(passes * wanted / found), 1)
+    if passes == before:
       break
-  sys.exit(f"{updates} updates take {found:.2f} s, collecting {wanted:.2f} s: try other --questions")
+  sys.exit(f"{passes} passes take {found:.2f} s, collecting {wanted:.2f} s: try other --questions")
+
+
+def _repeated(update: Update, passes: int) -> Update:
+  """An update that trains on the groups so many times, each time as a step does."""
+
+  def repeated(groups: list[Group]) -> dict[str, float]:
+    for _ in range(passes):
+      metrics = update(groups)
+    return metrics
+
+  return repeated
 
 
 def _collecting(batch: Collected) -> float:
@@ -163,7 +177,7 @@ def _round(runner: asyncio.Runner, loop: Loop, steps: int, staleness: int) -> fl
     return f"{name} {_spread(line[f'time/{name}_s'] for line in lines)}"
 
   print(f"staleness {staleness}, {loop.config.rl.questions} questions x {loop.config.rl.num_rollouts} "
-        f"rollouts, {loop.config.rl.updates} updates: step {_spread(seconds)} s; "
+        f"rollouts: step {_spread(seconds)} s; "
         f"{', '.join(map(phase, PHASES))}; collecting "
         f"{_spread(line['time/rollout_s'] + line['time/resample_s'] for line in lines)}, "
         f"{sum(line['axpo/prefixes'] for line in lines):.0f} prefixes; lag "
