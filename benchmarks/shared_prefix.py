@@ -96,7 +96,8 @@ def _model_config() -> ModelConfig:
   vision = dataclasses.replace(
     tiny.vision, depth=1, deepstack_layers=(0,), hidden_size=32, intermediate_size=128, num_heads=1,
     patch_size=4, out_hidden_size=128)
-  return dataclasses.replace(tiny, text=text, vision=vision, remat="full")
+  # Of the chunks of 64 to 512 queries the fastest for both sides, on two cores.
+  return dataclasses.replace(tiny, text=text, vision=vision, remat="full", attention_chunk=128)
 
 
 # The step's trajectories -----------------------------------------------------------------------

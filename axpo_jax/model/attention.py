@@ -35,6 +35,8 @@ from axpo_jax.model import attention_gpu, attention_tpu, sharding
 _KERNELS = {"tpu": attention_tpu, "gpu": attention_gpu}
 # Finite, so that a query that sees nothing (padding) gives finite numbers and zero gradients.
 _HIDDEN = -1e30
+# Most tokens of a block of keys. A block of queries may be longer, so that keys are taken less often.
+KEYS = 64
 
 
 @jax.tree_util.register_dataclass
@@ -52,7 +54,7 @@ class Visibility:
   """Which keys each query sees.
 
   `masks` is None where queries are taken in chunks, or by a kernel. With `key_blocks_BxCxN` it holds
-  one mask, of the taken keys alone: [B * C, T / C, N * T / C].
+  one mask, of the taken keys alone: [B * C, T / C, N * size], size of a block of keys.
   """
 
   queries: Tags
@@ -116,34 +118,36 @@ def visibility(queries: Tags, keys: Sequence[Tags], chunk: int,
     if _blocks_at_once(length, key_blocks_BxCxN, chunk) < key_blocks_BxCxN.shape[1]:
       return Visibility(queries, tuple(keys), None, key_blocks_BxCxN, chunk)
     mask = _block_mask(_fold(queries.order_BxT, key_blocks_BxCxN.shape[1]), keys[0],
-                       key_blocks_BxCxN)
+                       key_blocks_BxCxN, _key_size(length, key_blocks_BxCxN))
     return Visibility(queries, tuple(keys), (mask,), key_blocks_BxCxN, chunk)
   short = not chunk or length <= chunk
   masks = tuple(_mask(queries, k) for k in keys) if short else None
   return Visibility(queries, tuple(keys), masks, None, chunk)
 
 
-def key_blocks(end_BxT: np.ndarray, size: int) -> np.ndarray | None:
-  """Which blocks of `size` keys each block of queries may see, where a token's order is its index.
+def key_blocks(end_BxT: np.ndarray, queries: int) -> np.ndarray | None:
+  """Which blocks of keys each block of `queries` may see, where a token's order is its index.
 
-  On the host, from the ends alone: a block sees a key of an earlier one if that key ends behind the
-  block's first token. N is rounded up to a few numbers, so that few shapes are compiled.
+  On the host, from the ends alone: queries see a key of an earlier block if that key ends behind the
+  first of them. A block of keys has as many tokens as one of queries, at most `KEYS`. N is rounded
+  up, so that few shapes are compiled.
 
   Returns: int32 [B, C, N], ascending, -1 behind the last; None if it would save less than half,
     since taking blocks costs something too.
   """
   rows, length = end_BxT.shape
-  count = length // size
-  last_BxC = end_BxT.reshape(rows, count, size).max(axis=-1)
-  block_C = np.arange(count)
-  sees_BxCxC = last_BxC[:, None, :] > block_C[:, None] * size
-  sees_BxCxC &= block_C <= block_C[:, None]
-  most = max(int(sees_BxCxC.sum(-1).max(initial=0)), 1)
-  most = next(n for n in quarter_steps() if n >= most)
-  if 2 * most > count:
+  size = min(queries, KEYS)
+  last_BxS = end_BxT.reshape(rows, length // size, size).max(axis=-1)
+  first_C, key_S = np.arange(0, length, queries), np.arange(0, length, size)
+  sees_BxCxS = last_BxS[:, None, :] > first_C[:, None]
+  sees_BxCxS &= key_S < first_C[:, None] + queries
+  most = max(int(sees_BxCxS.sum(-1).max(initial=0)), 1)
+  step = 1 << max((most - 1).bit_length() - 4, 0)  # few shapes, at most an eighth longer
+  most = -(-most // step) * step
+  if 2 * most > len(key_S):
     return None
-  taken_BxCxN = np.argsort(~sees_BxCxC, axis=-1, kind="stable")[..., :most]
-  seen_BxCxN = np.take_along_axis(sees_BxCxC, taken_BxCxN, -1)
+  taken_BxCxN = np.argsort(~sees_BxCxS, axis=-1, kind="stable")[..., :most]
+  seen_BxCxN = np.take_along_axis(sees_BxCxS, taken_BxCxN, -1)
   return np.where(seen_BxCxN, taken_BxCxN, -1).astype(np.int32)
 
 
@@ -284,12 +288,13 @@ def _attend_kernel(q_BxTxHxD, kv, sees: Visibility) -> jax.Array:
 def _attend_listed(q_BxTxHxD, kv, sees: Visibility) -> jax.Array:
   """`attend` over the listed blocks of keys: a block of queries is a batch row of its own."""
   lists_BxCxN, count = sees.key_blocks_BxCxN, sees.key_blocks_BxCxN.shape[1]
+  size = _key_size(q_BxTxHxD.shape[1], lists_BxCxN)
   at_once = _blocks_at_once(q_BxTxHxD.shape[1], lists_BxCxN, sees.chunk)
   # Tokens in front, as `_take_blocks` wants them.
   kv_BxSxKxD = kv[0].transpose(0, 3, 1, 2), kv[1].transpose(0, 2, 1, 3)
 
   def some(q, lists, mask):
-    taken = (_take_blocks(x, count, lists) for x in kv_BxSxKxD)
+    taken = (_take_blocks(x, size, lists) for x in kv_BxSxKxD)
     return _attend(q, [block(*taken)], [mask])
 
   if at_once == count:
@@ -300,7 +305,15 @@ def _attend_listed(q_BxTxHxD, kv, sees: Visibility) -> jax.Array:
   def one(args):
     q, order, lists = args
     q, order = (_fold(x, at_once) for x in (q, order))
-    return some(q, lists, _block_mask(order, sees.keys[0], lists))
+
+    def first(n):
+      part = lists[..., :n]
+      return lambda: some(q, part, _block_mask(order, sees.keys[0], part, size))
+
+    # The lists of a group are mostly shorter than the longest, of which there is one shape.
+    widths = _widths(lists.shape[2])
+    longest = (lists >= 0).sum(-1).max()
+    return jax.lax.switch((longest > jnp.asarray(widths[:-1])).sum(), [first(n) for n in widths])
 
   groups = count // at_once
   parts = (q_BxTxHxD, sees.queries.order_BxT, lists_BxCxN)
@@ -310,19 +323,29 @@ def _attend_listed(q_BxTxHxD, kv, sees: Visibility) -> jax.Array:
   return out.swapaxes(0, 1).reshape(q_BxTxHxD.shape)
 
 
+def _key_size(length: int, lists_BxCxN) -> int:
+  """Tokens of a listed block of keys."""
+  return min(length // lists_BxCxN.shape[1], KEYS)
+
+
+def _widths(listed: int) -> list[int]:
+  """Lengths of lists that are worth a program of their own."""
+  return sorted({-(-listed * quarters // 4) for quarters in (1, 2, 3, 4)})
+
+
 def _blocks_at_once(length: int, lists_BxCxN, chunk: int) -> int:
   """As many blocks of queries as have no more scores than one chunk without lists would have."""
   _, count, listed = lists_BxCxN.shape
-  most = chunk * count // (listed * (length // count)) if chunk else count
+  scores = (length // count) * listed * _key_size(length, lists_BxCxN)
+  most = chunk * length // scores if chunk else count
   return max(n for n in range(1, count + 1) if count % n == 0 and n <= max(most, 1))
 
 
-def _block_mask(order_AxT, keys: Tags, lists_BxCxN) -> jax.Array:
+def _block_mask(order_AxT, keys: Tags, lists_BxCxN, size: int) -> jax.Array:
   """bool [B * C, T, N * size] of folded queries and the blocks of keys that they take."""
-  count = keys.order_BxT.shape[1] // order_AxT.shape[1]
-  order, end = (_take_blocks(x, count, lists_BxCxN) for x in (keys.order_BxT, keys.end_BxT))
+  order, end = (_take_blocks(x, size, lists_BxCxN) for x in (keys.order_BxT, keys.end_BxT))
   listed_AxN = lists_BxCxN.reshape(-1, lists_BxCxN.shape[2]) >= 0
-  end = jnp.where(jnp.repeat(listed_AxN, order_AxT.shape[1], axis=1), end, 0)
+  end = jnp.where(jnp.repeat(listed_AxN, size, axis=1), end, 0)
   return _mask(Tags(order_AxT, order_AxT), Tags(order, end))
 
 
@@ -332,9 +355,9 @@ def _fold(x_BxTxX: jax.Array, count: int) -> jax.Array:
   return x_BxTxX.reshape(batch * count, length // count, *rest)
 
 
-def _take_blocks(x_BxSxX: jax.Array, count: int, lists_BxCxN: jax.Array) -> jax.Array:
-  """The listed ones of `count` blocks (the first for -1): [B * C, N * S / count, ...]."""
+def _take_blocks(x_BxSxX: jax.Array, size: int, lists_BxCxN: jax.Array) -> jax.Array:
+  """The listed blocks of `size` (the first for -1): [B * C, N * size, ...]."""
   batch, length, *rest = x_BxSxX.shape
-  blocks = x_BxSxX.reshape(batch, count, length // count, *rest)
+  blocks = x_BxSxX.reshape(batch, length // size, size, *rest)
   taken = jax.vmap(lambda x, i: x[i])(blocks, jnp.maximum(lists_BxCxN, 0))
   return taken.reshape(batch * lists_BxCxN.shape[1], -1, *rest)

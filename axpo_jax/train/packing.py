@@ -27,8 +27,9 @@ from axpo_jax.rl.losses import aggregation_weights
 from axpo_jax.train import tree
 from axpo_jax.train.batch import Batch
 
-# Tokens of a block of attention: a row's length is a multiple of it.
-BLOCK = 64
+# Tokens of a block of attention: a row's length is a multiple of it. In long rows every block takes
+# thousands of keys, so larger ones are better, where they divide the row.
+BLOCK, LONG_BLOCKS, LONG_ROW = 64, (512, 256, 128), 8192
 # Rows of the vision tower, and patches in one: few shapes, and little padding.
 ROW_BUCKETS = tuple(itertools.takewhile(lambda n: n <= 4096, quarter_steps()))
 PATCH_BUCKETS = tuple(16 * n for n in itertools.takewhile(lambda n: n <= 1024, quarter_steps()))
@@ -86,7 +87,7 @@ def pack(
   banned_ids: Sequence[int] = (),
   rows_multiple_of: int = 1,
   image_rows_multiple_of: int | None = None,
-  block: int = BLOCK,
+  block: int | None = None,
   row_buckets: Sequence[int] = ROW_BUCKETS,
   patch_buckets: Sequence[int] = PATCH_BUCKETS,
 ) -> list[Batch]:
@@ -103,7 +104,7 @@ def pack(
     banned_ids: ids that a target may not have, since the softmax leaves them out.
     rows_multiple_of: the number of rows is a multiple of it if `rows` is; see `batch.batch_shards`.
     image_rows_multiple_of: the number of vision rows is one of it; default `rows_multiple_of`.
-    block: tokens of a block of attention.
+    block: tokens of a block of attention; None: as suits the row.
     row_buckets, patch_buckets: shapes of the vision tower, see `pack_images`.
 
   Raises:
@@ -112,6 +113,7 @@ def pack(
       length that is not a multiple of `block`.
     ImageTooLarge: from `pack_images`.
   """
+  block = block or _block(length)
   if length % block:
     raise PackingError(f"rows of {length} tokens: batch.length must be a multiple of {block}")
   for number, example in enumerate(examples):
@@ -208,6 +210,11 @@ def _fill(rows_R, examples, weights_S, length: int, block: int) -> dict[str, np.
   if (lists := key_blocks(ends_RxT, block)) is not None:
     fields["key_blocks_BxCxN"] = lists
   return fields | _target_fields(scored_R, length)
+
+
+def _block(length: int) -> int:
+  suiting = [block for block in LONG_BLOCKS if length % block == 0 and length >= LONG_ROW]
+  return suiting[0] if suiting else BLOCK
 
 
 _TARGET_FIELDS = {"at_BxG": np.int32, "targets_BxG": np.int32, "weights_BxG": np.float32,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from axpo_jax.model import attention
 from axpo_jax.model.attention import Tags, attend, block, key_blocks, visibility
 
 B, T, S, H, K, D = 2, 13, 6, 6, 2, 8
@@ -65,13 +66,14 @@ def forest(rng, rows, length):
 
 
 @pytest.mark.parametrize("chunk", [0, 6, 1])
-@pytest.mark.parametrize("size", [None, 2, 4])
-def test_trees_with_and_without_key_blocks(size, chunk):
+@pytest.mark.parametrize("size", [None, 2, 4, 6])
+def test_trees_with_and_without_key_blocks(size, chunk, monkeypatch):
+  monkeypatch.setattr(attention, "KEYS", 2 if size == 6 else 4)  # three blocks of keys in one of queries
   rng = np.random.default_rng(chunk)
   ends, sees = forest(rng, 3, 96)
   q, k, v = (rng.normal(size=(3, 96, n, D)).astype(np.float32) for n in (H, K, K))
   lists = None if size is None else key_blocks(ends, size)
-  assert size is None or lists.shape[2] <= 96 // size // 2
+  assert size is None or lists.shape[2] <= 96 // min(size, attention.KEYS) // 2
   order = jnp.tile(jnp.arange(96), (3, 1))
 
   def run(lists, chunk):
@@ -99,6 +101,13 @@ def test_key_blocks_by_hand():
     [-1] * 4, [-1] * 4]
   # One sequence: the last block sees them all.
   assert key_blocks(np.full((1, 64), 64), 4) is None
+
+
+def test_key_blocks_that_are_shorter_than_those_of_queries(monkeypatch):
+  monkeypatch.setattr(attention, "KEYS", 2)
+  ends = np.asarray([[10] * 3 + [7] * 4 + [10] * 3 + [12] * 2 + [0] * 20])
+  assert key_blocks(ends, 4)[0].tolist() == [
+    [0, 1, -1, -1, -1], [0, 1, 2, 3, -1], [0, 1, 3, 4, 5], *[[-1] * 5] * 5]
 
 
 @pytest.mark.parametrize("chunk", [0, 5])

@@ -96,7 +96,7 @@ def test_padding_is_inert(untied, trio, forward):
   assert np.isfinite(got).all()
 
 
-@pytest.mark.parametrize("block", [128, 8])
+@pytest.mark.parametrize("block", [None, 128, 8])
 def test_shared_prefix_equals_separate_rows(untied, make_case, forward, block):
   """Text and an image once, then two endings, which stand at the same positions."""
   case = make_case([(4, 6)], seed=1, text=9, tail=12)
@@ -112,8 +112,8 @@ def test_shared_prefix_equals_separate_rows(untied, make_case, forward, block):
   second = slice(length, length + 10)
   tokens[0, second], positions[0, second] = endings[1], positions[0, cut:length]
   ends[0, :cut], ends[0, second] = second.stop, second.stop
-  lists = key_blocks(ends, block)
-  assert (lists is None) == (block == 128)
+  lists = key_blocks(ends, block) if block else None
+  assert (lists is None) == (block is None)
   got = np.asarray(forward(untied.params, tokens, positions, ends, case.vision, index, lists))[0]
   assert worst(got[:length], want[0]) < TOLERANCE
   assert worst(np.concatenate([got[:cut], got[second]]), want[1]) < TOLERANCE
