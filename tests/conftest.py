@@ -1,10 +1,14 @@
-"""Every test sees eight CPU devices, so that sharded code runs on any machine.
+"""Every test sees eight CPU devices, so that sharded code runs on any machine; and what one compiled,
+no other compiles again.
 
 The variables must be set before jax is first imported, which is why they are set here and why this
 file imports nothing that imports jax.
 """
 
+import collections
 import os
+import shutil
+import tempfile
 
 import pytest
 
@@ -13,11 +17,18 @@ _COUNT = "--xla_force_host_platform_device_count"
 if _COUNT not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COUNT}=8".strip()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-_NO_SIDECAR = pytest.StashKey[str]()
+# One store of compiled programs for all workers and the runs that tests start, unless the user has one.
+_COMPILED = "JAX_COMPILATION_CACHE_DIR"
+_OWN_STORE = "" if _COMPILED in os.environ else tempfile.mkdtemp(prefix="axpo_compiled_")
+if _OWN_STORE:
+  os.environ[_COMPILED] = _OWN_STORE
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# How the reason of a skip begins that the summary repeats, in large letters.
+_NOT_HERE = "NOT TESTED HERE: "
 
 
 @pytest.fixture(scope="session")
-def sidecar_python(pytestconfig):
+def sidecar_python():
   """A Python that has SGLang for CPUs; without one the test is skipped, and the summary says so.
 
   Tests that ask for it start real servers: `with Sidecar(SidecarSpec(...), folder) as sidecar`.
@@ -28,8 +39,7 @@ def sidecar_python(pytestconfig):
   try:
     return find_python("cpu")
   except SidecarError as error:
-    pytestconfig.stash[_NO_SIDECAR] = str(error)
-    pytest.skip(str(error))
+    pytest.skip(f"{_NOT_HERE}a real SGLang server. {error}")
 
 
 @pytest.fixture(scope="session")
@@ -47,10 +57,20 @@ def python_isolation():
       continue
     tool.close()
     return isolation
-  pytest.skip(reason)
+  pytest.skip(f"{_NOT_HERE}the python tool. {reason}")
 
 
-def pytest_terminal_summary(terminalreporter, config):
-  if reason := config.stash.get(_NO_SIDECAR, ""):
-    terminalreporter.section("NOTHING WAS TESTED AGAINST A REAL SGLANG SERVER", sep="!", red=True)
-    terminalreporter.line(reason)
+def pytest_unconfigure():
+  if _OWN_STORE:  # empty in workers, which have their parent's
+    shutil.rmtree(_OWN_STORE, ignore_errors=True)
+
+
+def pytest_terminal_summary(terminalreporter):
+  # Read from the reports: under xdist the tests ran in other processes.
+  skipped = [report.longrepr[2].removeprefix("Skipped: ")
+             for report in terminalreporter.stats.get("skipped", ())]
+  for reason, count in collections.Counter(skipped).items():
+    if reason.startswith(_NOT_HERE):
+      title, _, rest = reason.partition(". ")
+      terminalreporter.section(f"{title} ({count} tests)", sep="!", red=True)
+      terminalreporter.line(rest)

@@ -14,7 +14,7 @@ from axpo_jax.eval.report.__main__ import main
 from axpo_jax.eval.report.runs import Benchmark, ReportError, Run, load_runs
 from tests.eval.report_run import find_browser, open_page, write_run
 
-NO_BROWSER = "NO BROWSER HERE: the report was not looked at; install chromium (or set $CHROMIUM)"
+NO_BROWSER = "NOT TESTED HERE: the report in a browser. Install chromium, or set $CHROMIUM to its path"
 with_browser = pytest.mark.skipif(find_browser() is None, reason=NO_BROWSER)
 
 

@@ -173,18 +173,10 @@ def _config(policy, questions):
 
 
 @pytest.fixture
-def two_devices(monkeypatch, tmp_path):
-  """Runs see two of the eight devices, and what one of them compiled the next need not."""
+def two_devices(monkeypatch):
+  """Runs see two of the eight devices."""
   monkeypatch.setattr(build.sharding, "make_mesh", functools.partial(
     sharding.make_mesh, devices=jax.devices()[:2]))
-  settings = {"jax_compilation_cache_dir": str(tmp_path / "compiled"),
-              "jax_persistent_cache_min_compile_time_secs": 0.2}
-  before = {name: getattr(jax.config, name) for name in settings}
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
 
 
 def test_a_run_with_adapters(two_devices, tmp_path, monkeypatch):

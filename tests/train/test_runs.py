@@ -2,7 +2,6 @@
 of `rigged`."""
 
 import asyncio
-import contextlib
 import functools
 import importlib.util
 import json
@@ -47,20 +46,6 @@ def questions(tmp_path_factory) -> pathlib.Path:
 def overrides(checkpoint, questions) -> list[str]:
   return [f"--config.model.checkpoint={checkpoint}", f"--config.data.path={questions}",
           f"--config.data.eval_path={questions}"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-  """One store of compiled programs for this process and those it starts; or the user's own."""
-  folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(tmp_path_factory.mktemp("compiled"))
-  settings = {"jax_compilation_cache_dir": folder,
-              "jax_persistent_cache_min_compile_time_secs": 0.2}
-  with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
-    for name, value in settings.items():
-      patch.setenv(name.upper(), str(value))
-      stack.callback(jax.config.update, name, getattr(jax.config, name))
-      jax.config.update(name, value)
-    yield
 
 
 def load_config(path):

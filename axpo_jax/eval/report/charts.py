@@ -19,6 +19,8 @@ from axpo_jax.rl.census import STATES, SUBGROUPS
 
 _WINDOW = 5  # steps of the running mean
 _QUARTERS = [0, 25, 50, 75, 100]
+_POWERS = range(-9, 4)  # of ten, on logarithmic axes; Plotly's own exponents are outsized
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _DASHES = ("solid", "dot", "dash")
 
 # (title, what it means, unit, ((label, metric), ...)); the first of the lines is the solid one.
@@ -78,7 +80,8 @@ def _panel(runs: Sequence[Run], title: str, about: str, unit: str, lines) -> Cha
   if unit == "%":
     figure.update_yaxes(range=[-2, 102], tickvals=_QUARTERS, ticktext=_percent(_QUARTERS))
   else:
-    figure.update_yaxes(type="log", title_text=unit, exponentformat="power", dtick=1)
+    figure.update_yaxes(type="log", title_text=unit, tickvals=[10.0**k for k in _POWERS],
+                        ticktext=[f"10{str(k).translate(_RAISED)}" for k in _POWERS])
   return Chart(title, about, _json(figure))
 
 

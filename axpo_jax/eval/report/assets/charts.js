@@ -10,7 +10,13 @@
     return Report.json("charts");
   });
 
-  const themed = (figure) => {
+  // Rows that a legend takes beyond its first: they must not come out of the plot.
+  const moreRows = (names, width) => {
+    const widest = Math.max(...names.map((name) => 7 * name.length + 48));
+    return Math.ceil(names.length / Math.max(1, Math.floor((width - 60) / widest))) - 1;
+  };
+
+  const themed = (figure, width) => {
     const ink = Report.colour("--ink-2"), line = Report.colour("--line");
     const palette = [0, 1, 2, 3, 4, 5].map((i) => Report.colour(`--c${i}`));
     const data = figure.data.map((trace) => {
@@ -27,6 +33,7 @@
     const merge = (given = {}) => ({ ...axis, ...given,
                                      title: { ...axis.title, ...(given.title || {}) } });
     const heat = data[0].type === "heatmap";
+    const named = heat ? [] : data.filter((trace) => trace.showlegend !== false);
     const layout = { ...figure.layout,
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: Report.colour("--sans"), size: 12, color: ink },
@@ -37,8 +44,10 @@
       shapes: (figure.layout.shapes || []).map((shape) => ({ ...shape,
         line: { ...shape.line, color: Report.colour("--card") } })),
       legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 } },
-      showlegend: data.filter((trace) => trace.showlegend !== false && !heat).length > 1,
-      margin: { l: 8, r: heat ? 8 : 14, t: 8, b: 8 }, height: narrow ? 260 : 300,
+      showlegend: named.length > 1,
+      margin: { l: 8, r: heat ? 8 : 14, t: 8, b: 8 },
+      height: (narrow ? 260 : 300)
+        + (named.length > 1 ? 19 * moreRows(named.map((trace) => trace.name), width) : 0),
       hovermode: heat ? "closest" : "x unified",
     };
     return [data, layout, { responsive: true, displayModeBar: false }];
@@ -46,7 +55,7 @@
 
   const draw = async (plot) => {
     const figures = await load();
-    await Plotly.react(plot, ...themed(figures[plot.dataset.chart]));
+    await Plotly.react(plot, ...themed(figures[plot.dataset.chart], plot.clientWidth));
     plot.dataset.drawn = "yes";
   };
 
