@@ -12,7 +12,9 @@ own, padded to the longest, its question's image encoded for it alone. It runs t
 logits for targets alone included, by `share_prefixes=False`; gradients must be equal.
 
 FLOPs are XLA's own count. It counts the body of a loop once, so the program that it is asked about
-has its loops unrolled; the one that runs has not. Memory is XLA's, of the program of one micro-batch:
+has its loops unrolled; the one that runs has not. Of a branch it counts the most expensive side, while
+attention takes shorter lists of keys where they do: so it is asked about two lengths of lists, and the
+line through both is read at the mean length that is taken. Memory is XLA's, of the program of one micro-batch:
 arguments and temporaries. The machine may be busy: compare CPU seconds then.
 """
 
@@ -34,7 +36,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from axpo_jax.model import sharding
+from axpo_jax.model import attention, sharding
 from axpo_jax.model.config import PRESETS, ModelConfig
 from axpo_jax.model.images import ProcessedImage
 from axpo_jax.model.vision_inputs import mrope_positions
@@ -196,19 +198,40 @@ def _measure(learner: Learner, params, batches: Sequence[Batch], repetitions: in
     wall.append(time.perf_counter() - start)
     cpu.append(time.process_time() - cpu_start)
   divisor, memory = denominator(batches), program.memory_analysis()
-  return {"flops": _flops(learner, params, first) * len(batches), "compiled": compiled,
+  return {"flops": sum(_flops(learner, params, batches)), "compiled": compiled,
           "memory": memory.temp_size_in_bytes + memory.argument_size_in_bytes,
           "wall": min(wall), "cpu": min(cpu), "loss": loss / divisor,
           "gradients": jax.tree.map(lambda g: np.asarray(g) / divisor, grads)}
 
 
-def _flops(learner: Learner, params, batch: Batch) -> float:
-  """Of forward and backward pass of a micro-batch, by XLA, all loops unrolled."""
+def _flops(learner: Learner, params, batches: Sequence[Batch]) -> list[float]:
+  """Of forward and backward pass of each micro-batch, all of one shape, by XLA, all loops unrolled."""
+  first = batches[0]
+  whole = _counted(learner, params, first)
+  if first.key_blocks_BxCxN is None:
+    return [whole] * len(batches)
+  longest = first.key_blocks_BxCxN.shape[2]
+  half = longest // 2
+  cut = dataclasses.replace(first, key_blocks_BxCxN=first.key_blocks_BxCxN[..., :half])
+  slope = (whole - _counted(learner, params, cut)) / (longest - half)
+  return [whole - slope * (longest - _mean_width(batch)) for batch in batches]
+
+
+def _counted(learner: Learner, params, batch: Batch) -> float:
   with _unrolled():
     # A function of its own, or the trace with loops would be taken again.
     lowered = jax.jit(lambda *args: learner._accumulate_fn(*args)).lower(
-      params, learner.zeros(), batch)
+      params, learner.zeros(), place(batch, learner.mesh))
   return lowered.cost_analysis()["flops"]
+
+
+def _mean_width(batch: Batch) -> float:
+  """Blocks of keys that a group of queries takes, on average; see `attention.attend`."""
+  lists = np.asarray(batch.key_blocks_BxCxN)
+  at_once = attention.blocks_at_once(batch.tokens_BxT.shape[1], lists, _model_config().attention_chunk)
+  longest_G = (lists >= 0).sum(-1).reshape(-1, at_once).max(-1)
+  widths = np.asarray(attention.list_widths(lists.shape[2]))
+  return float(widths[np.searchsorted(widths, longest_G)].mean())
 
 
 @contextlib.contextmanager

@@ -115,7 +115,7 @@ def visibility(queries: Tags, keys: Sequence[Tags], chunk: int,
   """
   length = queries.order_BxT.shape[1]
   if key_blocks_BxCxN is not None:
-    if _blocks_at_once(length, key_blocks_BxCxN, chunk) < key_blocks_BxCxN.shape[1]:
+    if blocks_at_once(length, key_blocks_BxCxN, chunk) < key_blocks_BxCxN.shape[1]:
       return Visibility(queries, tuple(keys), None, key_blocks_BxCxN, chunk)
     mask = _block_mask(_fold(queries.order_BxT, key_blocks_BxCxN.shape[1]), keys[0],
                        key_blocks_BxCxN, _key_size(length, key_blocks_BxCxN))
@@ -289,7 +289,7 @@ def _attend_listed(q_BxTxHxD, kv, sees: Visibility) -> jax.Array:
   """`attend` over the listed blocks of keys: a block of queries is a batch row of its own."""
   lists_BxCxN, count = sees.key_blocks_BxCxN, sees.key_blocks_BxCxN.shape[1]
   size = _key_size(q_BxTxHxD.shape[1], lists_BxCxN)
-  at_once = _blocks_at_once(q_BxTxHxD.shape[1], lists_BxCxN, sees.chunk)
+  at_once = blocks_at_once(q_BxTxHxD.shape[1], lists_BxCxN, sees.chunk)
   # Tokens in front, as `_take_blocks` wants them.
   kv_BxSxKxD = kv[0].transpose(0, 3, 1, 2), kv[1].transpose(0, 2, 1, 3)
 
@@ -311,7 +311,7 @@ def _attend_listed(q_BxTxHxD, kv, sees: Visibility) -> jax.Array:
       return lambda: some(q, part, _block_mask(order, sees.keys[0], part, size))
 
     # The lists of a group are mostly shorter than the longest, of which there is one shape.
-    widths = _widths(lists.shape[2])
+    widths = list_widths(lists.shape[2])
     longest = (lists >= 0).sum(-1).max()
     return jax.lax.switch((longest > jnp.asarray(widths[:-1])).sum(), [first(n) for n in widths])
 
@@ -328,12 +328,12 @@ def _key_size(length: int, lists_BxCxN) -> int:
   return min(length // lists_BxCxN.shape[1], KEYS)
 
 
-def _widths(listed: int) -> list[int]:
-  """Lengths of lists that are worth a program of their own."""
-  return sorted({-(-listed * quarters // 4) for quarters in (1, 2, 3, 4)})
+def list_widths(listed: int) -> list[int]:
+  """Lengths of lists that are worth a program of their own: of a group the next one is taken."""
+  return sorted({-(-listed * eighths // 8) for eighths in range(1, 9)})
 
 
-def _blocks_at_once(length: int, lists_BxCxN, chunk: int) -> int:
+def blocks_at_once(length: int, lists_BxCxN, chunk: int) -> int:
   """As many blocks of queries as have no more scores than one chunk without lists would have."""
   _, count, listed = lists_BxCxN.shape
   scores = (length // count) * listed * _key_size(length, lists_BxCxN)
