@@ -98,7 +98,7 @@ def _model_config() -> ModelConfig:
   vision = dataclasses.replace(
     tiny.vision, depth=1, deepstack_layers=(0,), hidden_size=32, intermediate_size=128, num_heads=1,
     patch_size=4, out_hidden_size=128)
-  # Of the chunks of 64 to 512 queries the fastest for both sides, on two cores.
+  # The best of 64 to 512 for the shared side; the other was a little faster with 512 (docs/performance.md).
   return dataclasses.replace(tiny, text=text, vision=vision, remat="full", attention_chunk=128)
 
 
