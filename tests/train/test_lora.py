@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
 from axpo_jax.config import ConfigError
 from axpo_jax.model import sharding
 from axpo_jax.model.config import TEXT_TARGETS, VISION_TARGETS, LoraConfig
+from axpo_jax.model.layers import Linear, Maker
+from axpo_jax.model.lora import Adapter
+from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.train import build, experiment, lora
 from axpo_jax.train.checkpoint import Checkpoints
 from axpo_jax.train.metrics import MetricsWriter, read_metrics
@@ -89,6 +93,23 @@ def _assert_same_bits(got, want):
     assert got[name].tobytes() == value.tobytes(), name
 
 
+def test_a_new_adapter_changes_no_bit(config, host_params, batches):
+  """Operation by operation; a compiled program of another text may round otherwise."""
+  with_adapters = dataclasses.replace(config, lora=EVERYWHERE)
+  mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
+  base = jax.tree.map(jnp.array, host_params)
+  new, batch = lora.attach(base, with_adapters, 5, mesh), batches[0]
+
+  def hidden(config, params):
+    graphdef = nnx.split(nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0))))[0]
+    with jax.disable_jit():
+      return nnx.merge(graphdef, params)(
+        *map(jnp.asarray, (batch.tokens_BxT, batch.positions_BxTx3, batch.ends_BxT)),
+        vision=batch.vision, image_index_BxT=jnp.asarray(batch.image_index_BxT))[0]
+
+  _assert_same_bits(hidden(with_adapters, new), hidden(config, base))
+
+
 def test_adapters_stand_at_their_targets_and_are_split_with_them(adapted, mesh):
   found = {_name(path).partition("/adapter/")[0]: x
            for path, x in jax.tree_util.tree_flatten_with_path(adapted)[0] if "adapter" in _name(path)}
@@ -124,6 +145,22 @@ def test_the_reference_is_the_policy_without_its_adapters(plain, learner, base, 
   off, _ = learner.score(lora.switched_off(noisy), batches[0])
   alone, _ = plain.score(base, batches[0])
   np.testing.assert_allclose(off, alone, atol=2e-5)  # two programs, which round differently
+
+
+def test_gradients_are_the_chain_rule_on_that_of_the_kernel():
+  """Of a layer whose input is two axes wide."""
+  rngs, draw = nnx.Rngs(0), np.random.default_rng(0)
+  layer = Linear(Maker(rngs, "float32"), (3, 5, 7), ("heads", "head_dim", "embed"), fan_in=2)
+  layer.adapter = nnx.data(Adapter(layer, EVERYWHERE, rngs))
+  layer.adapter.b.kernel[...] = jnp.asarray(draw.normal(size=(4, 7)), jnp.float32)
+  graphdef, params = nnx.split(layer)
+  x, weight = (draw.normal(size=size).astype(np.float32) for size in ((11, 3, 5), (11, 7)))
+  grads = jax.grad(lambda params: jnp.sum(nnx.merge(graphdef, params)(x) * weight))(params)
+  whole = np.asarray(grads["kernel"].get_value()).reshape(15, 7)
+  a, b = (np.asarray(params["adapter"][name]["kernel"].get_value()) for name in "ab")
+  got = {name: np.asarray(grads["adapter"][name]["kernel"].get_value()) for name in "ab"}
+  np.testing.assert_allclose(got["a"].reshape(15, 4), 3.0 * whole @ b.T, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(got["b"], 3.0 * a.reshape(15, 4).T @ whole, rtol=1e-4, atol=1e-5)
 
 
 def test_only_adapters_are_trained_and_a_resume_repeats_the_run(learner, adapted, batches, tmp_path):
