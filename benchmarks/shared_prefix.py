@@ -230,7 +230,7 @@ def _mean_width(batch: Batch) -> float:
   lists = np.asarray(batch.key_blocks_BxCxN)
   at_once = attention.blocks_at_once(batch.tokens_BxT.shape[1], lists, _model_config().attention_chunk)
   longest_G = (lists >= 0).sum(-1).reshape(-1, at_once).max(-1)
-  widths = np.asarray(attention.list_widths(lists.shape[2]))
+  widths = np.asarray(attention.list_lengths(lists.shape[2]))
   return float(widths[np.searchsorted(widths, longest_G)].mean())
 
 

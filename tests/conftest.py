@@ -12,10 +12,10 @@ import tempfile
 
 import pytest
 
+from tests import xla
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-_COUNT = "--xla_force_host_platform_device_count"
-if _COUNT not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_COUNT}=8".strip()
+os.environ["XLA_FLAGS"] = xla.flags(8)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # One store of compiled programs for all workers and the runs that tests start, unless the user has one.
 _COMPILED = "JAX_COMPILATION_CACHE_DIR"

@@ -216,7 +216,7 @@ async def sample(folder: pathlib.Path, questions: Iterable[Question],
     SamplingError: all rollouts of a shard failed. Finished shards stay.
   """
   folder.mkdir(parents=True, exist_ok=True)
-  for leftover in folder.glob(".*.tmp"):  # of a killed run
+  for leftover in folder.rglob(".*.tmp"):  # of a killed run, half an image too
     leftover.unlink()
   found: dict[int, list[Record]] = {}
   failures: list[SamplingError] = []

@@ -24,7 +24,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -288,39 +289,82 @@ def _attend_kernel(q_BxTxHxD, kv, sees: Visibility) -> jax.Array:
 def _attend_listed(q_BxTxHxD, kv, sees: Visibility) -> jax.Array:
   """`attend` over the listed blocks of keys: a block of queries is a batch row of its own."""
   lists_BxCxN, count = sees.key_blocks_BxCxN, sees.key_blocks_BxCxN.shape[1]
-  size = _key_size(q_BxTxHxD.shape[1], lists_BxCxN)
-  at_once = blocks_at_once(q_BxTxHxD.shape[1], lists_BxCxN, sees.chunk)
   # Tokens in front, as `_take_blocks` wants them.
   kv_BxSxKxD = kv[0].transpose(0, 3, 1, 2), kv[1].transpose(0, 2, 1, 3)
+  if sees.masks is not None:
+    taken = _taken(*kv_BxSxKxD, lists_BxCxN, q_BxTxHxD.shape[1])
+    return _attend(_fold(q_BxTxHxD, count), [block(*taken)], sees.masks).reshape(q_BxTxHxD.shape)
+  groups = count // blocks_at_once(q_BxTxHxD.shape[1], lists_BxCxN, sees.chunk)
+  q, order, lists = (x.reshape(len(x), groups, -1, *x.shape[2:]).swapaxes(0, 1)
+                     for x in (q_BxTxHxD, sees.queries.order_BxT, lists_BxCxN))
+  out_PxBxTxHxD = _attend_groups(q, *kv_BxSxKxD, order, lists, sees.keys[0])
+  return out_PxBxTxHxD.swapaxes(0, 1).reshape(q_BxTxHxD.shape)
 
-  def some(q, lists, mask):
-    taken = (_take_blocks(x, size, lists) for x in kv_BxSxKxD)
-    return _attend(q, [block(*taken)], [mask])
 
-  if at_once == count:
-    out = some(_fold(q_BxTxHxD, count), lists_BxCxN, sees.masks[0])
-    return out.reshape(q_BxTxHxD.shape)
+@jax.custom_vjp
+def _attend_groups(q_PxBxTxHxD, k_BxSxKxD, v_BxSxKxD, order_PxBxT, lists_PxBxCxN, keys: Tags):
+  """One group P of queries after the other, each with the keys that its own blocks list.
 
-  @jax.checkpoint
-  def one(args):
-    q, order, lists = args
-    q, order = (_fold(x, at_once) for x in (q, order))
+  The backward pass is written out: it recomputes a group within the branch for its length of lists, and
+  adds what the group gives to its keys in place. The transpose of the loop would fill arrays for the
+  branches that are not taken, and make gradients of all keys for every group.
+  """
+  def one(group):
+    q, order, lists = group
+    return _at_length(lists, lambda part: _listed(order, part, keys)(
+      q, *_taken(k_BxSxKxD, v_BxSxKxD, part, order.shape[1])))
 
-    def first(n):
-      part = lists[..., :n]
-      return lambda: some(q, part, _block_mask(order, sees.keys[0], part, size))
+  return jax.lax.map(one, (q_PxBxTxHxD, order_PxBxT, lists_PxBxCxN))
 
-    # The lists of a group are mostly shorter than the longest, of which there is one shape.
-    widths = list_widths(lists.shape[2])
-    longest = (lists >= 0).sum(-1).max()
-    return jax.lax.switch((longest > jnp.asarray(widths[:-1])).sum(), [first(n) for n in widths])
 
-  groups = count // at_once
-  parts = (q_BxTxHxD, sees.queries.order_BxT, lists_BxCxN)
-  out = jax.lax.map(one, tuple(
-    x.reshape(len(x), groups, -1, *x.shape[2:]).swapaxes(0, 1) for x in parts))
-  out = out.reshape(groups, len(q_BxTxHxD), -1, *q_BxTxHxD.shape[2:])
-  return out.swapaxes(0, 1).reshape(q_BxTxHxD.shape)
+def _groups_forward(*args):
+  return _attend_groups(*args), args
+
+
+def _groups_backward(args, g_PxBxTxHxD):
+  q_PxBxTxHxD, k, v, order_PxBxT, lists_PxBxCxN, keys = args
+
+  def one(sums, group):
+    q, order, lists, g = group
+
+    def with_lists(part):
+      _, pull = jax.vjp(_listed(order, part, keys), q, *_taken(k, v, part, order.shape[1]))
+      dq, *taken = pull(g)
+      return tuple(_add_blocks(x, y, part) for x, y in zip(sums, taken, strict=True)), dq
+
+    return _at_length(lists, with_lists)
+
+  zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+  (dk, dv), dq = jax.lax.scan(one, zeros, (q_PxBxTxHxD, order_PxBxT, lists_PxBxCxN, g_PxBxTxHxD))
+  return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
+
+
+_attend_groups.defvjp(_groups_forward, _groups_backward)
+
+
+def _at_length(lists_BxCxN, function: Callable[[jax.Array], Any]) -> Any:
+  """The function of the lists without most of what is empty behind them."""
+  lengths = list_lengths(lists_BxCxN.shape[2])
+  longest = (lists_BxCxN >= 0).sum(-1).max()
+  return jax.lax.switch((longest > jnp.asarray(lengths[:-1])).sum(),
+                        [functools.partial(function, lists_BxCxN[..., :n]) for n in lengths])
+
+
+def _listed(order_BxT, lists_BxCxN, keys: Tags) -> Callable[..., jax.Array]:
+  """Attention of queries [B, T, H, D] to keys and values that were taken for each of their blocks."""
+  count = lists_BxCxN.shape[1]
+  mask = _block_mask(_fold(order_BxT, count), keys, lists_BxCxN,
+                     _key_size(order_BxT.shape[1], lists_BxCxN))
+
+  def attention(q_BxTxHxD, k, v):
+    return _attend(_fold(q_BxTxHxD, count), [block(k, v)], [mask]).reshape(q_BxTxHxD.shape)
+
+  return attention
+
+
+def _taken(k_BxSxKxD, v_BxSxKxD, lists_BxCxN, queries: int) -> tuple[jax.Array, jax.Array]:
+  size = _key_size(queries, lists_BxCxN)
+  return _take_blocks(k_BxSxKxD, size, lists_BxCxN), _take_blocks(v_BxSxKxD, size, lists_BxCxN)
 
 
 def _key_size(length: int, lists_BxCxN) -> int:
@@ -328,7 +372,7 @@ def _key_size(length: int, lists_BxCxN) -> int:
   return min(length // lists_BxCxN.shape[1], KEYS)
 
 
-def list_widths(listed: int) -> list[int]:
+def list_lengths(listed: int) -> list[int]:
   """Lengths of lists that are worth a program of their own: of a group the next one is taken."""
   return sorted({-(-listed * eighths // 8) for eighths in range(1, 9)})
 
@@ -361,3 +405,13 @@ def _take_blocks(x_BxSxX: jax.Array, size: int, lists_BxCxN: jax.Array) -> jax.A
   blocks = x_BxSxX.reshape(batch, length // size, size, *rest)
   taken = jax.vmap(lambda x, i: x[i])(blocks, jnp.maximum(lists_BxCxN, 0))
   return taken.reshape(batch * lists_BxCxN.shape[1], -1, *rest)
+
+
+def _add_blocks(x_BxSxX: jax.Array, taken_AxMxX: jax.Array, lists_BxCxN: jax.Array) -> jax.Array:
+  """The transpose of `_take_blocks`, added to what is there."""
+  batch, length, *rest = x_BxSxX.shape
+  lists_BxN = lists_BxCxN.reshape(batch, -1)
+  taken = taken_AxMxX.reshape(*lists_BxN.shape, -1, *rest)
+  blocks = x_BxSxX.reshape(batch, -1, taken.shape[2], *rest)
+  added = jax.vmap(lambda x, i, y: x.at[i].add(y))(blocks, jnp.maximum(lists_BxN, 0), taken)
+  return added.reshape(batch, length, *rest)

@@ -133,7 +133,8 @@ def test_killed_in_the_middle_and_resumed_it_is_the_unbroken_one(whole, tmp_path
   assert finished and set(finished) <= {question.id for question in questions[:6]}
   assert len(finished) % 3 == 0
   assert not shards.done(tmp_path)
-  (tmp_path / ".rollouts_00002.jsonl.1.tmp").write_text("half a li")
+  for half in (".rollouts_00002.jsonl.1.tmp", "images/.0a.png.1.tmp"):
+    (tmp_path / half).write_text("half a li")
   _, actor = world()
   run(tmp_path, questions, actor)
   assert content(tmp_path) == content(folder)

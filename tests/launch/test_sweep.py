@@ -14,6 +14,7 @@ import pytest
 
 import axpo_jax
 from axpo_jax.train.metrics import read_metrics
+from tests import xla
 
 REPO = pathlib.Path(axpo_jax.__file__).parents[1]
 MICRO = "tests/train/micro_config.py"
@@ -31,7 +32,7 @@ def sweep(workdir, *flags, common=TINY) -> subprocess.CompletedProcess:
   return subprocess.run(
     [sys.executable, "launch/sweep.py", f"--config={MICRO}", f"--workdir={workdir}", *flags, "--",
      *common], cwd=REPO, text=True, capture_output=True, timeout=1800,
-    env={**os.environ, "XLA_FLAGS": ""})
+    env={**os.environ, "XLA_FLAGS": xla.flags(1)})
 
 
 def test_two_seeds_of_two_algorithms(tmp_path):

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from axpo_jax.model import hf, sharding
 from axpo_jax.rollout.sidecar.spec import free_port
 from axpo_jax.rollout.weight_push import PushConfig, PushFolder, WrongParameters, server_name
+from tests import xla
 
 LAST = ("text", "layers", "down", "kernel")  # a stacked parameter: one tensor a layer
 DOWN = frozenset(f"model.language_model.layers.{i}.mlp.down_proj.weight" for i in range(3))
@@ -215,7 +216,7 @@ def test_two_processes_write_each_shard_once(reference, model_config, tmp_path):
   processes = [subprocess.Popen(
     [sys.executable, "-c", PROCESS, port, str(rank), str(tmp_path), str(repo)], text=True,
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"})
+    env={**os.environ, "XLA_FLAGS": xla.flags(2)})
     for rank in range(2)]
   outputs = [process.communicate(timeout=240)[0] for process in processes]
   assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)

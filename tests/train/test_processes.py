@@ -17,14 +17,13 @@ from axpo_jax.train import build
 from axpo_jax.train.checkpoint import Checkpoints
 from axpo_jax.train.metrics import read_metrics
 from axpo_jax.train.step import Learner, supervised_objective
+from tests import xla
 from tests.train import micro_config, rigged
 from tests.train.rigged import untimed
 
 REPO = pathlib.Path(axpo_jax.__file__).parents[1]
-# What the processes compute is compared, not how fast: programs are compiled in a hurry, and a thread
-# that waits for others is not taken for dead on a busy machine.
-HURRY = ("--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-         "--xla_cpu_collective_call_terminate_timeout_seconds=600")
+# A thread that waits for others is not taken for dead on a busy machine.
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 # Seconds after which a run is taken for stuck. Alone on two cores it takes a twentieth of that.
 PATIENCE = 600
 
@@ -46,7 +45,7 @@ def run(workdir: pathlib.Path, changes: dict, count: int) -> list[str]:
   """A run of `count` processes with eight devices in all; what each wrote to its standard output."""
   flags = [f"--config.{name}={value}" for name, value in changes.items()]
   flags += [f"--coordinator=127.0.0.1:{free_port('127.0.0.1')}", f"--processes={count}"]
-  env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count} {HURRY}"}
+  env = os.environ | {"XLA_FLAGS": f"{xla.flags(8 // count)} {PATIENT}"}
   logs = [(workdir.with_suffix(f".{i}.out"), workdir.with_suffix(f".{i}.err")) for i in range(count)]
   processes = []
   try:

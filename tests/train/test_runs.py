@@ -25,6 +25,7 @@ from axpo_jax.config_checks import validate
 from axpo_jax.eval import shards
 from axpo_jax.train import build, experiment, rl
 from axpo_jax.train.metrics import read_metrics
+from tests import xla
 from tests.train import rigged
 from tests.train.rigged import untimed
 
@@ -88,7 +89,7 @@ def launch(workdir, flags, *, config=MICRO, die_at=None) -> subprocess.Completed
   program = [str(MAIN)] if die_at is None else ["-c", DYING, str(die_at)]
   return subprocess.run(
     [sys.executable, *program, f"--config={config}", f"--workdir={workdir}", *flags],
-    env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True, timeout=3600)
+    env={**os.environ, "XLA_FLAGS": xla.flags(1)}, capture_output=True, text=True, timeout=3600)
 
 
 @pytest.fixture(scope="module")
