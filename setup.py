@@ -52,6 +52,6 @@ setup(
     # torch is here to compare with: the port's second implementation. Never imported by the package.
     # playwright drives a Chromium that the system has; it need not install one.
     "test": [*_AOT, *_REPORT, *_TOOLS, "hypothesis>=6.100", "playwright>=1.50", "pytest>=8",
-             "pytest-xdist>=3.6", "ruff>=0.9", "torch==2.13.0"],
+             "pytest-xdist>=3.7", "ruff>=0.9", "torch==2.13.0"],
   },
 )

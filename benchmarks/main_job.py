@@ -2,9 +2,10 @@
 
   python benchmarks/main_job.py [--policy FOLDER] [--repetitions 5] [--parts sampling,training]
 
-Four measurements, each a median with its smallest and largest value:
+Five measurements, each a median with its smallest and largest value:
 
-  sampling  new tokens per second: the embedded engine against `transformers` `generate`
+  sampling  new tokens per second of 32 prompts: the embedded engine against `transformers` `generate`
+  rollouts  the same for 4 questions with 8 rollouts each, as in a step of RL
   prefill   prompt tokens computed in an AXPO step, with and without prefix sharing
   training  trajectory tokens per second: the Learner's packed step against a padded PyTorch step
   groups    the same for 8 questions with 8 trajectories each, as in a step of RL
@@ -46,11 +47,12 @@ from axpo_jax.agent.transcript import Transcript
 from axpo_jax.config import ASSETS
 from axpo_jax.data.question import Question
 from axpo_jax.model import hf
+from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.images import ProcessedImage
 from axpo_jax.rl.resample import prefix_budget
 from axpo_jax.rollout.engine import EngineStats, SampleRequest
 from axpo_jax.rollout.teacher_engine import TeacherEngine
-from axpo_jax.train import build, collect, seeds
+from axpo_jax.train import build, collect, flops, seeds
 from axpo_jax.train.batch import batch_shards, packing_metrics
 from axpo_jax.train.examples import supervised
 from axpo_jax.train.packing import Example, pack
@@ -59,7 +61,7 @@ from axpo_jax.train.step import Learner, supervised_objective
 from benchmarks.torch_side import PyTorch, choose_threads
 from configs import axpo_tiny
 
-PARTS = ("sampling", "prefill", "training", "groups")
+PARTS = ("sampling", "rollouts", "prefill", "training", "groups")
 PROMPTS, NEW_TOKENS = 32, 64
 TRAJECTORIES = 64
 
@@ -205,12 +207,23 @@ def _print_machine(config: ConfigDict, params, args: argparse.Namespace, policy:
 
 def sampling(config, bench, params, policy, repetitions) -> tuple[Row, str]:
   """32 prompts with an image each, the same number of new tokens, nothing cached beforehand."""
+  return _sampling("sampling", PROMPTS, config, bench, params, policy, repetitions)
+
+
+def rollouts(config, bench, params, policy, repetitions) -> tuple[Row, str]:
+  """The same number of prompts, of fewer questions: each is asked as often as a step of RL does."""
+  return _sampling("rollouts", PROMPTS // config.rl.num_rollouts, config, bench, params, policy,
+                   repetitions)
+
+
+def _sampling(name, questions, config, bench, params, policy, repetitions) -> tuple[Row, str]:
   with config.unlocked():
     config = ConfigDict(config)
-  config.eval.questions = PROMPTS
+  config.eval.questions = questions
   with _engine(config, bench, params) as (engine, runner):
     actor = build.actor(config, bench, engine)
-    starts = [actor.start(question) for question in build.eval_questions(config)]
+    different = [actor.start(question) for question in build.eval_questions(config)]
+    starts = [start for start in different for _ in range(PROMPTS // questions)]
     shape = dataclasses.replace(actor.sampling, max_new_tokens=NEW_TOKENS, stop_ids=())
     requests = [
       SampleRequest(tuple(start.ids), tuple(image.shown for image in start.images), shape, (seed,))
@@ -228,10 +241,47 @@ def sampling(config, bench, params, policy, repetitions) -> tuple[Row, str]:
       Side(lambda: theirs.generate(inputs, NEW_TOKENS))]
     threads = choose_threads(sides[1].run)
     times = take_turns(sides, repetitions)
-  row = _speed_row(f"sampling, new tokens/s, batch {PROMPTS}", PROMPTS * NEW_TOKENS, *times, aim=10)
+  row = _speed_row(f"{name}, new tokens/s, {questions} x {PROMPTS // questions}",
+                   PROMPTS * NEW_TOKENS, *times, aim=10)
   return row, (
-    f"sampling: prompts of {min(map(_length, starts))}-{max(map(_length, starts))} tokens; time "
-    f"includes images and prefill; {_calls(times, threads)}")
+    f"{name}: prompts of {min(map(_length, starts))}-{max(map(_length, starts))} tokens; time "
+    f"includes images and prefill; {_calls(times, threads)}\n  "
+    + _bound(bench.model_config, different, statistics.median(times[1].later)))
+
+
+def _bound(config: ModelConfig, starts: Sequence[Transcript], theirs: float) -> str:
+  """What the gain could be at most, if these prompts and the new tokens cost nothing but their matrix
+  products and the memory traffic of reading the cache, each at this machine's best speed."""
+  prompts = [_length(start) for start in starts]
+  longest, new = statistics.mean(prompts) + NEW_TOKENS / 2, PROMPTS * NEW_TOKENS
+  patches = [len(image.shown.patches_PxC) for start in starts for image in start.images]
+  prefilled = flops.needed(config, tokens=sum(prompts), targets=0, patches=sum(patches),
+                           seen=statistics.mean(prompts) / 2, seen_patches=statistics.mean(patches))
+  decoded = flops.needed(config, tokens=new, targets=new, patches=0, seen=longest, seen_patches=0)
+  text = config.text
+  cache = new * longest * 2 * text.num_layers * text.num_kv_heads * text.head_dim * 4
+  flop_rate, byte_rate = _machine_speed()
+  seconds = (prefilled + decoded) / flop_rate + cache / byte_rate
+  return (f"at most {theirs / seconds:.1f}: {(prefilled + decoded) / 1e9:.1f} GFLOP of products at "
+          f"{flop_rate / 1e9:.0f} GFLOP/s and {cache / 1e9:.1f} GB of cache at "
+          f"{byte_rate / 1e9:.0f} GB/s take {seconds:.3f} s, PyTorch {theirs:.3f} s")
+
+
+def _machine_speed() -> tuple[float, float]:
+  """FLOPs a second of a large float32 product, bytes a second of reading a large array; the best of ten."""
+  n = 1024
+  square, big = np.ones((n, n), np.float32), jax.numpy.ones(2**25, np.float32)
+
+  def best(call) -> float:
+    times = []
+    for _ in range(11):
+      start = time.perf_counter()
+      jax.block_until_ready(call())
+      times.append(time.perf_counter() - start)
+    return min(times[1:])  # without the first, which compiles
+
+  return (2 * n**3 / best(lambda: square @ square),
+          big.nbytes / best(lambda: jax.numpy.sum(big)))
 
 
 def _expanded(transcript: Transcript) -> tuple[np.ndarray, list[ProcessedImage]]:
@@ -399,7 +449,8 @@ def _pytorch_side(config, policy, examples: Sequence[Example]):
   return Side(lambda: losses.append(step(inputs, labels_BxT))), losses
 
 
-_MEASURED = {"sampling": sampling, "prefill": prefill, "training": training, "groups": groups}
+_MEASURED = {"sampling": sampling, "rollouts": rollouts, "prefill": prefill, "training": training,
+             "groups": groups}
 
 if __name__ == "__main__":
   main()

@@ -9,7 +9,8 @@ the questions: `--questions 4` is a quick look. The model is scaled in width and
 
 The other side is what trainers do without sharing: every rollout and continuation is a row of its
 own, padded to the longest, its question's image encoded for it alone. It runs the same step here,
-logits for targets alone included, by `share_prefixes=False`; gradients must be equal.
+logits for targets alone included, by `share_prefixes=False`; gradients must be equal. Either side has the
+`attention_chunk` that it is fastest with.
 
 FLOPs are XLA's own count. It counts the body of a loop once, so the program that it is asked about
 has its loops unrolled; the one that runs has not. Of a branch it counts the most expensive side, while
@@ -54,6 +55,9 @@ OBSERVED = 20  # text before the crop, and as much behind it
 IMAGE_HW, CROP_HW = (50, 80), (30, 40)  # patches; four make a token
 ROW = 24_576  # tokens of a shared row, as in the paper's config; a question's tree has 10,000 to 14,000
 PATCHES = (1216, 4032)
+# Queries of attention at once: the best of 64 to 512 for each side.
+PLAIN, SHARED = "one row each", "shared"
+CHUNKS = {PLAIN: 512, SHARED: 128}
 
 
 def main() -> None:
@@ -61,21 +65,22 @@ def main() -> None:
   config = _model_config()
   examples = step_examples(args.questions, args.tool_rate, config)
   mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
-  learner = Learner(config, make_optimizer(OptimizerConfig(1e-6, total_steps=1)),
-                    policy_objective(LossConfig(kl_coef=0.0)), mesh, chunk=2048)
   params = init_params(config, 0, mesh, sharding.DEFAULT_RULES)
-  sides = {"one row each": _packed(_unshared(examples), config, share=False),
-           "shared": _packed(examples, config, share=True)}
+  sides = {PLAIN: _packed(_unshared(examples), config, share=False),
+           SHARED: _packed(examples, config, share=True)}
   _print_setting(args, config, params, examples)
   results = {}
   for name, batches in sides.items():
+    learner = Learner(dataclasses.replace(config, attention_chunk=CHUNKS[name]),
+                      make_optimizer(OptimizerConfig(1e-6, total_steps=1)),
+                      policy_objective(LossConfig(kl_coef=0.0)), mesh, chunk=2048)
     packed = packing_metrics(batches, examples)
     results[name] = _measure(learner, params, batches, args.repetitions) | {
       "tokens": packed["pack/tokens"], "images": packed["pack/images"],
       "places": sum(batch.tokens_BxT.size for batch in batches)}
     print(f"{name}: {len(batches)} micro-batches, {results[name]['wall']:,.1f} s", flush=True)
   _print_table(*results.values())
-  _check(results["shared"], results["one row each"])
+  _check(results[SHARED], results[PLAIN])
 
 
 def _arguments() -> argparse.Namespace:
@@ -98,8 +103,7 @@ def _model_config() -> ModelConfig:
   vision = dataclasses.replace(
     tiny.vision, depth=1, deepstack_layers=(0,), hidden_size=32, intermediate_size=128, num_heads=1,
     patch_size=4, out_hidden_size=128)
-  # The best of 64 to 512 for the shared side; the other was a little faster with 512 (docs/performance.md).
-  return dataclasses.replace(tiny, text=text, vision=vision, remat="full", attention_chunk=128)
+  return dataclasses.replace(tiny, text=text, vision=vision, remat="full")
 
 
 # The step's trajectories -----------------------------------------------------------------------
@@ -214,7 +218,7 @@ def _flops(learner: Learner, params, batches: Sequence[Batch]) -> list[float]:
   half = longest // 2
   cut = dataclasses.replace(first, key_blocks_BxCxN=first.key_blocks_BxCxN[..., :half])
   slope = (whole - _counted(learner, params, cut)) / (longest - half)
-  return [whole - slope * (longest - _mean_width(batch)) for batch in batches]
+  return [whole - slope * (longest - _mean_length(batch)) for batch in batches]
 
 
 def _counted(learner: Learner, params, batch: Batch) -> float:
@@ -225,10 +229,10 @@ def _counted(learner: Learner, params, batch: Batch) -> float:
   return lowered.cost_analysis()["flops"]
 
 
-def _mean_width(batch: Batch) -> float:
+def _mean_length(batch: Batch) -> float:
   """Blocks of keys that a group of queries takes, on average; see `attention.attend`."""
   lists = np.asarray(batch.key_blocks_BxCxN)
-  at_once = attention.blocks_at_once(batch.tokens_BxT.shape[1], lists, _model_config().attention_chunk)
+  at_once = attention.blocks_at_once(batch.tokens_BxT.shape[1], lists, CHUNKS[SHARED])
   longest_G = (lists >= 0).sum(-1).reshape(-1, at_once).max(-1)
   widths = np.asarray(attention.list_lengths(lists.shape[2]))
   return float(widths[np.searchsorted(widths, longest_G)].mean())

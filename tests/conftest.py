@@ -23,6 +23,9 @@ _OWN_STORE = "" if _COMPILED in os.environ else tempfile.mkdtemp(prefix="axpo_co
 if _OWN_STORE:
   os.environ[_COMPILED] = _OWN_STORE
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Files whose tests are whole runs of a minute each: they go first.
+_LONGEST = {"test_runs.py", "test_sweep.py", "test_sidecar.py", "test_compile.py", "test_lora.py",
+            "test_processes.py", "test_sglang_steps.py"}
 # How the reason of a skip begins that the summary repeats, in large letters.
 _NOT_HERE = "NOT TESTED HERE: "
 
@@ -58,6 +61,11 @@ def python_isolation():
     tool.close()
     return isolation
   pytest.skip(f"{_NOT_HERE}the python tool. {reason}")
+
+
+def pytest_collection_modifyitems(items):
+  # With few long tests at the end one of two workers would be idle. xdist is told to keep this order.
+  items.sort(key=lambda item: item.path.name not in _LONGEST)
 
 
 def pytest_unconfigure():
