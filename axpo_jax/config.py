@@ -80,6 +80,7 @@ def _model() -> ConfigDict:
     param_dtype="float32",    # of the master parameters: float32 or bfloat16
     remat="full",             # what backward recomputes a layer: none, dots or full
     attention="auto",         # tpu or gpu (kernels), xla, or auto: tpu where it runs (docs/pods.md)
+    attention_chunk=512,      # with xla: queries at once; less takes less memory, and suits CPUs
     export_dtype="bfloat16",  # of the folders that stages write
     freeze_vision=False,      # keep the vision tower and its mergers fixed
   ))

@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
   c.model.checkpoint = str(ASSETS / "practised")
   c.model.dtype = "float32"  # a CPU has no fast bfloat16
   c.model.remat = "none"     # memory is no concern here
+  c.model.attention_chunk = 128  # what a CPU's cache holds the scores of
   c.data.source = "miniworld"
   c.data.miniworld.families.update(perception=1.0, search=1.0, reasoning=1.0)
 

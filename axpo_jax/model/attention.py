@@ -133,7 +133,7 @@ def key_blocks(end_BxT: np.ndarray, queries: int) -> np.ndarray | None:
   first of them. A block of keys has as many tokens as one of queries, at most `KEYS`. N is rounded
   up, so that few shapes are compiled.
 
-  Returns: int32 [B, C, N], ascending, -1 behind the last; None if it would save less than half,
+  Returns: int32 [B, C, N], ascending, -1 behind the last; None if it would save less than a quarter,
     since taking blocks costs something too.
   """
   rows, length = end_BxT.shape
@@ -145,7 +145,7 @@ def key_blocks(end_BxT: np.ndarray, queries: int) -> np.ndarray | None:
   most = max(int(sees_BxCxS.sum(-1).max(initial=0)), 1)
   step = 1 << max((most - 1).bit_length() - 4, 0)  # few shapes, at most an eighth longer
   most = -(-most // step) * step
-  if 2 * most > len(key_S):
+  if 4 * most > 3 * len(key_S):
     return None
   taken_BxCxN = np.argsort(~sees_BxCxS, axis=-1, kind="stable")[..., :most]
   seen_BxCxN = np.take_along_axis(sees_BxCxS, taken_BxCxN, -1)

@@ -90,8 +90,13 @@ def _model_config(config: ConfigDict, chat: Chat) -> ModelConfig:
     base = PRESETS[m.preset]
     if m.preset == "tiny":
       base = _with_tokenizer(base, chat)
-  return dataclasses.replace(base, dtype=m.dtype, param_dtype=m.param_dtype, remat=m.remat,
-                             attention=m.attention)
+  return computed_as(base, m)
+
+
+def computed_as(base: ModelConfig, section: ConfigDict) -> ModelConfig:
+  """A model of these sizes, computed as the section `model` says."""
+  return dataclasses.replace(base, **{name: section[name] for name in (
+    "dtype", "param_dtype", "remat", "attention", "attention_chunk")})
 
 
 def _with_tokenizer(base: ModelConfig, chat: Chat) -> ModelConfig:

@@ -173,5 +173,4 @@ def _model_config(config: ConfigDict, layers: int) -> ModelConfig:
     raise ConfigError(f"--layers={layers}: from {least}, the layers that take image features, to "
                       f"{base.text.num_layers}")
   text = dataclasses.replace(base.text, num_layers=layers or base.text.num_layers)
-  return dataclasses.replace(base, text=text, dtype=section.dtype, param_dtype=section.param_dtype,
-                             remat=section.remat, attention=section.attention)
+  return build.computed_as(dataclasses.replace(base, text=text), section)
