@@ -167,6 +167,8 @@ class ModelConfig:
       raise UnsupportedConfig(f"remat={self.remat!r}; choose one of {REMAT_POLICIES}")
     if self.attention not in ATTENTION:
       raise UnsupportedConfig(f"attention={self.attention!r}; choose one of {ATTENTION}")
+    if self.attention_chunk < 0:
+      raise UnsupportedConfig(f"attention_chunk={self.attention_chunk} must be 0 (all at once) or more")
     for field in ("dtype", "param_dtype"):
       if getattr(self, field) not in DTYPES:
         raise UnsupportedConfig(f"{field}={getattr(self, field)!r}; choose one of {DTYPES}")

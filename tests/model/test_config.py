@@ -74,9 +74,11 @@ def test_what_is_not_implemented_is_refused(where, change, message):
     ModelConfig.from_hf(raw)
 
 
-@pytest.mark.parametrize("change", [{"remat": "some"}, {"dtype": "float16"}, {"param_dtype": "f32"}])
-def test_wrong_options_are_refused(change):
-  with pytest.raises(UnsupportedConfig, match="choose one of"):
+@pytest.mark.parametrize("change, message", [
+  ({"remat": "some"}, "choose one of"), ({"dtype": "float16"}, "choose one of"),
+  ({"param_dtype": "f32"}, "choose one of"), ({"attention_chunk": -1}, "attention_chunk=-1 must be 0")])
+def test_wrong_options_are_refused(change, message):
+  with pytest.raises(UnsupportedConfig, match=message):
     dataclasses.replace(PRESETS["tiny"], **change)
 
 
