@@ -3,6 +3,7 @@
 Both are made from metrics.jsonl alone, so `python -m axpo_jax.eval.summary RUN` makes them again.
 """
 
+import argparse
 import pathlib
 import re
 import sys
@@ -173,10 +174,13 @@ def _running_mean(values: Sequence[float], window: int = _WINDOW) -> list[float]
 
 
 def main(argv: Sequence[str]) -> None:
-  if len(argv) != 2:
-    raise SystemExit("usage: python -m axpo_jax.eval.summary RUN   (a run's --workdir)")
-  run = pathlib.Path(argv[1])
+  parser = argparse.ArgumentParser(prog="python -m axpo_jax.eval.summary",
+                                   description="Prints a run's table and draws its curves.")
+  parser.add_argument("run", type=pathlib.Path, help="a run's --workdir, with metrics.jsonl in it")
+  run = parser.parse_args(argv[1:]).run
   lines = read_metrics(run)
+  if not lines:
+    parser.error(f"{run} has no metrics.jsonl, or an empty one")
   plot(lines, run / "curves.png", title=run.name)
   print(table(lines))
   print(f"figure: {run / 'curves.png'}")

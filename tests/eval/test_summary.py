@@ -90,6 +90,13 @@ def test_command_makes_them_again(lines, tmp_path):
   assert (tmp_path / "curves.png").exists()
 
 
+def test_a_folder_without_a_run_is_named(tmp_path, capsys):
+  with pytest.raises(SystemExit):
+    summary.main(["summary", str(tmp_path)])
+  assert f"{tmp_path} has no metrics.jsonl" in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())
+
+
 def test_table_of_an_evaluation():
   results = {
     "vstar": {"pass_at_1": 0.5, "pass_at_1_se": 0.03, "pass_at_4": 0.75, "pass_at_4_se": 0.04,
