@@ -4,6 +4,7 @@ was drawn from the weights of the step."""
 
 import asyncio
 import dataclasses
+import itertools
 import os
 import signal
 import time
@@ -121,17 +122,17 @@ def test_server_and_trainer_agree(run):
 
 
 def test_wrong_answers_are_asked_for_again_or_counted(run):
-  """Of every nine answers one is a 500, one no JSON, and one of other weights."""
-  asked, retries = [], run.loop.engine.retries
+  """Of nine requests one gets a 500; of nine answers one is no JSON, and one of other weights."""
+  asked, answered, retries = itertools.count(), itertools.count(), run.loop.engine.retries
 
   def refuse(_request):
-    asked.append(1)
-    return web.Response(status=500) if len(asked) % 9 == 3 else None
+    return web.Response(status=500) if next(asked) % 9 == 3 else None
 
   def spoil(answer):
-    if len(asked) % 9 == 6:
+    number = next(answered)
+    if number % 9 == 6:
       return "<html>"
-    if len(asked) % 9 == 8:
+    if number % 9 == 8:
       return {**answer, "meta_info": {**answer["meta_info"], "weight_version": "another"}}
     return answer
 
