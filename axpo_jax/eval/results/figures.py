@@ -31,12 +31,13 @@ _HEALTH = {
   "gap of sampler and trainer (nats)": "train/logp_gap_abs_mean",
   "gradient norm": "train/grad_norm",
 }
-# What a step adds to the axis: label -> metrics.
+_SECONDS = "seconds, of usual steps"
+# What a step adds to the axis: label -> metrics. Seconds are those of the median step, see measures.cost.
 _AXES = {
   "step": (),
   "tokens computed, millions": ("engine/decode_tokens", "engine/prefill_tokens_computed",
                                 "pack/tokens"),
-  "seconds": ("time/step_s",),
+  _SECONDS: ("time/step_s",),
 }
 
 
@@ -114,8 +115,10 @@ def _places(run: Run, label: str) -> np.ndarray:
   steps = len(run.training("rollout/rollouts"))
   if not names:
     return np.arange(1, steps + 1)
-  scale = 1.0 if label == "seconds" else 1e-6
-  return scale * np.cumsum([sum(values) for values in zip(
+  if label == _SECONDS:
+    seconds = [value for value in run.training(names[0]) if value is not None]
+    return np.median(seconds) * np.arange(1, steps + 1)
+  return 1e-6 * np.cumsum([sum(values) for values in zip(
     *([value or 0.0 for value in run.training(name)] for name in names))])
 
 

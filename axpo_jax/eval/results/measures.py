@@ -75,10 +75,9 @@ def cost(run: Run, *, first: bool = False) -> dict[str, float]:
   out |= {name: total(metric) for name, metric in _COSTS.items()}
   out["sampled"] = out["rollouts"] + out["continuations"]
   out["tokens"] = out["decoded"] + out["prefilled"] + out["trained"]
-  # The median: a step that compiles a program takes ten times as long.
+  # The median: a step that compiles a program takes ten times as long, one in a paused run any time.
   seconds = [value for value in run.training("time/step_s") if value is not None]
   out["step_seconds"] = statistics.median(seconds)
-  out["seconds"] = sum(seconds)
   return out
 
 
