@@ -55,7 +55,7 @@ OBSERVED = 20  # text before the crop, and as much behind it
 IMAGE_HW, CROP_HW = (50, 80), (30, 40)  # patches; four make a token
 ROW = 24_576  # tokens of a shared row, as in the paper's config; a question's tree has 10,000 to 14,000
 PATCHES = (1216, 4032)
-# Queries of attention at once: the best of 64 to 512 for each side.
+# Queries of attention at once: of those tried the fastest for each side (128 and 512; 64 to 512).
 PLAIN, SHARED = "one row each", "shared"
 CHUNKS = {PLAIN: 512, SHARED: 128}
 

@@ -15,7 +15,7 @@ from axpo_jax.train.aot import TopologyError
 from configs import axpo_8b
 
 REPO = pathlib.Path(axpo_jax.__file__).parents[1]
-# The compiler does not look for the fastest program, which takes five times as long.
+# The compiler does not look for the fastest program, which takes several times as long.
 HURRY = {"JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0", "XLA_FLAGS": ""}
 # The real step of the smallest model.
 SMALL = ("--config=configs/axpo_8b.py", "--config.model.preset=tiny", "--config.batch.rows=4",
