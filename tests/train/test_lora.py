@@ -217,7 +217,7 @@ def two_devices(monkeypatch):
 
 
 def test_a_run_with_adapters(two_devices, tmp_path, monkeypatch):
-  """SFT, then AXPO; the same again, broken off in both, gives the same policy."""
+  """SFT, then AXPO; the same again, broken off in AXPO, gives the same policy."""
   from transformers import Qwen3VLForConditionalGeneration
 
   policy = rigged.write_policy(tmp_path / "base")
@@ -242,17 +242,14 @@ def test_a_run_with_adapters(two_devices, tmp_path, monkeypatch):
 
   def dying(self, step, values):
     write(self, step, values)
-    if step in (2, 4) and step not in died:  # the second step of SFT, and that of RL
-      died.append(step)
+    if step == 4:  # the second of RL
       raise InterruptedError("the machine is gone")
 
-  died = []
   monkeypatch.setattr(MetricsWriter, "write", dying)
-  for _ in range(2):
-    with pytest.raises(InterruptedError):
-      experiment.run(config, broken)
+  with pytest.raises(InterruptedError):
+    experiment.run(config, broken)
+  monkeypatch.setattr(MetricsWriter, "write", write)
   experiment.run(config, broken)
-  assert died == [2, 4]
   assert rigged.untimed(read_metrics(broken)) == rigged.untimed(read_metrics(whole))
   for stage in ("sft", "rl"):
     file = f"{stage}/policy/model.safetensors"
