@@ -22,7 +22,7 @@ _COMPILED = "JAX_COMPILATION_CACHE_DIR"
 _OWN_STORE = "" if _COMPILED in os.environ else tempfile.mkdtemp(prefix="axpo_compiled_")
 if _OWN_STORE:
   os.environ[_COMPILED] = _OWN_STORE
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 # Files whose tests are whole runs of a minute each: they go first.
 _LONGEST = {"test_runs.py", "test_sweep.py", "test_sidecar.py", "test_compile.py", "test_lora.py",
             "test_processes.py", "test_sglang_steps.py"}

@@ -13,6 +13,7 @@ from axpo_jax.config import ConfigError
 from axpo_jax.train import slice_plan
 from axpo_jax.train.aot import TopologyError
 from configs import axpo_8b
+from tests import children
 
 REPO = pathlib.Path(axpo_jax.__file__).parents[1]
 # The compiler does not look for the fastest program, which takes several times as long.
@@ -26,7 +27,7 @@ SMALL = ("--config=configs/axpo_8b.py", "--config.model.preset=tiny", "--config.
 def compile_for(topology, *flags) -> subprocess.CompletedProcess:
   return subprocess.run(
     [sys.executable, "launch/compile.py", f"--topology={topology}", *flags], cwd=REPO, text=True,
-    capture_output=True, timeout=1800, env={**os.environ, **HURRY})
+    capture_output=True, timeout=1800, env={**children.environment(1), **HURRY})
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Pushes on disk: what is written, what is left out, and who writes it."""
 
 import dataclasses
-import os
 import pathlib
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from safetensors import safe_open
 from axpo_jax.model import hf, sharding
 from axpo_jax.rollout.sidecar.spec import free_port
 from axpo_jax.rollout.weight_push import PushConfig, PushFolder, WrongParameters, server_name
-from tests import xla
+from tests import children
 
 LAST = ("text", "layers", "down", "kernel")  # a stacked parameter: one tensor a layer
 DOWN = frozenset(f"model.language_model.layers.{i}.mlp.down_proj.weight" for i in range(3))
@@ -216,7 +215,7 @@ def test_two_processes_write_each_shard_once(reference, model_config, tmp_path):
   processes = [subprocess.Popen(
     [sys.executable, "-c", PROCESS, port, str(rank), str(tmp_path), str(repo)], text=True,
     stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    env={**os.environ, "XLA_FLAGS": xla.flags(2)})
+    env=children.environment(2))
     for rank in range(2)]
   outputs = [process.communicate(timeout=240)[0] for process in processes]
   assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)

@@ -1,6 +1,5 @@
 """Several processes on this machine: a run of two gives the numbers of a run of one."""
 
-import os
 import pathlib
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from axpo_jax.train import build
 from axpo_jax.train.checkpoint import Checkpoints
 from axpo_jax.train.metrics import read_metrics
 from axpo_jax.train.step import Learner, supervised_objective
-from tests import xla
+from tests import children
 from tests.train import micro_config, rigged
 from tests.train.rigged import untimed
 
@@ -45,7 +44,7 @@ def run(workdir: pathlib.Path, changes: dict, count: int) -> list[str]:
   """A run of `count` processes with four devices in all; what each wrote to its standard output."""
   flags = [f"--config.{name}={value}" for name, value in changes.items()]
   flags += [f"--coordinator=127.0.0.1:{free_port('127.0.0.1')}", f"--processes={count}"]
-  env = os.environ | {"XLA_FLAGS": f"{xla.flags(4 // count)} {PATIENT}"}
+  env = children.environment(4 // count, PATIENT)
   logs = [(workdir.with_suffix(f".{i}.out"), workdir.with_suffix(f".{i}.err")) for i in range(count)]
   processes = []
   try:

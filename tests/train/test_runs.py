@@ -5,7 +5,6 @@ import asyncio
 import functools
 import importlib.util
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -25,7 +24,7 @@ from axpo_jax.config_checks import validate
 from axpo_jax.eval import shards
 from axpo_jax.train import build, experiment, rl
 from axpo_jax.train.metrics import read_metrics
-from tests import xla
+from tests import children
 from tests.train import rigged
 from tests.train.rigged import untimed
 
@@ -89,7 +88,7 @@ def launch(workdir, flags, *, config=MICRO, die_at=None) -> subprocess.Completed
   program = [str(MAIN)] if die_at is None else ["-c", DYING, str(die_at)]
   return subprocess.run(
     [sys.executable, *program, f"--config={config}", f"--workdir={workdir}", *flags],
-    env={**os.environ, "XLA_FLAGS": xla.flags(1)}, capture_output=True, text=True, timeout=3600)
+    env=children.environment(1), capture_output=True, text=True, timeout=3600)
 
 
 @pytest.fixture(scope="module")
