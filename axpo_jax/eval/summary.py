@@ -42,6 +42,24 @@ def series(lines: Iterable[Mapping], name: str) -> tuple[list[int], list[float]]
   return [step for step, _ in found], [value for _, value in found]
 
 
+def ends(lines: Sequence[Mapping], name: str) -> tuple[float | None, float | None]:
+  """A metric at the start and at the end of RL; None where it was not measured.
+
+  Of evaluations: the first before RL, and the last after a step of it, so that a run which is
+  evaluated once, at its end, has no start. Of training: means of the first and of the last steps.
+  """
+  steps, values = series(lines, name)
+  if not name.startswith("eval/"):
+    return _mean(values[:_WINDOW]), _mean(values[-_WINDOW:])
+  trained, _ = series(lines, "rollout/reward_mean")
+  before = sum(step < trained[0] for step in steps) if trained else len(values)
+  return _mean(values[:before][:1]), _mean(values[before:][-1:])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+  return sum(values) / len(values) if values else None
+
+
 def table(lines: Sequence[Mapping]) -> str:
   """Start against end, as text that is also Markdown; then the same by family, if there are any."""
   rows = [("", "start", "end")]
@@ -118,15 +136,7 @@ def _rendered(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _start_and_end(lines: Sequence[Mapping], name: str) -> tuple[str, str]:
-  """A metric of the first and of the last evaluation, or of the first and last training steps."""
-  _, values = series(lines, name)
-  if name.startswith("eval/"):
-    return _percent(values[:1]), _percent(values[-1:] if len(values) > 1 else [])
-  return _percent(values[:_WINDOW]), _percent(values[-_WINDOW:])
-
-
-def _percent(values: Sequence[float]) -> str:
-  return f"{100 * sum(values) / len(values):.1f} %" if values else "–"
+  return tuple(f"{100 * value:.1f} %" if value is not None else "–" for value in ends(lines, name))
 
 
 _PANELS = (

@@ -44,6 +44,13 @@ def test_table_of_start_and_end(lines):
   assert table["recovered share of triggered questions"] == ["30.0 %", "30.0 %"]
 
 
+def test_an_evaluation_at_the_end_alone_is_no_start(lines):
+  table = rows(summary.table([line for line in lines if "sft/nll" not in line][1:]))
+  assert table["Pass@1"] == ["–", "37.5 %"]
+  # And of a policy that was not trained, there is no end.
+  assert rows(summary.table(lines[2:3]))["Pass@1"] == ["25.0 %", "–"]
+
+
 def test_a_row_a_family(lines):
   assert "search" not in summary.table(lines)
   lines[2] |= {"eval/search/pass_at_1": 0.2, "eval/search/pass_at_4": 0.4,

@@ -15,7 +15,6 @@ from axpo_jax.eval.diagnose.intervals import Z
 from axpo_jax.eval.report.runs import Benchmark, Run
 
 _K = (1, 4)
-_WINDOW = 5  # training steps averaged at each end
 AVERAGE = "average"
 
 
@@ -48,7 +47,7 @@ def glance(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
   """(label, [(start, end) of every run]) of the table that a run ends with."""
   rows = []
   for label, name in (*summary.EVALUATED, *summary.TRAINED):
-    cells = [_start_and_end(run, name) for run in runs]
+    cells = [tuple(map(_percent, summary.ends(run.metrics, name))) for run in runs]
     if any(cell != ("–", "–") for cell in cells):
       rows.append((label, cells))
   return rows
@@ -196,15 +195,6 @@ def _signed(share: float) -> str:
 
 def _percent(share: float | None) -> str:
   return "–" if share is None else f"{100 * share:.1f}"
-
-
-def _start_and_end(run: Run, name: str) -> tuple[str, str]:
-  _, values = summary.series(run.metrics, name)
-  if not values:
-    return "–", "–"
-  if name.startswith("eval/"):
-    return _percent(values[0]), _percent(values[-1] if len(values) > 1 else None)
-  return _percent(_mean(values[:_WINDOW])), _percent(_mean(values[-_WINDOW:]))
 
 
 def _mean(values) -> float:
