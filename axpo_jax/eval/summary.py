@@ -43,7 +43,7 @@ def series(lines: Iterable[Mapping], name: str) -> tuple[list[int], list[float]]
 
 
 def ends(lines: Sequence[Mapping], name: str) -> tuple[float | None, float | None]:
-  """A metric at the start and at the end of RL; None where it was not measured.
+  """A metric, in its own unit, at the start and at the end of RL; None where it was not measured.
 
   Of evaluations: the first before RL, and the last after a step of it, so that a run which is
   evaluated once, at its end, has no start. Of training: means of the first and of the last steps.

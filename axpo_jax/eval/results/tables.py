@@ -143,13 +143,12 @@ def _by_question(pairs: Sequence[tuple[Run, Run]], name: str,
 
 
 def _families(c: Comparison) -> str:
-  """Where the calls go, in AXPO and in the recipes whose forced calls got better."""
   columns = {"Pass@1": "pass_at_1", "Pass@4": "pass_at_4", "tool rate": "tool_rate",
              "tool success": "tool_success", "success without": "direct_success",
              "forced success": "forced_success", "2 all wrong": "all_wrong_at_2"}
   rows = [["%", "", "seeds", *columns]]
   for name in families(c.runs):
-    for recipe in (SFT, "grpo", "tool_bonus", "axpo", "random_prefix"):
+    for recipe in c.recipes:
       found = [family(run, name) for run in c.of(recipe)]
       if found:
         rows.append([name, LABELS[recipe], str(len(found)),
