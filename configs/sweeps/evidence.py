@@ -6,7 +6,8 @@
 In this order, so that whatever was finished when somebody stops is worth reading: AXPO against GRPO, the
 same from two more SFT policies, then the other recipes seed by seed. Runs of one seed meet the same
 questions in the same order, whatever their recipe, and begin with the same rollouts: they are pairs.
-The seeds were written down before the first run; all of them count.
+The seeds were written down before the first run; all of them count. The last four points were added
+when all others were in: the first policy's runs with a random prefix were a surprise.
 """
 
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ def _points() -> Iterator[dict[str, object]]:
     yield from (_run(recipe, sft, seed) for seed in (SEEDS_OF_OTHER_SFT if sft else SEEDS)
                 for recipe in PAIR)
   yield from (_run(recipe, 0, seed) for seed in SEEDS for recipe in OTHERS)
+  yield from (_run("random_prefix", sft, seed) for sft in SFT_SEEDS[1:] for seed in SEEDS_OF_OTHER_SFT)
 
 
 def _run(recipe: str, sft: int, seed: int) -> dict[str, object]:

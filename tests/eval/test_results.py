@@ -122,8 +122,9 @@ def write_run(folder: pathlib.Path, lines, right: int, tool: int) -> None:
   for place in (held_out / shards.FORCED, policy):
     place.mkdir(parents=True)
   (policy / "model.safetensors").write_bytes(folder.name.encode())
+  start = "sft-1" if "-sft1" in folder.name else "sft-0"
   (folder / "config.json").write_text(json.dumps(
-    {"seed": 0, "model": {"checkpoint": str(folder.parent / "sft-0" / "sft" / "policy")}}))
+    {"seed": 0, "model": {"checkpoint": str(folder.parent / start / "sft" / "policy")}}))
   (folder / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
   for place, calls in ((held_out, tool), (held_out / shards.FORCED, 4)):
     stats = [RolloutStats(float(i < right), i < calls, int(i < calls), 1, 10, "answer")
@@ -138,15 +139,17 @@ def write_run(folder: pathlib.Path, lines, right: int, tool: int) -> None:
 @pytest.fixture
 def sweep(tmp_path) -> pathlib.Path:
   folder = tmp_path / "sweep"
-  write_run(folder / "sft-0", [], 1, 1)
-  sft = folder / "sft-0" / "sft" / "policy"
-  sft.mkdir(parents=True)
-  (sft / "model.safetensors").write_bytes(b"start")
+  for name in ("sft-0", "sft-1"):
+    write_run(folder / name, [], 1, 1)
+    (folder / name / "sft" / "policy").mkdir(parents=True)
+    (folder / name / "sft" / "policy" / "model.safetensors").write_bytes(name.encode())
   for seed in range(2):
     write_run(folder / f"grpo-sft0-seed{seed}", [line(1, 0.3), line(2, 0.2)], 2, 1)
     write_run(folder / f"axpo-sft0-seed{seed}",
               [line(1, 0.3, continuations=8), line(2, 0.4, continuations=8, **{"train/grad_norm": None})],
               3, 2 + seed)
+  write_run(folder / "grpo-sft1-seed0", [line(1, 0.3)], 2, 1)
+  write_run(folder / "axpo-sft1-seed0", [line(1, 0.3, continuations=8)], 2, 2)
   (folder / "cispo-sft0-seed0").mkdir()  # not evaluated yet
   (folder / "cispo-sft0-seed0" / "config.json").write_text("{}")
   return folder
@@ -167,7 +170,10 @@ def test_a_sweep_becomes_a_page(sweep, tmp_path, capsys):
   assert "| SFT, where all begin | 1 | 25.0 |" in text
   # A quarter more rollouts: 40 instead of 32.
   assert "| AXPO | first | 2 | 1.25 ± 0.00 |" in text
-  assert "| 0 | `" in text
+  assert "| 0 | `" in text and "| 1 | `" in text
+  # From the second policy nothing was gained: +25, +25 and 0 points together.
+  assert "| AXPO − GRPO | 1 | 1 | +0.0 |" in text
+  assert "| AXPO − GRPO | all | 3 | +16.7 (" in text
   for name in ("curves", "cost", "health"):
     assert (tmp_path / "results" / f"{name}.png").stat().st_size > 5000
   assert "(results/cost.png)" in text

@@ -45,7 +45,7 @@ def test_five_seeds_of_every_recipe_and_three_policies():
   assert found == dict.fromkeys(LABELS.keys() - {"sft"}, 5) and len(found) == 15
   for sft in (1, 2):
     names = {point["name"] for point in POINTS if point["name"].endswith(f"sft{sft}-seed0")}
-    assert names == {f"grpo-sft{sft}-seed0", f"axpo-sft{sft}-seed0"}
+    assert names == {f"{recipe}-sft{sft}-seed0" for recipe in ("grpo", "axpo", "random_prefix")}
   order = [point["name"] for point in POINTS]
   for point in POINTS:
     if "after" in point:

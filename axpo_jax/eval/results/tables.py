@@ -43,6 +43,11 @@ class Comparison:
                                         if run.recipe != SFT else None) for run in runs}
 
   @property
+  def starts(self) -> list[Run]:
+    """The SFT policies that there are."""
+    return [run for _, run in sorted(self._starts.items())]
+
+  @property
   def recipes(self) -> list[str]:
     """Those of which there is a run, in the order of LABELS."""
     there = {run.recipe for run in self.runs if run.sft == self.sft}
@@ -158,15 +163,30 @@ def _families(c: Comparison) -> str:
 
 
 def _policies(c: Comparison) -> str:
-  """AXPO - GRPO from each SFT policy."""
-  rows = [["SFT policy", "weights", "its Pass@1", "its tool rate", "its 2 all wrong", "pairs",
-           "Pass@1: AXPO − GRPO", "tool rate: AXPO − GRPO"]]
-  for run in sorted((run for run in c.runs if run.recipe == SFT), key=lambda run: run.sft):
-    pairs = [c.difference("grpo", "axpo", name, run.sft) for name in ("pass_at_1", "tool_rate")]
+  """The SFT policies that runs begin with."""
+  columns = {"Pass@1": "pass_at_1", "Pass@4": "pass_at_4", "tool rate": "tool_rate",
+             "2 tool rollouts all wrong": "all_wrong_at_2", "forced success": "forced_success"}
+  rows = [["SFT policy", "weights", *columns]]
+  for run in c.starts:
     rows.append([f"{run.sft}", f"`{run.made[:8]}`",
-                 *(_cell(c.mean(SFT, name, run.sft)) for name in
-                   ("pass_at_1", "tool_rate", "all_wrong_at_2")),
-                 str(pairs[0].n if pairs[0] else 0), *map(_interval, pairs)])
+                 *(_cell(c.mean(SFT, name, run.sft)) for name in columns.values())])
+  return _markdown(rows)
+
+
+def _across(c: Comparison) -> str:
+  """What was run from every SFT policy, from each and from all: a pair shares policy and seed."""
+  columns = {"Pass@1": "pass_at_1", "Pass@4": "pass_at_4", "tool rate": "tool_rate",
+             "forced success": "forced_success"}
+  rows = [["points", "SFT policy", "pairs", *columns, "p (Pass@1)"]]
+  policies = [run.sft for run in c.starts]
+  for base, other in (("grpo", "axpo"), ("grpo", "random_prefix"), ("axpo", "random_prefix")):
+    for name, those in [*((str(sft), [sft]) for sft in policies), ("all", policies)]:
+      found = [statistics.paired(*({(sft, seed): value for sft in those
+                                    for seed, value in c.values(recipe, key, sft).items()}
+                                   for recipe in (base, other))) for key in columns.values()]
+      if found[0]:
+        rows.append([f"{_plain(other)} − {_plain(base)}", name, str(found[0].n),
+                     *map(_interval, found), _p(found[0])])
   return _markdown(rows)
 
 
@@ -248,7 +268,8 @@ def _from_start(c: Comparison, recipe: str, name: str) -> Estimate | None:
 
 TABLES: Mapping[str, Callable[[Comparison], str]] = {
   "main": _main, "pairs": _pairs, "questions": _questions, "families": _families,
-  "habits": _habits, "credit": _credit, "policies": _policies, "cost": _cost, "health": _health, "paper": _paper}
+  "habits": _habits, "credit": _credit, "policies": _policies, "across": _across, "cost": _cost,
+  "health": _health, "paper": _paper}
 
 
 def _plain(recipe: str) -> str:
