@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import random
+import shutil
 
 import pytest
 from scipy import stats as scipy_stats
@@ -177,8 +178,24 @@ def test_a_sweep_becomes_a_page(sweep, tmp_path, capsys):
   for name in ("curves", "cost", "health"):
     assert (tmp_path / "results" / f"{name}.png").stat().st_size > 5000
   assert "(results/cost.png)" in text
-  comparison = tables.Comparison(store.load(tmp_path / "results" / "raw"))
-  assert command.filled(text, comparison, "results") == text
+  assert command.filled(text, command.packed(tmp_path / "results"), "results") == text
+
+
+def test_a_repeat_is_laid_beside_the_first_time(sweep, tmp_path):
+  page, first, again = tmp_path / "results.md", tmp_path / "results" / "raw", tmp_path / "results" / "repeat"
+  page.write_text("<!-- table: repeat -->\n<!-- end -->\n")
+  command.main(["pack", str(sweep), "--into", str(first)])
+  # Somebody else's AXPO, seed 0: 1 of 4 instead of 3 of 4.
+  shutil.rmtree(sweep / "axpo-sft0-seed0")
+  write_run(sweep / "axpo-sft0-seed0", [line(1, 0.3, continuations=8)], 1, 2)
+  command.main(["pack", str(sweep), "--into", str(again)])
+  command.main(["page", str(page)])
+  text = page.read_text()
+  assert "| GRPO | 2 | 50.0 ± 0.0 | 50.0 ± 0.0 |" in text
+  assert "| AXPO | 2 | 75.0 ± 0.0 | 50.0 ± 317.7 |" in text
+  assert "| AXPO − GRPO | 2 | +25.0 (+25.0 … +25.0) | +0.0 (−317.7 … +317.7) |" in text
+  rows = {row.split("|")[1].strip(): row for row in text.splitlines() if row.startswith("|")}
+  assert rows["GRPO"].endswith("| – |") and "Pass@1" in rows["AXPO"].split("|")[-2]
 
 
 def test_packed_runs_keep_what_matters_and_no_paths(sweep, tmp_path):
@@ -221,12 +238,9 @@ def test_what_cannot_be_read_is_named(sweep, tmp_path, capsys):
 
 def test_committed_tables_are_those_of_the_committed_runs():
   page = REPO / "docs" / "results.md"
-  text, raw = page.read_text(), page.with_suffix("") / "raw"
+  text, folder = page.read_text(), page.with_suffix("")
   marks = command.MARKS.findall(text)
   assert {name for _, _, name, _ in marks} == tables.TABLES.keys() | figures.FIGURES.keys()
-  if raw.exists():
-    assert command.filled(text, tables.Comparison(store.load(raw)), "results") == text
-    assert sum(path.stat().st_size for path in raw.iterdir()) < 20e6
-    assert all((raw.parent / f"{name}.png").exists() for name in figures.FIGURES)
-  else:  # nothing was measured, so nothing is shown
-    assert all(f"{opening}{closing}" in text for opening, _, _, closing in marks)
+  assert command.filled(text, command.packed(folder), "results") == text
+  assert sum(path.stat().st_size for path in folder.glob("*/*.json.gz")) < 20e6
+  assert all((folder / f"{name}.png").exists() for name in figures.FIGURES)

@@ -5,7 +5,8 @@
 
 `page` reads the folder raw/ in the folder that has the page's name (docs/results/raw), draws the figures
 beside it, and writes every table and figure between its marks in the page, `<!-- table: main -->` or
-`<!-- figure: curves -->` and `<!-- end -->`. The text around them is left alone.
+`<!-- figure: curves -->` and `<!-- end -->`. The text around them is left alone. Runs that repeat
+those, wherever they were made, are packed into repeat/, beside raw/: a table tells whether they agree.
 """
 
 from __future__ import annotations
@@ -49,12 +50,23 @@ def _pack(arguments: argparse.Namespace) -> int:
 def _page(arguments: argparse.Namespace) -> int:
   page: pathlib.Path = arguments.page
   folder = page.with_suffix("")
-  comparison = Comparison(store.load(folder / "raw"))
+  comparison = packed(folder)
   text = filled(page.read_text(encoding="utf-8"), comparison, folder.name)
   page.write_text(text, encoding="utf-8")
   for path in (page, *figures.draw(comparison, folder)):
     print(path)
   return 0
+
+
+def packed(folder: pathlib.Path) -> Comparison:
+  """The runs of a page's folder.
+
+  Raises:
+    StoreError: there are none, or a file is damaged.
+  """
+  again = folder / "repeat"
+  return Comparison(store.load(folder / "raw"),
+                    again=Comparison(store.load(again)) if again.exists() else None)
 
 
 def filled(text: str, comparison: Comparison, folder: str) -> str:

@@ -34,10 +34,11 @@ class Comparison:
   Attributes:
     runs: all of them.
     sft: which SFT policy's runs the tables are of; the others have a table of their own.
+    again: the same points, or some of them, run once more by somebody else.
   """
 
-  def __init__(self, runs: Sequence[Run], sft: int = 0):
-    self.runs, self.sft = runs, sft
+  def __init__(self, runs: Sequence[Run], sft: int = 0, again: Comparison | None = None):
+    self.runs, self.sft, self.again = runs, sft, again
     self._starts = {run.sft: run for run in runs if run.recipe == SFT}
     self._numbers = {run.name: measures(run, self._starts.get(run.sft)
                                         if run.recipe != SFT else None) for run in runs}
@@ -190,6 +191,35 @@ def _across(c: Comparison) -> str:
   return _markdown(rows)
 
 
+def _repeat(c: Comparison) -> str:
+  """Means, and differences from GRPO, of the first time and of the second; and which of the second's
+  lie outside of the first's intervals."""
+  columns = {"Pass@1": "pass_at_1", "Pass@4": "pass_at_4", "tool rate": "tool_rate",
+             "forced success": "forced_success"}
+  rows = [["% and points", "seeds, again", *(f"{name}{when}" for name in columns for when in ("", ", again")),
+           "outside"]]
+  again = c.again or Comparison([])
+  both = [recipe for recipe in c.recipes if recipe in again.recipes]
+
+  def row(label: str, cell: Callable[[Estimate | None], str],
+          of: Callable[[Comparison, str], Estimate | None]) -> None:
+    found = {name: (of(c, key), of(again, key)) for name, key in columns.items()}
+    outside = [name for name, (first, second) in found.items()
+               if first and second and not first.low <= second.mean <= first.high
+               and not math.isnan(first.low)]
+    seeds = next((second.n for _, second in found.values() if second), 0)
+    rows.append([label, str(seeds), *(cell(one) for pair in found.values() for one in pair),
+                 ", ".join(outside) or _NONE])
+
+  for recipe in both:
+    row(LABELS[recipe], _cell, lambda which, key: which.mean(recipe, key))
+  for recipe in both:
+    if recipe not in (SFT, "grpo"):
+      row(f"{_plain(recipe)} − GRPO", _interval,
+          lambda which, key: which.difference("grpo", recipe, key))
+  return _markdown(rows)
+
+
 def _cost(c: Comparison) -> str:
   """What a recipe's run took, as multiples of GRPO's of the same seed, in all and in the first step."""
   columns = {"rollouts": "sampled", "tokens decoded": "decoded", "prefilled": "prefilled",
@@ -268,8 +298,8 @@ def _from_start(c: Comparison, recipe: str, name: str) -> Estimate | None:
 
 TABLES: Mapping[str, Callable[[Comparison], str]] = {
   "main": _main, "pairs": _pairs, "questions": _questions, "families": _families,
-  "habits": _habits, "credit": _credit, "policies": _policies, "across": _across, "cost": _cost,
-  "health": _health, "paper": _paper}
+  "habits": _habits, "credit": _credit, "policies": _policies, "across": _across,
+  "repeat": _repeat, "cost": _cost, "health": _health, "paper": _paper}
 
 
 def _plain(recipe: str) -> str:
