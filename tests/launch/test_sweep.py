@@ -18,9 +18,10 @@ from tests import children
 REPO = pathlib.Path(axpo_jax.__file__).parents[1]
 MICRO = "tests/train/micro_config.py"
 TINY = (
-  f"--config.model.checkpoint={REPO / 'axpo_jax' / 'assets' / 'warm_start'}",
+  # A policy that calls, and is often wrong: something is resampled, and recovered.
+  f"--config.model.checkpoint={REPO / 'axpo_jax' / 'assets' / 'practised'}",
   "--config.data.source=miniworld", "--config.rl.steps=1",
-  "--config.rl.questions=2", "--config.rl.num_rollouts=2", "--config.rl.updates=2",
+  "--config.rl.questions=4", "--config.rl.num_rollouts=2", "--config.rl.updates=2",
   # As in configs/evidence_tiny.py: no SFT; evaluated once, after training, and with calls forced.
   "--config.stages=('rl','eval')", "--config.eval.every=-1", "--config.eval.forced=True",
   "--config.eval.questions=1")
@@ -56,20 +57,32 @@ def test_two_algorithms_of_one_seed(tmp_path):
 
 
 def _is_a_pair(grpo, axpo) -> None:
-  """Mechanics, never outcomes: runs of one seed differ by the resampling alone."""
+  """Mechanics, never outcomes: runs of one seed differ by the resampling alone, and it is credited."""
   for lines in (grpo, axpo):
     trained, evaluated = lines
     assert [line["step"] for line in lines] == [1, 1]
     assert ["eval/pass_at_1" in line for line in lines] == [False, True]
     assert 0 <= evaluated["eval/forced_opened_rate"] <= 1
-    assert trained["train/sequences"] == 4 + trained["axpo/continuations"]
+    assert trained["train/sequences"] == 8 + trained["axpo/continuations"]
   (before, _), (after, _) = grpo, axpo
   names = [name for name in before if name.startswith("rollout/") and not name.endswith("_after")]
   assert len(names) > 20 and [before[name] for name in names] == [after[name] for name in names]
-  assert (before["axpo/budget"], after["axpo/budget"]) == (0, 1)  # floor(0.5 * 2 * 2 / 2)
-  assert before["axpo/triggered"] == after["axpo/triggered"]
-  assert before["axpo/prefixes"] == 0 and after["axpo/prefixes"] == min(1, after["axpo/triggered"])
+  assert before["axpo/triggered"] == after["axpo/triggered"] > 0
+  assert (before["axpo/budget"], after["axpo/budget"]) == (0, 2)  # floor(0.5 * 4 * 2 / 2)
+  assert before["axpo/prefixes"] == 0 < after["axpo/prefixes"] <= 2
   assert after["axpo/continuations"] == 2 * after["axpo/prefixes"]
+  _recovers(before, 0)
+  _recovers(after, after["axpo/recovered"])
+  # Credit `any`: only a prefix with a right continuation can be worth more than its group.
+  assert after["axpo/prefix_advantage_positive_share"] <= after["axpo/prefix_recovered_share"]
+  assert (after["axpo/prefix_recovered_share"] > 0) == (after["axpo/recovered"] > 0)
+
+
+def _recovers(line, recovered: float) -> None:
+  """All tool rollouts are wrong in the triggered questions, and afterwards in those not recovered."""
+  left = 1 - recovered / line["axpo/triggered"]
+  assert 0 <= left <= 1 and line["axpo/recovered"] == recovered
+  assert line["rollout/tool_all_wrong_rate_after"] == pytest.approx(line["rollout/tool_all_wrong_rate"] * left)
 
 
 def test_commands_for_a_scheduler(tmp_path):
