@@ -82,7 +82,8 @@ def _recovers(line, recovered: float) -> None:
   """All tool rollouts are wrong in the triggered questions, and afterwards in those not recovered."""
   left = 1 - recovered / line["axpo/triggered"]
   assert 0 <= left <= 1 and line["axpo/recovered"] == recovered
-  assert line["rollout/tool_all_wrong_rate_after"] == pytest.approx(line["rollout/tool_all_wrong_rate"] * left)
+  assert line["rollout/tool_all_wrong_rate_after"] == pytest.approx(
+    left * line["rollout/tool_all_wrong_rate"])
 
 
 def test_commands_for_a_scheduler(tmp_path):
