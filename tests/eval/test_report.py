@@ -122,14 +122,14 @@ def test_unpaired_differences_add_the_errors():
   table = tables.benchmark_table([logged(0.5, 0.03), logged(0.6, 0.04)])
   assert not table["paired"]
   assert table["rows"][2]["cells"][0][0] == {
-    "k": 1, "text": "+10.0", "interval": "+0.2 … +19.8", "sure": "up"}  # 10 ± 1.96 · 5
+    "k": 1, "text": "+10.0", "interval": "+0.2 … +19.8", "sure": "gain"}  # 10 ± 1.96 · 5
 
 
 def test_at_a_glance_one_evaluation_stands_where_it_was_made():
   trained = {"step": 1, "rollout/reward_mean": 0.2, "rollout/tool_all_wrong_rate": 0.5}
   run = Run("r", None, [trained, {"step": 1, "eval/pass_at_1": 0.25}], {}, ())
-  assert tables.glance([run]) == [("Pass@1", [("–", "25.0")]),
-                                  ("all-wrong rate of the tool subgroup", [("50.0", "50.0")])]
+  assert tables.glance([run]) == [("Pass@1", [("–", "25.0")], []),
+                                  ("all-wrong rate of the tool subgroup", [("50.0", "50.0")], [])]
 
 
 def test_folders_without_a_run_are_named(tmp_path, run, capsys):

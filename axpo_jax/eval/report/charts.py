@@ -1,6 +1,6 @@
 """The figures of the page, as Plotly's own JSON. Colours are left to the page, which has two themes.
 
-In: Runs. Out: for every figure its title, what it shows in words (for those who cannot see it), and
+In: Methods, of one run or of several seeds. Out: for every figure its title, what it shows in words (for those who cannot see it), and
 traces and layout. A trace names its place in the page's palette in `meta`.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from axpo_jax.eval import summary
-from axpo_jax.eval.report.runs import Run
+from axpo_jax.eval.report.seeds import Method
 from axpo_jax.rl.census import STATES, SUBGROUPS
 
 _WINDOW = 5  # steps of the running mean
@@ -41,6 +41,12 @@ PANELS = (
   ("Sampler against trainer",
    "Log-probability gap of the same tokens: mean and worst. It should stay flat.", "nats",
    (("mean", "train/logp_gap_abs_mean"), ("worst", "train/logp_gap_abs_max"))),
+  ("Entropy, and distance from the reference",
+   "Per token. Entropy that vanishes means that nothing is tried any more; KL that runs away, that "
+   "what the policy knew is being lost.", "nats",
+   (("entropy", "train/entropy"), ("KL", "train/kl"))),
+  ("Gradient norm", "Before clipping. A run that diverges shows here first.", "norm",
+   (("gradient norm", "train/grad_norm"),)),
 )
 
 
@@ -54,26 +60,26 @@ class Chart:
   wide: bool = False
 
 
-def charts(runs: Sequence[Run]) -> list[Chart]:
+def charts(methods: Sequence[Method]) -> list[Chart]:
   """Every figure that some run has data for."""
-  found = [_panel(runs, *panel) for panel in PANELS]
-  found += [_census(run, len(runs) > 1) for run in runs]
+  found = [_panel(methods, *panel) for panel in PANELS]
+  found += [_census(method, len(methods) > 1) for method in methods]
   return [chart for chart in found if chart is not None]
 
 
-def _panel(runs: Sequence[Run], title: str, about: str, unit: str, lines) -> Chart | None:
+def _panel(methods: Sequence[Method], title: str, about: str, unit: str, lines) -> Chart | None:
   figure = go.Figure()
-  for r, run in enumerate(runs):
+  alone, scale = len(methods) == 1, 100 if unit == "%" else 1
+  for m, method in enumerate(methods):
     for number, (label, metric) in enumerate(lines):
-      steps, values = summary.series(run.metrics, metric)
+      steps, values = _scaled(method.metrics, metric, scale)
       if steps:
-        name = label if len(runs) == 1 else (
-          run.name if len(lines) == 1 else f"{run.name}, {label}")
-        # One run: a colour a line. Several: a colour a run, a dash a line.
-        colour = number if len(runs) == 1 else r
-        _add(figure, steps, [100 * v for v in values] if unit == "%" else values, name, colour,
-             "solid" if len(runs) == 1 else _DASHES[number], unit,
-             smooth=not metric.startswith("eval/"))
+        name = label if alone else method.name if len(lines) == 1 else f"{method.name}, {label}"
+        # One method: a colour a line. Several: a colour a method, a dash a line.
+        look = {"name": name, "meta": {"colour": number if alone else m}}
+        dash = "solid" if alone else _DASHES[number]
+        parts = [_scaled(run.metrics, metric, scale) for run in method.runs.values()]
+        _add(figure, steps, values, parts, look, dash, unit, smooth=not metric.startswith("eval/"))
   if not figure.data:
     return None
   figure.update_xaxes(title_text="step")
@@ -85,25 +91,30 @@ def _panel(runs: Sequence[Run], title: str, about: str, unit: str, lines) -> Cha
   return Chart(title, about, _json(figure))
 
 
-def _add(figure: go.Figure, steps, values, name: str, colour: int, dash: str, unit: str,
+def _scaled(lines: Sequence[Mapping], metric: str, scale: float) -> tuple[list[int], list[float]]:
+  steps, values = summary.series(lines, metric)
+  return steps, [scale * value for value in values]
+
+
+def _add(figure: go.Figure, steps, values, parts, look: Mapping[str, Any], dash: str, unit: str,
          smooth: bool) -> None:
+  """A thick line, and thin ones behind it: each step of the run, or each of the seeds."""
   if not smooth or len(steps) < 2 * _WINDOW:
-    figure.add_scatter(x=steps, y=values, name=name, mode="lines+markers",
-                       meta={"colour": colour}, line={"dash": dash, "width": 2},
-                       marker={"size": 7}, hovertemplate=_hover(unit))
+    figure.add_scatter(x=steps, y=values, mode="lines+markers", line={"dash": dash, "width": 2},
+                       marker={"size": 7}, hovertemplate=_hover(unit), **look)
     return
-  figure.add_scatter(x=steps, y=values, name=name, mode="lines", legendgroup=name,
-                     showlegend=False, opacity=0.28, meta={"colour": colour},
-                     line={"dash": dash, "width": 1}, hoverinfo="skip")
-  figure.add_scatter(x=steps, y=running_mean(values), name=name, mode="lines", legendgroup=name,
-                     meta={"colour": colour}, line={"dash": dash, "width": 2.5},
-                     hovertemplate=_hover(unit))
+  for x, y in parts:
+    figure.add_scatter(x=x, y=y if len(parts) == 1 else running_mean(y), mode="lines",
+                       legendgroup=look["name"], showlegend=False, opacity=0.28,
+                       line={"dash": dash, "width": 1}, hoverinfo="skip", **look)
+  figure.add_scatter(x=steps, y=running_mean(values), mode="lines", legendgroup=look["name"],
+                     line={"dash": dash, "width": 2.5}, hovertemplate=_hover(unit), **look)
 
 
-def _census(run: Run, named: bool) -> Chart | None:
+def _census(method: Method, named: bool) -> Chart | None:
   """Shares of the questions over steps, by subgroup and state."""
   rows, labels = [], []
-  lines = [line for line in run.metrics if "rollout/census_tool_absent" in line]
+  lines = [line for line in method.metrics if "rollout/census_tool_absent" in line]
   for subgroup in reversed(SUBGROUPS):
     for state in reversed(STATES):
       rows.append([None if (value := line.get(f"rollout/census_{subgroup}_{state}")) is None
@@ -119,7 +130,7 @@ def _census(run: Run, named: bool) -> Chart | None:
   figure.update_xaxes(title_text="step")
   figure.update_layout(shapes=[{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": "y",
                                 "y0": 3.5, "y1": 3.5, "line": {"width": 3}}])
-  return Chart("Census" + (f" · {run.name}" if named else ""),
+  return Chart("Census" + (f" · {method.name}" if named else ""),
                "Share of the questions whose tool rollouts, and whose other rollouts, are absent, all "
                "wrong, mixed or all right. Each half of a column adds up to 100 %.",
                _json(figure), wide=True)

@@ -18,9 +18,10 @@ from plotly.offline import get_plotlyjs
 
 from axpo_jax.eval.diagnose.figures import diagnose
 from axpo_jax.eval.diagnose.reading import read
-from axpo_jax.eval.report import charts, tables, trajectories
+from axpo_jax.eval.report import charts, seeds, tables, trajectories
 from axpo_jax.eval.report.pictures import Pictures
 from axpo_jax.eval.report.runs import Run
+from axpo_jax.eval.report.seeds import Method
 from axpo_jax.eval.shards import FORCED
 
 _ASSETS = pathlib.Path(__file__).parent / "assets"
@@ -34,11 +35,13 @@ def render(runs: Sequence[Run], *, limit: int = 10_000, side: int = 640, title: 
     runs: one, or several to compare with the first.
     limit: how many trajectories to put in.
     side: longest side of an image in pixels.
-    title: of the page; by default the runs' names.
+    title: of the page; by default the names of the runs, or of the methods that they are seeds of.
   """
+  methods = seeds.methods(runs)
+  several = len(methods) < len(runs)
   pictures = Pictures(side)
   collection = trajectories.collect(runs, pictures, limit)
-  figures = charts.charts(runs)
+  figures = charts.charts(methods)
   # Ids of the data blocks that the scripts look for; all but images are compressed.
   blocks = {"index": pack(collection.index),
             "charts": pack([figure.figure for figure in figures]),
@@ -47,10 +50,12 @@ def render(runs: Sequence[Run], *, limit: int = 10_000, side: int = 640, title: 
   environment = jinja2.Environment(loader=jinja2.FileSystemLoader(_ASSETS), autoescape=True,
                                    trim_blocks=True, lstrip_blocks=True)
   return environment.get_template("page.html.j2").render(
-    title=title or " · ".join(run.name for run in runs), runs=runs,
-    warnings=[(run.name, warning["text"]) for run in runs for warning in _warnings(run)],
-    glance=tables.glance(runs), benchmarks=tables.benchmark_table(runs), figures=figures,
-    collection=collection, count=len(collection.index["rows"]), facts=_facts(runs, collection),
+    title=title or " · ".join(method.name for method in methods), runs=runs, methods=methods,
+    several=several, warnings=[(method, _warnings(method)) for method in methods],
+    glance=seeds.glance(methods) if several else tables.glance(runs),
+    benchmarks=seeds.benchmark_table(methods) if several else tables.benchmark_table(runs),
+    figures=figures, collection=collection, count=len(collection.index["rows"]),
+    facts=_facts(runs, methods, collection),
     blocks=blocks, images=pictures.found,
     style=_asset("report.css"), scripts=[_asset(name) for name in _SCRIPTS])
 
@@ -67,16 +72,23 @@ def _asset(name: str) -> str:
   return (_ASSETS / name).read_text(encoding="utf-8")
 
 
-def _warnings(run: Run) -> list[dict[str, str]]:
-  """Of what the policy did in training; of a run that did not train, in all that it chose to do."""
-  paths = run.training_dumps or [path for path in run.dumps if path.parent.name != FORCED]
-  return diagnose(read(paths).traces)["warnings"] if paths else []
+def _warnings(method: Method) -> list[tuple[str, str]]:
+  """(run, warning), of what the policy did in training; of a run that did not train, in all that it
+  chose to do."""
+  found = []
+  for run in method.runs.values():
+    paths = run.training_dumps or [path for path in run.dumps if path.parent.name != FORCED]
+    found += [(run.name, warning["text"]) for warning in (diagnose(read(paths).traces)["warnings"]
+                                                          if paths else ())]
+  return found
 
 
-def _facts(runs: Sequence[Run], collection: trajectories.Collection) -> list[str]:
+def _facts(runs: Sequence[Run], methods: Sequence[Method],
+           collection: trajectories.Collection) -> list[str]:
   """What the page is about, in a few words each."""
   steps = [run.metrics[-1]["step"] for run in runs if run.metrics]
-  facts = [f"{len(runs)} runs" if len(runs) > 1 else "", f"{max(steps)} steps" if steps else "",
+  facts = [f"{len(methods)} methods" if 1 < len(methods) < len(runs) else "",
+           f"{len(runs)} runs" if len(runs) > 1 else "", f"{max(steps)} steps" if steps else "",
            f"{len(collection.index['rows']):,} of {collection.total:,} dumped trajectories"
            if collection.total else ""]
   return [fact for fact in facts if fact]

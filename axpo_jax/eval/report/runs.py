@@ -47,6 +47,7 @@ class Run:
     benchmarks: results kept by question, by benchmark; none if the run's evaluation is in the
       metrics alone.
     dumps: files of rollouts, in order.
+    config: of the run; empty if it left none.
   """
 
   name: str
@@ -54,6 +55,7 @@ class Run:
   metrics: Sequence[Mapping[str, Any]]
   benchmarks: Mapping[str, Benchmark]
   dumps: Sequence[pathlib.Path]
+  config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def training_dumps(self) -> list[pathlib.Path]:
@@ -83,7 +85,9 @@ def _load(folder: pathlib.Path, name: str) -> Run:
   if not (metrics or dumps or benchmarks):
     raise ReportError(f"{folder} has neither metrics.jsonl nor rollouts (step_*.jsonl, "
                       "rollouts_*.jsonl); give a run's --workdir")
-  return Run(name, folder, metrics, benchmarks, dumps)
+  config = folder / "config.json"
+  return Run(name, folder, metrics, benchmarks, dumps,
+             json.loads(config.read_text(encoding="utf-8")) if config.exists() else {})
 
 
 def _benchmarks(paths: Iterable[pathlib.Path]) -> dict[str, Benchmark]:

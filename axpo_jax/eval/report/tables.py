@@ -14,7 +14,7 @@ from axpo_jax.eval import passk, summary
 from axpo_jax.eval.diagnose.intervals import Z
 from axpo_jax.eval.report.runs import Benchmark, Run
 
-_K = (1, 4)
+K = (1, 4)
 AVERAGE = "average"
 
 
@@ -43,13 +43,13 @@ class Result:
   by_question: Mapping[str, Benchmark] | None = None
 
 
-def glance(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]]]]:
-  """(label, [(start, end) of every run]) of the table that a run ends with."""
+def glance(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]], list]]:
+  """(label, [(start, end) of every run], no differences) of the table that a run ends with."""
   rows = []
   for label, name in (*summary.EVALUATED, *summary.TRAINED):
-    cells = [tuple(map(_percent, summary.ends(run.metrics, name))) for run in runs]
+    cells = [tuple(map(percent, summary.ends(run.metrics, name))) for run in runs]
     if any(cell != ("–", "–") for cell in cells):
-      rows.append((label, cells))
+      rows.append((label, cells, []))
   return rows
 
 
@@ -60,12 +60,12 @@ def benchmark_table(runs: Sequence[Run]) -> dict | None:
     {"benchmarks": names, "rows": [{"label", "kind": "result" | "difference" | "tools", "cells"}],
     "note": how the intervals came about}.
   """
-  results = [result for run in runs for result in _results(run, alone=len(runs) == 1)]
+  results = [result for run in runs for result in results_of(run, alone=len(runs) == 1)]
   if not results:
     return None
   names = sorted({name for result in results for name in result.scores})
   if len(names) > 1:
-    results = [_with_average(result) for result in results]
+    results = [with_average(result) for result in results]
     names.append(AVERAGE)
   rows = [{"label": result.label, "kind": "result",
            "cells": [_score_cell(result.scores.get(name)) for name in names]}
@@ -75,12 +75,12 @@ def benchmark_table(runs: Sequence[Run]) -> dict | None:
     rows.append({"label": f"{other.label} − {base.label}", "kind": "difference",
                  "cells": [_difference_cell(base, other, name) for name in names]})
   rows += [{"label": result.label, "kind": "tools",
-            "cells": [_percent(result.tools.get(name)) for name in names]} for result in results]
+            "cells": [percent(result.tools.get(name)) for name in names]} for result in results]
   paired = all(result.by_question is not None for result in results)
   return {"benchmarks": names, "rows": rows, "paired": paired, "compared": bool(others)}
 
 
-def _results(run: Run, alone: bool) -> list[Result]:
+def results_of(run: Run, alone: bool) -> list[Result]:
   """A run's results; of a single run whose metrics hold several evaluations, first and last."""
   if run.benchmarks:
     return [Result(run.name, {name: _scores(found) for name, found in run.benchmarks.items()},
@@ -98,7 +98,7 @@ def _logged(line: Mapping[str, float], label: str) -> Result:
   places = {name: f"eval/{name}" for name in names} or {"held-out": "eval"}
   scores = {name: {k: Estimate(line[f"{place}/pass_at_{k}"],
                                line.get(f"{place}/pass_at_{k}_se", math.nan))
-                   for k in _K if f"{place}/pass_at_{k}" in line}
+                   for k in K if f"{place}/pass_at_{k}" in line}
             for name, place in places.items()}
   tools = {name: line[f"{place}/tool_attempt_rate"] for name, place in places.items()
            if f"{place}/tool_attempt_rate" in line}
@@ -107,7 +107,7 @@ def _logged(line: Mapping[str, float], label: str) -> Result:
 
 def _scores(found: Benchmark) -> dict[int, Estimate]:
   out = {}
-  for k in _K:
+  for k in K:
     values = _values(found, k)
     if values:
       clusters = [found.clusters[question] for question in values]
@@ -125,10 +125,10 @@ def _values(found: Benchmark, k: int) -> dict[str, float]:
   return out
 
 
-def _with_average(result: Result) -> Result:
+def with_average(result: Result) -> Result:
   """With the mean over the benchmarks, each counted once, as in the paper."""
   average = {}
-  for k in _K:
+  for k in K:
     found = [scores[k] for scores in result.scores.values() if k in scores]
     if len(found) == len(result.scores):
       average[k] = Estimate(_mean(one.mean for one in found),
@@ -163,24 +163,32 @@ def _score_cell(scores: Mapping[int, Estimate] | None) -> dict | None:
   """Pass@1 / Pass@4 as the paper writes them, in per cent, and the error of each."""
   if not scores:
     return None
-  return {"text": " / ".join(_points(scores.get(k)) for k in _K),
-          "error": " / ".join(_points(scores.get(k), lambda one: one.error) for k in _K)}
+  return {"text": " / ".join(_points(scores.get(k)) for k in K),
+          "error": " / ".join(_points(scores.get(k), lambda one: one.error) for k in K)}
 
 
 def _difference_cell(base: Result, other: Result, name: str) -> list[dict] | None:
-  found = [difference(base, other, name, k) for k in _K]
+  found = [difference(base, other, name, k) for k in K]
   if found[0] is None:
     return None
   out = []
-  for k, one in zip(_K, found):
+  for k, one in zip(K, found):
     if one is None:
       continue
-    known = not math.isnan(one.error)
-    low, high = one.mean - Z * one.error, one.mean + Z * one.error
-    out.append({"k": k, "text": _signed(one.mean),
-                "interval": f"{_signed(low)} … {_signed(high)}" if known else "",
-                "sure": "up" if known and low > 0 else "down" if known and high < 0 else ""})
+    out.append({"k": k} | delta(one.mean, one.mean - Z * one.error, one.mean + Z * one.error))
   return out
+
+
+def delta(mean: float, low: float, high: float, better: int = 1) -> dict:
+  """A difference, its interval (none if it is NaN), and, where that excludes zero, whether it is a gain.
+
+  Args:
+    better: 1 where more is better, -1 where less is.
+  """
+  sure = (low > 0) - (high < 0)
+  return {"text": _signed(mean),
+          "interval": "" if math.isnan(low) else f"{_signed(low)} … {_signed(high)}",
+          "sure": {1: "gain", -1: "loss", 0: ""}[sure * better]}
 
 
 def _points(one: Estimate | None, value: Callable[[Estimate], float] = lambda one: one.mean) -> str:
@@ -193,7 +201,7 @@ def _signed(share: float) -> str:
   return f"{100 * share:+.1f}".replace("-", "−")
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
   return "–" if share is None else f"{100 * share:.1f}"
 
 

@@ -201,9 +201,9 @@ def _repeat(c: Comparison) -> str:
   again = c.again or Comparison([])
   both = [recipe for recipe in c.recipes if recipe in again.recipes]
 
-  def row(label: str, cell: Callable[[Estimate | None], str],
-          of: Callable[[Comparison, str], Estimate | None]) -> None:
-    found = {name: (of(c, key), of(again, key)) for name, key in columns.items()}
+  def row(label: str, recipe: str, cell: Callable[[Estimate | None], str],
+          of: Callable[[Comparison, str, str], Estimate | None]) -> None:
+    found = {name: (of(c, recipe, key), of(again, recipe, key)) for name, key in columns.items()}
     outside = [name for name, (first, second) in found.items()
                if first and second and not first.low <= second.mean <= first.high
                and not math.isnan(first.low)]
@@ -212,11 +212,11 @@ def _repeat(c: Comparison) -> str:
                  ", ".join(outside) or _NONE])
 
   for recipe in both:
-    row(LABELS[recipe], _cell, lambda which, key: which.mean(recipe, key))
+    row(LABELS[recipe], recipe, _cell, Comparison.mean)
   for recipe in both:
     if recipe not in (SFT, "grpo"):
-      row(f"{_plain(recipe)} − GRPO", _interval,
-          lambda which, key: which.difference("grpo", recipe, key))
+      row(f"{_plain(recipe)} − GRPO", recipe, _interval,
+          lambda which, other, key: which.difference("grpo", other, key))
   return _markdown(rows)
 
 
