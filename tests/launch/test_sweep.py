@@ -1,4 +1,4 @@
-"""Sweeps: real runs of the micro job, repeated, and one that fails; they are also the comparison of
+"""Sweeps: real runs of the micro job, resumed and with one that fails, which are also the comparison of
 docs/results.md at its smallest; points that wait for others; and the table."""
 
 import importlib.util
@@ -36,30 +36,24 @@ def sweep(workdir, *flags, common=TINY) -> subprocess.CompletedProcess:
 
 
 def test_two_algorithms_of_one_seed(tmp_path):
-  """Run, and run again: what is done is not done twice."""
+  """First with one point that cannot work (a folder of another config), then again without it."""
   flags = ("--sweep=config.seed=1", "--sweep=config.rl.algorithm=axpo,grpo")
-  axpo, grpo = (tmp_path / f"seed=1,rl.algorithm={name}" for name in ("axpo", "grpo"))
+  axpo, broken = (tmp_path / f"seed=1,rl.algorithm={name}" for name in ("axpo", "grpo"))
+  broken.mkdir()
+  (broken / "config.json").write_text("{}")
   done = sweep(tmp_path, *flags)
-  assert done.returncode == 0, done.stderr
+  assert done.returncode == 1
+  assert "FAILED seed=1,rl.algorithm=grpo" in done.stderr and "another configuration" in done.stderr
   assert re.search(r"rl.algorithm=axpo \| 1 of 1 +\| \d\.\d{4} ", done.stdout)
+  assert re.search(r"rl.algorithm=grpo \| 0 of 1 +\| - ", done.stdout)
+  (broken / "config.json").unlink()
   before = (axpo / "metrics.jsonl").stat().st_mtime_ns
   again = sweep(tmp_path, *flags)
   assert again.returncode == 0, again.stderr
-  assert "2 points, 2 of them done before" in again.stdout
+  assert "2 points, 1 of them done before" in again.stdout
   assert again.stdout.count("1 of 1") == 2
   assert (axpo / "metrics.jsonl").stat().st_mtime_ns == before
-  _is_a_pair(read_metrics(grpo), read_metrics(axpo))
-
-
-def test_a_point_that_fails_is_named_and_counts_as_missing(tmp_path):
-  """A folder of another config, which no run goes on with."""
-  broken = tmp_path / "seed=1"
-  broken.mkdir()
-  (broken / "config.json").write_text("{}")
-  done = sweep(tmp_path, "--sweep=config.seed=1")
-  assert done.returncode == 1
-  assert "FAILED seed=1" in done.stderr and "another configuration" in done.stderr
-  assert re.search(r"\| 0 of 1 +\| - ", done.stdout)
+  _is_a_pair(read_metrics(broken), read_metrics(axpo))
 
 
 def _is_a_pair(grpo, axpo) -> None:
