@@ -7,7 +7,7 @@ In this order, so that whatever was finished when somebody stops is worth readin
 same from two more SFT policies, then the other recipes seed by seed. Runs of one seed meet the same
 questions in the same order, whatever their recipe, and begin with the same rollouts: they are pairs.
 The seeds were written down before the first run; all of them count. The last four points were added
-when all others were in: the first policy's runs with a random prefix were a surprise.
+afterwards, as the first policy's runs with a random prefix were a surprise.
 """
 
 from collections.abc import Iterator

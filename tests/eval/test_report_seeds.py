@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from axpo_jax.eval.report import seeds
+from axpo_jax.eval.report import charts, seeds
 from axpo_jax.eval.report.__main__ import main
 from axpo_jax.eval.report.runs import Run
 from tests.eval.report_run import open_page, write_run
@@ -69,6 +69,30 @@ def test_fewer_wrong_is_a_gain():
   (_, _, (right,)), (_, _, (wrong,)) = seeds.glance(seeds.methods(
     both("grpo", 0.50, 0.60, 0.70) + both("axpo", 0.40, 0.51, 0.60)))
   assert (right[0]["sure"], wrong[0]["sure"]) == ("loss", "gain")
+
+
+def test_benchmarks_are_averaged_in_every_run_before_its_seeds_are():
+  def evaluated(name, seed, perception, search):
+    line = {"step": 1, "eval/pass_at_1": 0.0, "eval/perception/pass_at_1": perception,
+            "eval/search/pass_at_1": search, "eval/perception/tool_attempt_rate": 0.25}
+    return Run(name, None, [line], {}, (), {"seed": seed})
+  table = seeds.benchmark_table(seeds.methods(
+    [evaluated("x-seed0", 0, 0.2, 0.4), evaluated("x-seed1", 1, 0.4, 0.6)]))
+  assert table["benchmarks"] == ["perception", "search", "average"]
+  result, tools = table["rows"]
+  # 12.706 · 0.1: both seeds lie 10 points from their mean.
+  assert result["cells"] == [{"text": f"{mean} / –", "error": "127.1 / –"} for mean in (30.0, 50.0, 40.0)]
+  assert tools["cells"] == ["25.0 ± 0.0", "–", "25.0 ± 0.0"]
+
+
+def test_a_curve_is_the_mean_of_thin_ones():
+  found = seeds.methods([run(f"{name}-seed{i}", i, [0.1 * (i + 1)] * 12, rl=name)
+                         for name in ("grpo", "axpo") for i in (0, 1)])
+  rewards = next(chart for chart in charts.charts(found) if chart.title == "Reward by subgroup")
+  lines = [(line["name"], line.get("showlegend", True), round(line["y"][-1], 6), line["meta"]["colour"])
+           for line in rewards.figure["data"]]
+  assert lines == [(f"{name}, all", thick, value, colour) for colour, name in enumerate(("grpo", "axpo"))
+                   for thick, value in ((False, 10.0), (False, 20.0), (True, 15.0))]
 
 
 @with_browser

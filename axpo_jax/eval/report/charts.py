@@ -1,7 +1,7 @@
 """The figures of the page, as Plotly's own JSON. Colours are left to the page, which has two themes.
 
-In: Methods, of one run or of several seeds. Out: for every figure its title, what it shows in words (for those who cannot see it), and
-traces and layout. A trace names its place in the page's palette in `meta`.
+In: Methods, of one run or of several seeds. Out: for every figure its title, what it shows in words (for
+those who cannot see it), and traces and layout. A trace names its place in the page's palette in `meta`.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def render(runs: Sequence[Run], *, limit: int = 10_000, side: int = 640, title: 
     title: of the page; by default the names of the runs, or of the methods that they are seeds of.
   """
   methods = seeds.methods(runs)
-  several = len(methods) < len(runs)
+  over_seeds = len(methods) < len(runs)
   pictures = Pictures(side)
   collection = trajectories.collect(runs, pictures, limit)
   figures = charts.charts(methods)
@@ -51,9 +51,9 @@ def render(runs: Sequence[Run], *, limit: int = 10_000, side: int = 640, title: 
                                    trim_blocks=True, lstrip_blocks=True)
   return environment.get_template("page.html.j2").render(
     title=title or " · ".join(method.name for method in methods), runs=runs, methods=methods,
-    several=several, warnings=[(method, _warnings(method)) for method in methods],
-    glance=seeds.glance(methods) if several else tables.glance(runs),
-    benchmarks=seeds.benchmark_table(methods) if several else tables.benchmark_table(runs),
+    over_seeds=over_seeds, warnings=[(method, _warnings(method)) for method in methods],
+    glance=seeds.glance(methods) if over_seeds else tables.glance(runs),
+    benchmarks=seeds.benchmark_table(methods) if over_seeds else tables.benchmark_table(runs),
     figures=figures, collection=collection, count=len(collection.index["rows"]),
     facts=_facts(runs, methods, collection),
     blocks=blocks, images=pictures.found,

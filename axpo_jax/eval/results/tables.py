@@ -24,6 +24,9 @@ LABELS = {
   "mean_credit": "… prefix credit `mean`", "excess_credit": "… prefix credit `excess`",
   "no_kl": "… without KL",
 }
+# What recipes are compared by.
+_COMPARED = {"Pass@1": "pass_at_1", "Pass@4": "pass_at_4", "tool rate": "tool_rate",
+             "forced success": "forced_success"}
 _PERCENT = 100.0
 _NONE = "–"
 
@@ -106,13 +109,11 @@ def _by_recipe(c: Comparison, columns: Mapping[str, str],
 
 def _pairs(c: Comparison) -> str:
   """Every recipe against GRPO, and against AXPO, paired by seed."""
-  columns = {"Pass@1": "pass_at_1", "Pass@4": "pass_at_4", "tool rate": "tool_rate",
-             "forced success": "forced_success"}
-  rows = [["points", "pairs", *columns, "p (Pass@1)"]]
+  rows = [["points", "pairs", *_COMPARED, "p (Pass@1)"]]
   others = [recipe for recipe in c.recipes if recipe not in (SFT, "grpo")]
   for base in ("grpo", "axpo"):
     for other in others:
-      found = {name: c.difference(base, other, name) for name in columns.values()}
+      found = {name: c.difference(base, other, name) for name in _COMPARED.values()}
       if other == base or found["pass_at_1"] is None:
         continue
       rows.append([f"{_plain(other)} − {_plain(base)}", str(found["pass_at_1"].n),
@@ -176,15 +177,13 @@ def _policies(c: Comparison) -> str:
 
 def _across(c: Comparison) -> str:
   """What was run from every SFT policy, from each and from all: a pair shares policy and seed."""
-  columns = {"Pass@1": "pass_at_1", "Pass@4": "pass_at_4", "tool rate": "tool_rate",
-             "forced success": "forced_success"}
-  rows = [["points", "SFT policy", "pairs", *columns, "p (Pass@1)"]]
+  rows = [["points", "SFT policy", "pairs", *_COMPARED, "p (Pass@1)"]]
   policies = [run.sft for run in c.starts]
   for base, other in (("grpo", "axpo"), ("grpo", "random_prefix"), ("axpo", "random_prefix")):
     for name, those in [*((str(sft), [sft]) for sft in policies), ("all", policies)]:
       found = [statistics.paired(*({(sft, seed): value for sft in those
                                     for seed, value in c.values(recipe, key, sft).items()}
-                                   for recipe in (base, other))) for key in columns.values()]
+                                   for recipe in (base, other))) for key in _COMPARED.values()]
       if found[0]:
         rows.append([f"{_plain(other)} − {_plain(base)}", name, str(found[0].n),
                      *map(_interval, found), _p(found[0])])
@@ -194,16 +193,14 @@ def _across(c: Comparison) -> str:
 def _repeat(c: Comparison) -> str:
   """Means, and differences from GRPO, of the first time and of the second; and which of the second's
   lie outside of the first's intervals."""
-  columns = {"Pass@1": "pass_at_1", "Pass@4": "pass_at_4", "tool rate": "tool_rate",
-             "forced success": "forced_success"}
-  rows = [["% and points", "seeds, again", *(f"{name}{when}" for name in columns for when in ("", ", again")),
-           "outside"]]
+  twice = [f"{name}{when}" for name in _COMPARED for when in ("", ", again")]
+  rows = [["% and points", "seeds, again", *twice, "outside"]]
   again = c.again or Comparison([])
   both = [recipe for recipe in c.recipes if recipe in again.recipes]
 
   def row(label: str, recipe: str, cell: Callable[[Estimate | None], str],
           of: Callable[[Comparison, str, str], Estimate | None]) -> None:
-    found = {name: (of(c, recipe, key), of(again, recipe, key)) for name, key in columns.items()}
+    found = {name: (of(c, recipe, key), of(again, recipe, key)) for name, key in _COMPARED.items()}
     outside = [name for name, (first, second) in found.items()
                if first and second and not first.low <= second.mean <= first.high
                and not math.isnan(first.low)]
