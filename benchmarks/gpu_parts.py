@@ -20,7 +20,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from axpo_jax.model import hf, sharding
 from axpo_jax.model.config import PRESETS, ModelConfig
-from axpo_jax.model.images import ProcessedImage
+from axpo_jax.model.images import PatchFormat, ProcessedImage
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.model.vision_inputs import mrope_positions
 from axpo_jax.rollout.embedded import EmbeddedConfig, EmbeddedEngine
@@ -58,8 +58,11 @@ def example(config: ModelConfig, length: int, seed: int) -> Example:
   """Words around a square image of at most an eighth of the tokens; all words behind it are targets."""
   rng = np.random.default_rng(seed)
   side = min(2 * int((length / 8) ** 0.5), _LARGEST_SIDE)
-  patches = rng.normal(size=(side * side, config.vision.patch_dim)).astype(np.float32)
-  image = ProcessedImage(patches, (side, side), Image.new("RGB", (1, 1)), str(seed))
+  vision = config.vision
+  form = PatchFormat(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size,
+                     (0.5,) * 3, (0.5,) * 3)
+  size = (side * form.patch_size, side * form.patch_size, 3)
+  image = ProcessedImage.of(Image.fromarray(rng.integers(0, 256, size, np.uint8)), form)
   count, before = image.num_tokens, 8
   ids = rng.integers(*_WORDS, length)
   ids[before] = config.vision_start_token_id
@@ -116,7 +119,7 @@ def train_step(config: ModelConfig, length: int, micro_batches: int, mu_dtype: s
 
   needed = sum(3 * flops.needed(
     config, tokens=len(e), targets=int(e.loss_mask_T.sum()), seen=len(e) / 2,
-    patches=len(e.images[0].patches_PxC), seen_patches=len(e.images[0].patches_PxC))
+    patches=e.images[0].num_patches, seen_patches=e.images[0].num_patches)
     for e in examples)
   return step, needed
 

@@ -254,7 +254,7 @@ def _bound(config: ModelConfig, starts: Sequence[Transcript], theirs: float) -> 
   products and the memory traffic of reading the cache, each at this machine's best speed."""
   prompts = [_length(start) for start in starts]
   longest, new = statistics.mean(prompts) + NEW_TOKENS / 2, PROMPTS * NEW_TOKENS
-  patches = [len(image.shown.patches_PxC) for start in starts for image in start.images]
+  patches = [image.shown.num_patches for start in starts for image in start.images]
   prefilled = flops.needed(config, tokens=sum(prompts), targets=0, patches=sum(patches),
                            seen=statistics.mean(prompts) / 2, seen_patches=statistics.mean(patches))
   decoded = flops.needed(config, tokens=new, targets=new, patches=0, seen=longest, seen_patches=0)

@@ -39,7 +39,7 @@ from PIL import Image
 
 from axpo_jax.model import attention, sharding
 from axpo_jax.model.config import PRESETS, ModelConfig
-from axpo_jax.model.images import ProcessedImage
+from axpo_jax.model.images import PatchFormat, ProcessedImage
 from axpo_jax.model.vision_inputs import mrope_positions
 from axpo_jax.rl.credit import Branch, CreditConfig, GroupOutcome, assign_credit
 from axpo_jax.rl.losses import LossConfig
@@ -136,8 +136,10 @@ def _words(rng, count: int) -> np.ndarray:
 
 
 def _image(rng, grid_hw, config: ModelConfig) -> ProcessedImage:
-  patches = rng.normal(size=(grid_hw[0] * grid_hw[1], config.vision.patch_dim)).astype(np.float32)
-  return ProcessedImage(patches, grid_hw, Image.new("RGB", (1, 1)), str(rng.integers(2**60)))
+  form = PatchFormat(config.vision.patch_size, config.vision.temporal_patch_size,
+                     config.vision.spatial_merge_size, (0.5,) * 3, (0.5,) * 3)
+  size = (*(side * form.patch_size for side in grid_hw), 3)
+  return ProcessedImage.of(Image.fromarray(rng.integers(0, 256, size, np.uint8)), form)
 
 
 def _act(rng, config: ModelConfig) -> list:

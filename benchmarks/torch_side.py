@@ -71,7 +71,7 @@ class PyTorch:
       "mm_token_type_ids": (ids_BxT == self._image_id).astype(np.int64),
     }
     if images:
-      arrays |= {"pixel_values": np.concatenate([image.patches_PxC for image in images]),
+      arrays |= {"pixel_values": np.concatenate([image.patches() for image in images]),
                  "image_grid_thw": np.array([(1, *image.grid_hw) for image in images])}
     return {name: torch.from_numpy(array).to(self._device) for name, array in arrays.items()}
 

@@ -25,7 +25,7 @@ from axpo_jax.agent.rollout import Rollout
 from axpo_jax.agent.token_texts import token_texts
 from axpo_jax.agent.transcript import EpisodeImage, Kind, Outcome, Transcript, TranscriptError
 from axpo_jax.model.chat import Chat
-from axpo_jax.model.images import ImageLimits, ImageProcessor, image_key
+from axpo_jax.model.images import ImageLimits, ImageProcessor, ProcessedImage, image_key
 
 FORMAT = 1
 
@@ -48,6 +48,10 @@ class ImageStore:
       self.folder.mkdir(parents=True, exist_ok=True)
       _write(path, lambda temporary: image.save(temporary, format="PNG", compress_level=1))
     return key
+
+  def put_shown(self, image: ProcessedImage) -> str:
+    """`put` for what the policy saw, which knows its key."""
+    return image.key if self.path(image.key).exists() else self.put(image.picture(), image.key)
 
   def get(self, key: str) -> PIL.Image.Image:
     """Reads an image.
@@ -75,7 +79,7 @@ def transcript_to_json(transcript: Transcript, store: ImageStore, *,
     originals: without them the transcript can be trained on but not continued exactly: tools then
       read the picture that the policy saw.
   """
-  images = [{"origin": image.origin, "shown": store.put(image.shown.image, image.shown.key),
+  images = [{"origin": image.origin, "shown": store.put_shown(image.shown),
              "original": store.put(image.original) if originals else None}
             for image in transcript.images]
   return {
@@ -208,7 +212,7 @@ def _text_with_images(ids, special, chat, images, name) -> str:
   for i, token in enumerate(ids):
     if token == special.image_pad:
       number, image = next(images)
-      width, height = image.shown.image.size
+      width, height = image.shown.size
       parts += [chat.decode(ids[begin:i]),
                 f"[image {number}: {name(image)}, {width}x{height}, from {image.origin}]"]
       begin = i + 1

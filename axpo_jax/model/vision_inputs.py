@@ -1,6 +1,6 @@
 """Host side of the vision tower: from any images to a few static array shapes (NumPy).
 
-In: processed images (patches in merge-block order and a grid) and the vision config.
+In: processed images (a grid, and patches on demand) and the vision config.
 Out: `VisionInputs`, rows of packed patches with everything the jitted tower needs to know about
 the grids as arrays, and the text side's rotary positions. An image lies wholly in one row and
 attention stays in the row, so no mask over all images is ever made. Shapes come from buckets:
@@ -33,10 +33,13 @@ class VideoNotSupported(ValueError):
 
 
 class HasPatches(Protocol):
-  """What packing reads of a processed image."""
+  """What packing reads of a processed image. Its float patches exist only while it is packed."""
 
-  patches_PxC: np.ndarray
   grid_hw: tuple[int, int]
+  patch_dim: int
+
+  def patches(self) -> np.ndarray:
+    """float32 [h * w, patch_dim], in merge-block order."""
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +77,7 @@ def pack_images(
 
   Returns: the inputs, and int32 [number of images]: where each image's first merged token stands
     in the flattened [R * P / merge^2] output of the tower. Its tokens follow one another.
-  Raises: ImageTooLarge; ValueError if an image's patches do not fit its grid or the config.
+  Raises: ImageTooLarge; ValueError if an image's grid or patches are not those of the config.
   """
   sizes = [_checked_size(i, image, config) for i, image in enumerate(images)]
   length = _bucket(max(sizes, default=1), patch_buckets)
@@ -93,7 +96,7 @@ def pack_images(
   for image, size, (row, start, number) in zip(images, sizes, places, strict=True):
     where = (row, slice(start, start + size))
     positions = grid_positions(image.grid_hw, config.spatial_merge_size)
-    out.patches_RxPxC[where] = image.patches_PxC
+    out.patches_RxPxC[where] = image.patches()
     out.segments_RxP[where] = number
     out.positions_RxPx2[where] = positions
     out.corner_index_RxPx4[where], out.corner_weight_RxPx4[where] = bilinear_corners(
@@ -181,10 +184,10 @@ def _checked_size(number: int, image: HasPatches, config: VisionConfig) -> int:
   (h, w), merge = image.grid_hw, config.spatial_merge_size
   if h % merge or w % merge:
     raise ValueError(f"image {number}: grid {h} x {w} is not a multiple of the merge size {merge}")
-  if image.patches_PxC.shape != (h * w, config.patch_dim):
+  if image.patch_dim != config.patch_dim:
     raise ValueError(
-      f"image {number}: patches {image.patches_PxC.shape} do not fit its grid {h} x {w} and "
-      f"patch_dim={config.patch_dim}; was it processed with this model's patch size?"
+      f"image {number}: patches of {image.patch_dim} values, but the model takes "
+      f"{config.patch_dim}; was it processed with this model's patch size?"
     )
   return h * w
 

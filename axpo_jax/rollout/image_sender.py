@@ -60,7 +60,7 @@ class ImageSender:
       del self._running[image.key]
 
   def _make(self, image: ProcessedImage) -> tuple[str, int]:
-    data = _png(image.image)
+    data = _png(image.picture())
     if self._folder is None:
       url = "data:image/png;base64," + base64.b64encode(data).decode()
       return url, len(url)

@@ -231,7 +231,7 @@ def _text_item(text: str) -> dict[str, Any]:
 
 def _image_item(image: ProcessedImage) -> dict[str, Any]:
   file = io.BytesIO()
-  image.image.save(file, format="PNG", compress_level=1)
+  image.picture().save(file, format="PNG", compress_level=1)
   data = base64.b64encode(file.getvalue()).decode()
   return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 

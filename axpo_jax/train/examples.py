@@ -29,8 +29,7 @@ def from_transcript(transcript: Transcript, mask_C: np.ndarray, advantage: float
   expanded = transcript.expand()
   source_T = expanded.source_T
   images = [image.shown for image in transcript.images]
-  grids = [(image.grid_hw[0] // image.merge_size, image.grid_hw[1] // image.merge_size)
-           for image in images]
+  grids = [image.merged_hw for image in images]
   mask_T = mask_C[source_T]
   logprobs_T = np.asarray(transcript.logprobs, np.float32)[source_T]
   return Example(

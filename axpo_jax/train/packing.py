@@ -246,7 +246,7 @@ def _with_images(batches, rows_of_batches, examples, row_buckets, patch_buckets,
                  ) -> list[Batch]:
   """The batches with vision inputs, all of one shape: that of the fullest."""
   distinct = [_shown_images(rows, examples) for rows in rows_of_batches]
-  largest = max((len(im.patches_PxC) for images in distinct for im in images.values()), default=0)
+  largest = max((im.num_patches for images in distinct for im in images.values()), default=0)
   # The smallest bucket, or all of them, so that pack_images raises its own error.
   patch_buckets = [b for b in sorted(patch_buckets) if b >= largest][:1] or patch_buckets
 

@@ -18,7 +18,7 @@ from axpo_jax.agent.tools.zoom import ImageZoomIn
 from axpo_jax.agent.transcript import EpisodeImage
 from axpo_jax.data.question import Question
 from axpo_jax.model.chat import Chat
-from axpo_jax.model.images import ImageLimits, ImageProcessor, ProcessedImage, image_key
+from axpo_jax.model.images import ImageLimits, ImageProcessor, ProcessedImage
 from axpo_jax.rollout.engine import Sample, SampleRequest, SamplingParams
 
 TINY = pathlib.Path(axpo_jax.__file__).parent / "assets" / "tiny_tokenizer"
@@ -42,14 +42,12 @@ def special() -> SpecialIds:
 
 
 @pytest.fixture(scope="session")
-def fake_image() -> Callable[[int], EpisodeImage]:
-  """An image of `n` merged tokens, without real patches."""
+def fake_image(processor) -> Callable[[int], EpisodeImage]:
+  """An image of `n` merged tokens."""
 
   def make(n: int) -> EpisodeImage:
     picture = PIL.Image.new("RGB", (16 * n, 16), (n % 256, 7, 9))
-    shown = ProcessedImage(np.zeros((4 * n, 1), np.float32), (2, 2 * n), picture,
-                           image_key(picture))
-    return EpisodeImage(picture, shown, "question")
+    return EpisodeImage(picture, ProcessedImage.of(picture, processor.format), "question")
 
   return make
 

@@ -34,7 +34,7 @@ def assert_same(a, b):
   assert len(a.images) == len(b.images)
   for x, y in zip(a.images, b.images):
     assert (x.origin, x.shown.key, x.shown.grid_hw) == (y.origin, y.shown.key, y.shown.grid_hw)
-    assert x.shown.patches_PxC.tobytes() == y.shown.patches_PxC.tobytes()
+    assert x.shown.patches().tobytes() == y.shown.patches().tobytes()
     assert x.original.tobytes() == y.original.tobytes()
 
 
@@ -82,7 +82,7 @@ def test_without_originals_only_what_was_seen_is_stored(rollout, processor, tmp_
   assert len(list((tmp_path / "images").iterdir())) == 2
   (loaded,) = load_rollouts(tmp_path / "a.jsonl", processor)
   image = loaded.transcript.images[0]
-  assert image.original.tobytes() == rollout.transcript.images[0].shown.image.tobytes()
+  assert image.original.tobytes() == rollout.transcript.images[0].shown.picture().tobytes()
 
 
 def test_damage_is_named(rollout, processor, tmp_path):

@@ -64,7 +64,7 @@ def test_a_tool_call_and_its_observation(world, scripted):
   expected = t.images[0].original.crop((51, 40, 154, 120)).resize(
       t.images[1].original.size, 3)
   assert t.images[1].original.tobytes() == expected.tobytes()
-  assert t.images[1].shown.image.tobytes() == expected.tobytes()  # and is not resized again
+  assert t.images[1].shown.picture().tobytes() == expected.tobytes()  # and is not resized again
   (call,) = rollout.calls
   assert (call.turn, call.name, call.error) == (0, "image_zoom_in", None)
   assert call.arguments["bbox_2d"] == [100, 100, 300, 300]
@@ -359,7 +359,7 @@ def test_start_transcript_marks_and_limits(world):
   t = world.start()
   assert set(t.kinds) == {Kind.PROMPT} and np.isnan(t.logprobs).all()
   assert t.images[0].original.size == (512, 400)
-  assert t.images[0].shown.image.width * t.images[0].shown.image.height <= 96 * 96
+  assert np.prod(t.images[0].shown.size) <= 96 * 96
   assert "image_zoom_in" in world.chat.decode(t.ids)
 
 
@@ -375,7 +375,7 @@ def test_a_tools_image_of_an_odd_size_is_rounded_to_the_factor(world, scripted):
   tools = ToolBox([Painter(None)], ["paint"])
   rollout, _ = play(world, scripted, PAINT, RIGHT, tools=tools)
   image = rollout.transcript.images[1]
-  assert image.original.size == (50, 70) and image.shown.image.size == (48, 64)
+  assert image.original.size == (50, 70) and image.shown.size == (48, 64)
 
 
 def test_an_image_that_cannot_be_shown(world, scripted):

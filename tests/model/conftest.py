@@ -141,7 +141,8 @@ def random_image():
     pixels = rng.integers(0, 256, (h * p, w * p, 3), dtype=np.uint8)
     out = processor(images=[Image.fromarray(pixels)], return_tensors="np")
     assert out["image_grid_thw"].tolist() == [[1, h, w]]
-    return SimpleNamespace(patches_PxC=out["pixel_values"].astype(np.float32), grid_hw=(h, w))
+    patches = out["pixel_values"].astype(np.float32)
+    return SimpleNamespace(patches=lambda: patches, patch_dim=vision.patch_dim, grid_hw=(h, w))
 
   return image
 
@@ -165,7 +166,7 @@ def make_case(random_image):
     vision, pixels = None, None
     if images:
       vision, offsets = pack_images(images, CONFIG.vision, **pack_options)
-      pixels = np.concatenate([i.patches_PxC for i in images])
+      pixels = np.concatenate([i.patches() for i in images])
       for (start, size), offset in zip(spans, offsets, strict=True):
         index[start : start + size] = offset + np.arange(size)
     positions = mrope_positions(ids, merged, CONFIG.image_token_id, CONFIG.video_token_id)

@@ -1,5 +1,6 @@
 """Images against the complete `transformers` processor and against the resizing rule."""
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,13 @@ import pytest
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from axpo_jax.model.images import ImageError, ImageLimits, ImageProcessor, image_key
+from axpo_jax.model.images import (
+  ImageError,
+  ImageLimits,
+  ImageProcessor,
+  PatchFormat,
+  image_key,
+)  # fmt: skip
 
 ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "axpo_jax/assets/tiny_tokenizer"
@@ -37,10 +44,10 @@ def test_legal_image_gets_the_values_of_the_complete_processor(size):
   image = picture(*size)
   processed = ImageProcessor(16, 2, 2, MEAN, STD)(image, WIDE)
   patches, grid = reference(image, WIDE)
-  assert processed.patches_PxC.dtype == np.float32
-  np.testing.assert_array_equal(processed.patches_PxC, patches)
+  assert processed.patches().dtype == np.float32
+  np.testing.assert_array_equal(processed.patches(), patches)
   assert processed.grid_hw == grid == (size[1] // 16, size[0] // 16)
-  assert processed.image.tobytes() == image.tobytes()
+  assert processed.picture().tobytes() == image.tobytes()
 
 
 @pytest.mark.parametrize("size", [(100, 75), (500, 20), (7, 9), (33, 130), (640, 480)])
@@ -49,7 +56,26 @@ def test_any_image_is_resized_as_by_the_complete_processor(size):
   processed = ImageProcessor(16, 2, 2, MEAN, STD)(picture(*size), limits)
   patches, grid = reference(picture(*size), limits)
   assert processed.grid_hw == grid
-  np.testing.assert_array_equal(processed.patches_PxC, patches)
+  np.testing.assert_array_equal(processed.patches(), patches)
+
+
+def test_every_value_of_a_pixel_becomes_the_bits_of_the_complete_processor():
+  """All 256 levels of all channels, with statistics that no float32 holds exactly."""
+  levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+  image = Image.fromarray(np.tile(levels, (4, 6, 1)))
+  patches, _ = reference(image, WIDE)
+  got = ImageProcessor(16, 2, 2, MEAN, STD)(image, WIDE).patches()
+  assert got.tobytes() == patches.tobytes()
+
+
+def test_a_megapixel_is_stored_and_sent_in_three_megabytes():
+  """Floats (25 MB), or a second copy of the pixels, would show."""
+  image = ImageProcessor(16, 2, 2, MEAN, STD)(picture(1024, 1024), WIDE)
+  sent = pickle.dumps([image, image])  # rollouts of a question share its image
+  assert len(sent) < 3 * 2**20 + 2000
+  loaded, again = pickle.loads(sent)
+  assert loaded is again and loaded.key == image.key == image_key(loaded.picture())
+  assert loaded.patches().tobytes() == image.patches().tobytes()
 
 
 def test_what_is_returned_is_what_the_tower_sees():
@@ -57,17 +83,17 @@ def test_what_is_returned_is_what_the_tower_sees():
   processor = ImageProcessor(16, 2, 2, MEAN, STD)
   limits = ImageLimits(32 * 32 * 4, 32 * 32 * 12)
   first = processor(picture(301, 97), limits)
-  second = processor(first.image, limits)
-  np.testing.assert_array_equal(first.patches_PxC, second.patches_PxC)
+  second = processor(first.picture(), limits)
+  np.testing.assert_array_equal(first.patches(), second.patches())
   assert first.key == second.key
 
 
 def test_size_and_tokens_follow_from_patch_and_merge():
   processor = ImageProcessor(8, 2, 2, MEAN, STD)
   processed = processor(picture(80, 80), WIDE)
-  assert processed.image.size == (80, 80)
+  assert processed.picture().size == (80, 80)
   assert processed.grid_hw == (10, 10)
-  assert processed.patches_PxC.shape == (100, 3 * 2 * 8 * 8)
+  assert processed.patches().shape == (100, 3 * 2 * 8 * 8)
   assert processed.num_tokens == 25
   # 160 x 80 to at most 80 * 80 pixels: scale 1/sqrt(2), sides 113.1 x 56.6, floored to 112 x 48.
   assert processor.resize(picture(160, 80), ImageLimits(1, 6400)).size == (112, 48)
@@ -84,7 +110,7 @@ def test_patches_come_in_merge_blocks():
     for column in range(6):
       image[row * 8:row * 8 + 8, column * 8:column * 8 + 8] = 10 * row + column
   processor = ImageProcessor(8, 2, 2, (0, 0, 0), (1, 1, 1))
-  patches = processor(Image.fromarray(image), WIDE).patches_PxC
+  patches = processor(Image.fromarray(image), WIDE).patches()
   places = np.rint(patches[:, 0] * 255).astype(int).tolist()
   assert places[:8] == [0, 1, 10, 11, 2, 3, 12, 13]
   assert places[12:16] == [20, 21, 30, 31]
@@ -103,8 +129,8 @@ def test_key_tells_pixels_and_sizes_apart():
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
 def test_every_mode_becomes_rgb(mode):
   processed = ImageProcessor(8, 2, 2, MEAN, STD)(picture(32, 32, mode=mode), WIDE)
-  assert processed.image.mode == "RGB"
-  assert processed.patches_PxC.shape == (16, 384)
+  assert processed.picture().mode == "RGB"
+  assert processed.patches().shape == (16, 384)
 
 
 def test_bad_images_and_limits_are_named():
@@ -120,9 +146,9 @@ def test_bad_images_and_limits_are_named():
 
 def test_from_checkpoint(tmp_path):
   processor = ImageProcessor.from_checkpoint(ASSET)
-  assert (processor.patch_size, processor.temporal_patch_size, processor.merge_size) == (8, 2, 2)
+  assert processor.format == PatchFormat(8, 2, 2, (0.5,) * 3, (0.5,) * 3)
   black = processor(Image.new("RGB", (16, 16)), WIDE)
-  np.testing.assert_array_equal(black.patches_PxC, -1)  # (0 - 0.5) / 0.5
+  np.testing.assert_array_equal(black.patches(), -1)  # (0 - 0.5) / 0.5
   with pytest.raises(FileNotFoundError, match="preprocessor_config"):
     ImageProcessor.from_checkpoint(tmp_path)
   (tmp_path / "preprocessor_config.json").write_text('{"patch_size": 8, "image_mean": [0]}')

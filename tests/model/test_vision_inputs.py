@@ -20,7 +20,7 @@ PAD, VIDEO = 3, 4
 
 def image(h, w, value=1.0):
   patches = np.full((h * w, VISION.patch_dim), value, np.float32)
-  return SimpleNamespace(patches_PxC=patches, grid_hw=(h, w))
+  return SimpleNamespace(patches=lambda: patches, patch_dim=VISION.patch_dim, grid_hw=(h, w))
 
 
 def test_rows_and_offsets():
@@ -33,7 +33,7 @@ def test_rows_and_offsets():
   assert out.segments_RxP.tolist() == [[1] * 48 + [2] * 16, [1] * 40 + [2] * 16 + [3] * 8]
   flat = out.patches_RxPxC.reshape(-1, 4, VISION.patch_dim)
   for number, (offset, source) in enumerate(zip(offsets, images, strict=True), 1):
-    size = len(source.patches_PxC) // 4
+    size = len(source.patches()) // 4
     assert (flat[offset : offset + size] == number).all()
   np.testing.assert_allclose(out.corner_weight_RxPx4.sum(-1), 1, rtol=1e-6)
   assert out.corner_index_RxPx4.max() == VISION.num_position_embeddings - 1
@@ -70,7 +70,7 @@ def test_errors_name_the_image_and_the_fix():
     pack_images([image(8, 10)], VISION, patch_buckets=(16, 64))
   with pytest.raises(ValueError, match="image 1: grid 3 x 4 is not a multiple"):
     pack_images([image(2, 2), image(3, 4)], VISION)
-  wrong = SimpleNamespace(patches_PxC=np.zeros((4, 1536), np.float32), grid_hw=(2, 2))
+  wrong = SimpleNamespace(patch_dim=1536, grid_hw=(2, 2))
   with pytest.raises(ValueError, match="patch size"):
     pack_images([wrong], VISION)
   with pytest.raises(ValueError, match=r"merge\^2"):

@@ -165,7 +165,7 @@ def test_endpoint_sees_the_students_prompt_and_pictures(question):
     assert text.startswith(prompt)
     assert len(pictures) == prompt.count("<|image_pad|>")
   for picture, image in zip(endpoint.pictures[-1], rollout.transcript.images, strict=True):
-    np.testing.assert_array_equal(np.asarray(picture), np.asarray(image.shown.image))
+    np.testing.assert_array_equal(np.asarray(picture), np.asarray(image.shown.picture()))
   body = endpoint.bodies[0]
   assert (body["temperature"], body["top_k"], body["skip_special_tokens"]) == (1.0, 20, False)
   assert "top_k" not in _without_extensions(question)

@@ -10,7 +10,7 @@ from flax import nnx
 from PIL import Image
 
 from axpo_jax.model.config import PRESETS
-from axpo_jax.model.images import ProcessedImage
+from axpo_jax.model.images import PatchFormat, ProcessedImage
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.model.sharding import path_name
 from axpo_jax.model.vision_inputs import mrope_positions, pack_images
@@ -66,9 +66,12 @@ def host_params(config, make_params):
 @pytest.fixture(scope="session")
 def make_image(config):
   def make(seed: int, grid_hw=(4, 4)) -> ProcessedImage:
-    rng = np.random.default_rng(seed)
-    patches = rng.normal(size=(grid_hw[0] * grid_hw[1], config.vision.patch_dim))
-    return ProcessedImage(patches.astype(np.float32), grid_hw, Image.new("RGB", (8, 8)), str(seed))
+    vision = config.vision
+    pixels = np.random.default_rng([seed, *grid_hw]).integers(
+      0, 256, (*(side * vision.patch_size for side in grid_hw), 3), np.uint8)
+    form = PatchFormat(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size,
+                       (0.5,) * 3, (0.5,) * 3)
+    return ProcessedImage.of(Image.fromarray(pixels), form)
 
   return make
 

@@ -191,7 +191,7 @@ def test_distinct_images_once_and_the_index_finds_their_patches(make_example, ma
                    if e.ids_T[:-1].tolist() == batch.tokens_BxT[row][at].tolist()]
       index_T = batch.image_index_BxT[row][at]
       np.testing.assert_array_equal(index_T >= 0, example.image_T[:-1] >= 0)
-      want = [image.patches_PxC.reshape(-1, 4, image.patches_PxC.shape[-1])
+      want = [image.patches().reshape(-1, 4, image.patch_dim)
               for image in example.images]
       if want:
         np.testing.assert_array_equal(patches_Mx4xC[index_T[index_T >= 0]], np.concatenate(want))
