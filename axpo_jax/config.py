@@ -281,14 +281,17 @@ def _rl() -> ConfigDict:
     loss=ConfigDict(dict(
       clip_low=0.2, clip_high=0.4,  # [paper]
       kl_coef=1e-3,           # [paper] beta, against the policy at the start of RL
-      kl_clamp=10.0,          # nats; |log-ratio| cap inside the k3 estimator
-      dual_clip=placeholder(float),  # lower bound for A < 0; 3.0 is usual, None = off
+      kl_cap=10.0,            # nats; the most that the k3 estimate of a token may be
+      dual_clip=_optional(3.0),  # lower bound for A < 0; None = off
       entropy_coef=0.0,       # bonus per nat
       variant="grpo",         # or "cispo", with its bounds of the ratio:
       cispo_min_ratio=0.0, cispo_max_ratio=5.0,
       tis_cap=_optional(2.0),  # cap of the sampler-to-trainer importance weight; None = off
       tis_mask=placeholder(float),  # leave out sequences further apart than this factor; None = off
-      aggregation="token_mean",  # or "sequence_mean"
+      aggregation="token_mean",  # or "sequence_mean", "sequence_sum" (docs/algorithm.md)
+      sum_length=1.0,         # tokens that the sums of "sequence_sum" are divided by
+      # lambda of what is resampled, added to GRPO's loss; None = all tokens in one mean.
+      resampled_weight=placeholder(float),
     )),
     # Training questions that are left out, by what sampling them showed (docs/chain.md).
     filter=ConfigDict(dict(

@@ -26,7 +26,7 @@ from axpo_jax.model.vision_inputs import mrope_positions
 from axpo_jax.rollout.embedded import EmbeddedConfig, EmbeddedEngine
 from axpo_jax.rollout.engine import SampleRequest, SamplingParams
 from axpo_jax.train import flops
-from axpo_jax.train.batch import Batch
+from axpo_jax.train.batch import Batch, targets
 from axpo_jax.train.packing import Example, pack
 from axpo_jax.train.state import OptimizerConfig, init_params, make_optimizer
 from axpo_jax.train.step import Learner, supervised_objective
@@ -113,7 +113,7 @@ def train_step(config: ModelConfig, length: int, micro_batches: int, mu_dtype: s
 
   def step():
     nonlocal state
-    state, result = learner.update(state, batches)
+    state, result = learner.update(state, batches, targets(batches))
     learner.metrics(result, batches, tempfile.gettempdir())  # waits; raises if it is not finite
     jax.block_until_ready(state)
 

@@ -53,7 +53,7 @@ from axpo_jax.rl.resample import prefix_budget
 from axpo_jax.rollout.engine import EngineStats, SampleRequest
 from axpo_jax.rollout.teacher_engine import TeacherEngine
 from axpo_jax.train import build, collect, flops, seeds
-from axpo_jax.train.batch import batch_shards, packing_metrics
+from axpo_jax.train.batch import batch_shards, packing_metrics, targets
 from axpo_jax.train.examples import supervised
 from axpo_jax.train.packing import Example, pack
 from axpo_jax.train.rl import Recipe
@@ -430,7 +430,7 @@ def _learner_side(config, bench, params, examples: Sequence[Example]):
 
   def step():
     nonlocal state
-    state, result = learner.update(state, batches)
+    state, result = learner.update(state, batches, targets(batches))
     losses.append(learner.metrics(result, batches, tempfile.gettempdir())["train/loss"])
     jax.block_until_ready(state)
 

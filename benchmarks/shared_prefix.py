@@ -44,7 +44,7 @@ from axpo_jax.model.vision_inputs import mrope_positions
 from axpo_jax.rl.credit import Branch, CreditConfig, GroupOutcome, assign_credit
 from axpo_jax.rl.losses import LossConfig
 from axpo_jax.rl.resample import ResampleConfig, prefix_budget
-from axpo_jax.train.batch import Batch, denominator, packing_metrics, place
+from axpo_jax.train.batch import Batch, packing_metrics, place, targets
 from axpo_jax.train.packing import Example, pack
 from axpo_jax.train.state import OptimizerConfig, init_params, make_optimizer
 from axpo_jax.train.step import Learner, policy_objective
@@ -203,7 +203,7 @@ def _measure(learner: Learner, params, batches: Sequence[Batch], repetitions: in
     grads, loss = gradients()
     wall.append(time.perf_counter() - start)
     cpu.append(time.process_time() - cpu_start)
-  divisor, memory = denominator(batches), program.memory_analysis()
+  divisor, memory = targets(batches), program.memory_analysis()
   return {"flops": sum(_flops(learner, params, batches)), "compiled": compiled,
           "memory": memory.temp_size_in_bytes + memory.argument_size_in_bytes,
           "wall": min(wall), "cpu": min(cpu), "loss": loss / divisor,

@@ -2,9 +2,9 @@
 
 GRPO and AXPO share it: they differ in advantages and masks alone (`credit.assign_credit`). All
 results are *sums* over tokens, so that micro-batches add up; the caller divides once by the step's
-denominator (`aggregation_weights`). Everything is computed in float32.
+divisor (`weights.sequence_weights`). Everything is computed in float32.
 
-Legend: B rows, T tokens of a row, S sequences of a step.
+Legend: B rows, T tokens of a row.
 """
 
 import dataclasses
@@ -13,12 +13,11 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 # exp(20) = 4.9e8: far beyond any clip or cap, far below float32's overflow.
 _MAX_LOG_RATIO = 20.0
 
-AGGREGATIONS = ("token_mean", "sequence_mean")
+AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum")
 VARIANTS = ("grpo", "cispo")
 
 
@@ -30,9 +29,10 @@ class LossConfig:
     clip_low: epsilon_low (paper: 0.2); ratios below 1 - clip_low are clipped.
     clip_high: epsilon_high (paper: 0.4).
     kl_coef: beta of the KL to the reference (paper: 1e-3); 0 leaves it out.
-    kl_clamp: ours; |logp_ref - logp| is clamped to this many nats inside k3.
-    dual_clip: ours; lower bound `dual_clip * A` for A < 0 (arXiv 1912.09729; 3.0 is usual); None:
-      off.
+    kl_cap: ours; the most that k3 of a token may be, in nats. A token beyond it has no gradient of
+      the KL (the rule of verl and slime).
+    dual_clip: ours; lower bound `dual_clip * A` for A < 0 (arXiv 1912.09729); None: off. Without it a
+      bad token whose ratio has grown large has an unbounded gradient. No effect where the ratio is one.
     entropy_coef: ours; bonus per nat of policy entropy, 0 off.
     variant: "grpo", or "cispo" (arXiv 2506.13585: the clipped ratio is a constant weight).
     cispo_min_ratio: lower bound of CISPO's weight; 0 is none, as there.
@@ -40,16 +40,22 @@ class LossConfig:
     tis_cap: ours; cap of the token importance weight exp(old_logp - behaviour_logp) between trainer
       and sampler; None trusts the sampler and leaves the weight out.
     tis_mask: ours; a sequence whose geometric mean of those ratios is above this, or below one over
-      it, gets weight 0 in the policy loss: the sampler and the trainer do not speak of one policy
-      there. Must be above 1 (2 is lenient); None: off.
-    aggregation: ours; "token_mean" over every unmasked token of the step, or "sequence_mean".
+      it, leaves the update: its policy loss, its KL and its part of the divisor (`weights.drifted`).
+      Must be above 1 (2 is lenient); None: off.
+    aggregation: ours; "token_mean" over every unmasked token of the step; "sequence_mean": the mean
+      over sequences of their token means; "sequence_sum": the mean over sequences of their token
+      sums, each divided by `sum_length`.
+    sum_length: tokens that a sequence's sum is divided by: 1, or the response limit (Dr.GRPO's
+      constant length).
+    resampled_weight: ours; None puts resampled tokens into one mean with all others; a number is
+      lambda of the paper's sum, see `weights`.
   """
 
   clip_low: float = 0.2
   clip_high: float = 0.4
   kl_coef: float = 1e-3
-  kl_clamp: float = 10.0
-  dual_clip: float | None = None
+  kl_cap: float = 10.0
+  dual_clip: float | None = 3.0
   entropy_coef: float = 0.0
   variant: str = "grpo"
   cispo_min_ratio: float = 0.0
@@ -57,8 +63,14 @@ class LossConfig:
   tis_cap: float | None = 2.0
   tis_mask: float | None = None
   aggregation: str = "token_mean"
+  sum_length: float = 1.0
+  resampled_weight: float | None = None
 
   def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"loss.{field.name}={value}; it must be finite.")
     if self.variant not in VARIANTS:
       raise ValueError(f"loss.variant={self.variant!r}; choose one of {VARIANTS}.")
     if self.aggregation not in AGGREGATIONS:
@@ -68,10 +80,15 @@ class LossConfig:
         f"loss.clip_low={self.clip_low}, loss.clip_high={self.clip_high}; need 0 <= low <= 1, "
         "high >= 0."
       )
-    if self.kl_coef < 0 or not 0 < self.kl_clamp <= _MAX_LOG_RATIO:
+    if self.kl_coef < 0 or self.kl_cap <= 0:
       raise ValueError(
-        f"loss.kl_coef={self.kl_coef} must be >= 0 and loss.kl_clamp={self.kl_clamp} in "
-        f"(0, {_MAX_LOG_RATIO}]."
+        f"loss.kl_coef={self.kl_coef} must be >= 0 and loss.kl_cap={self.kl_cap} > 0."
+      )
+    if self.sum_length <= 0:
+      raise ValueError(f"loss.sum_length={self.sum_length}; it must be > 0 tokens.")
+    if self.resampled_weight is not None and self.resampled_weight < 0:
+      raise ValueError(
+        f"loss.resampled_weight={self.resampled_weight}; it must be >= 0, or None for one mean."
       )
     if self.dual_clip is not None and self.dual_clip <= 1:
       raise ValueError(f"loss.dual_clip={self.dual_clip}; it must be > 1, or None for off.")
@@ -96,7 +113,6 @@ def policy_loss(
   config: LossConfig,
   entropy: jax.Array | None = None,
   *,
-  sequences: jax.Array | None = None,
   lag: jax.Array | None = None,
   max_lag: int = 0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -116,8 +132,6 @@ def policy_loss(
       arrays hold there (NaN included).
     config: see LossConfig.
     entropy: policy entropy of each token in nats; needed if entropy_coef is not 0, else logged.
-    sequences: int [B, T], number of the token's sequence within its row, from 0 to T; needed for
-      tis_mask.
     lag: int, versions by which the weights that drew the token were behind those being trained.
     max_lag: the gap to the sampler is also logged for every lag from 0 to this, if it is not 0.
 
@@ -128,7 +142,7 @@ def policy_loss(
   Raises:
     ValueError: an array that the config needs is None.
   """
-  _check_inputs(config, ref_logp, entropy, sequences)
+  _check_inputs(config, ref_logp, entropy)
   weights = weights.astype(jnp.float32)
   mask = weights != 0
 
@@ -141,17 +155,20 @@ def policy_loss(
   ratio = jnp.exp(jnp.clip(logp - old_logp, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
   surrogate, clipped = _SURROGATES[config.variant](ratio, logp, advantages, config)
   gap = jnp.where(mask, old_logp - behaviour_logp, 0.0)
-  tis, corrected = _sampler_correction(gap, mask, sequences, config)
+  tis, corrected = _sampler_correction(gap, config)
   sampler_metrics = _gap_metrics(old_logp, behaviour_logp, corrected, mask)
   for k in range(max_lag + 1) if max_lag else ():
     of_lag = _gap_metrics(old_logp, behaviour_logp, corrected, mask & (lag == k))
     sampler_metrics |= {f"lag_{k}/{name}": value for name, value in of_lag.items()}
   per_token = -tis * surrogate
   totals = {"tokens": mask, "weight": weights, "policy_loss": -tis * surrogate * weights}
-  totals |= {"ratio": ratio, "ratio_squared": ratio**2, **clipped, "advantage": advantages}
+  # Around 1, where the ratio is: the difference of two sums near 1 would lose its variance in float32.
+  off_one = ratio - 1.0
+  totals |= {"ratio_off_one": off_one, "ratio_off_one_squared": off_one**2}
+  totals |= {**clipped, "advantage": advantages}
   totals["advantage_nonzero"] = advantages != 0
   if ref_logp is not None:
-    kl = k3(logp, clean(ref_logp), config.kl_clamp)
+    kl = k3(logp, clean(ref_logp), config.kl_cap)
     per_token += config.kl_coef * kl
     totals["kl"] = kl
   if entropy is not None:
@@ -164,14 +181,15 @@ def policy_loss(
   return jnp.sum(per_token * weights), metrics
 
 
-def k3(logp: jax.Array, ref_logp: jax.Array, clamp: float) -> jax.Array:
-  """KL(policy || reference) per token: exp(d) - d - 1, d = logp_ref - logp clamped to +-clamp.
+def k3(logp: jax.Array, ref_logp: jax.Array, cap: float) -> jax.Array:
+  """KL(policy || reference) per token: exp(d) - d - 1 with d = logp_ref - logp, at most `cap`.
 
-  Non-negative and unbiased under the policy's samples. Its gradient 1 - exp(d) flows through logp
-  directly; beyond the clamp it is zero.
+  Non-negative and, below the cap, unbiased under the policy's samples. Its gradient 1 - exp(d) flows
+  through logp directly; where the cap holds it is zero.
   """
-  d = jnp.clip(ref_logp - logp, -clamp, clamp)
-  return jnp.expm1(d) - d
+  # The outer bound only keeps exp from overflowing: an infinite slope times zero would be NaN.
+  d = jnp.clip(ref_logp - logp, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+  return jnp.minimum(jnp.expm1(d) - d, cap)
 
 
 def _clipped_surrogate(ratio, logp, advantages, config):
@@ -203,29 +221,12 @@ def _cispo_surrogate(ratio, logp, advantages, config):
 _SURROGATES = {"grpo": _clipped_surrogate, "cispo": _cispo_surrogate}
 
 
-def _sampler_correction(gap, mask, sequences, config):
-  """Importance weight trainer / sampler: capped by token, zero in sequences that drifted apart; and
-  what to count of it."""
+def _sampler_correction(gap, config):
+  """Importance weight trainer / sampler, capped by token; and what to count of it."""
   raw = jnp.exp(jnp.clip(gap, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
   cap = jnp.inf if config.tis_cap is None else config.tis_cap
   tis = jnp.ones_like(raw) if config.tis_cap is None else jnp.minimum(raw, cap)
-  totals = {"tis_capped": raw > cap}
-  if config.tis_mask is not None:
-    apart = jnp.abs(_sequence_means(gap, mask, sequences)) > math.log(config.tis_mask)
-    tis = jnp.where(apart, 0.0, tis)
-    totals["tis_masked"] = apart
-  return jax.lax.stop_gradient(tis), totals | {"tis_weight": tis}
-
-
-def _sequence_means(x, mask, sequences):
-  """Every token's mean of `x` over the unmasked tokens of its sequence. All [B, T]."""
-  def of_row(x_T, mask_T, sequences_T):
-    def sums(values_T):
-      return jax.ops.segment_sum(values_T, sequences_T, num_segments=len(values_T) + 1)
-    mean_S = sums(jnp.where(mask_T, x_T, 0.0)) / jnp.maximum(sums(mask_T.astype(x_T.dtype)), 1.0)
-    return mean_S[sequences_T]
-
-  return jax.vmap(of_row)(x, mask, sequences)
+  return jax.lax.stop_gradient(tis), {"tis_capped": raw > cap, "tis_weight": tis}
 
 
 def _gap_metrics(old_logp, behaviour_logp, corrected, mask):
@@ -254,9 +255,7 @@ def _masked_sums(totals, mask):
   return {name: jnp.sum(jnp.where(mask, x, 0), dtype=jnp.float32) for name, x in totals.items()}
 
 
-def _check_inputs(config, ref_logp, entropy, sequences):
-  if config.tis_mask is not None and sequences is None:
-    raise ValueError(f"loss.tis_mask={config.tis_mask} needs sequences; pass them or set it to None.")
+def _check_inputs(config, ref_logp, entropy):
   if config.kl_coef and ref_logp is None:
     raise ValueError(f"loss.kl_coef={config.kl_coef} needs ref_logp; pass it or set kl_coef=0.")
   if config.entropy_coef and entropy is None:
@@ -276,31 +275,8 @@ def add_metrics(a: Mapping, b: Mapping) -> dict:
   return {n: larger(a[n], b[n]) if n.endswith("_max") else a[n] + b[n] for n in a}
 
 
-def aggregation_weights(
-  tokens_S: np.ndarray, aggregation: str = "token_mean"
-) -> tuple[np.ndarray, float]:
-  """Weight of one token of each sequence, and the step's denominator.
-
-  Args:
-    tokens_S: number of unmasked tokens of every sequence of the update. A sequence is one Credit:
-      a rollout, a source's prefix, or a continuation.
-    aggregation: "token_mean" weighs every token alike; "sequence_mean" every non-empty sequence.
-
-  Returns:
-    weights float32 [S], and the number the summed loss is divided by (>= 1).
-  """
-  tokens_S = np.asarray(tokens_S)
-  if aggregation == "token_mean":
-    return (tokens_S > 0).astype(np.float32), float(max(tokens_S.sum(), 1))
-  if aggregation == "sequence_mean":
-    weights_S = np.where(tokens_S > 0, 1.0 / np.maximum(tokens_S, 1), 0.0)
-    return weights_S.astype(np.float32), float(max((tokens_S > 0).sum(), 1))
-  raise ValueError(f"loss.aggregation={aggregation!r}; choose one of {AGGREGATIONS}.")
-
-
 # metric name -> (sum, unit divided by the token count)
 _TOKEN_MEANS = {
-  "train/ratio_mean": "ratio",
   "train/clip_fraction_low": "clip_low",
   "train/clip_fraction_high": "clip_high",
   "train/clip_fraction_dual": "clip_dual",
@@ -313,28 +289,28 @@ _TOKEN_MEANS = {
 _GAP_MEANS = {
   "train/tis_weight_mean": "tis_weight",
   "train/tis_capped_share": "tis_capped",
-  "train/tis_masked_share": "tis_masked",
   "train/logp_gap_mean": "gap",
   "train/logp_gap_abs_mean": "gap_abs",
 }
 
 
-def summarise(sums: Mapping[str, float], denominator: float) -> dict[str, float]:
+def summarise(sums: Mapping[str, float], divisor: float) -> dict[str, float]:
   """Logged metrics (docs/metrics.md, train/) from the accumulated sums, on the host.
 
   Args:
     sums: what `policy_loss` returned, joined by `add_metrics`.
-    denominator: what the loss was divided by.
+    divisor: what the loss was divided by.
   """
   sums = {name: float(value) for name, value in sums.items()}
   tokens = sums["tokens"]
   out = {"train/loss_tokens": tokens}
   if tokens == 0:
     return out
-  out["train/policy_loss"] = sums["policy_loss"] / denominator
+  out["train/policy_loss"] = sums["policy_loss"] / divisor
   out |= {name: sums[key] / tokens for name, key in _TOKEN_MEANS.items() if key in sums}
-  spread = sums["ratio_squared"] / tokens - (sums["ratio"] / tokens) ** 2
-  out["train/ratio_std"] = math.sqrt(max(spread, 0.0))
+  off_one = sums["ratio_off_one"] / tokens
+  out["train/ratio_mean"] = 1.0 + off_one
+  out["train/ratio_std"] = math.sqrt(max(sums["ratio_off_one_squared"] / tokens - off_one**2, 0.0))
   out["train/ratio_max"] = sums["ratio_max"]
   out |= _gap_summary(sums)
   for lag in sorted({name.partition("/")[0] for name in sums if "/" in name}):

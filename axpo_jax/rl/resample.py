@@ -155,7 +155,8 @@ def triggered(rewards_N: np.ndarray, used_tool_N: np.ndarray, *, subgroup: str =
 
 
 def prefix_budget(num_rollouts: int, config: ResampleConfig) -> int:
-  """M = floor(r * B * N / K) whole prefixes; `num_rollouts` is B * N, the step's rollouts.
+  """M = floor(r * B * N / K) whole prefixes; `num_rollouts` is B * N, the step's rollouts as
+  asked for: those that a fault took count too.
 
   Exact in decimals: 0.29 of 100 is 29, which binary floating point would floor to 28.
   """
@@ -163,7 +164,11 @@ def prefix_budget(num_rollouts: int, config: ResampleConfig) -> int:
 
 
 def plan_resamples(
-  groups: Sequence[GroupView], config: ResampleConfig, rng_seed: int = 0
+  groups: Sequence[GroupView],
+  config: ResampleConfig,
+  rng_seed: int = 0,
+  *,
+  num_rollouts: int | None = None,
 ) -> list[Selection]:
   """The step's prefixes in the order they are served (Algorithm 1, selection).
 
@@ -171,9 +176,11 @@ def plan_resamples(
   budget cuts the queue. Ties fall to the smaller question index, then the smaller rollout key.
 
   Args:
-    groups: all questions of the step, triggered or not (their rollouts make up the budget).
+    groups: all questions of the step, triggered or not.
     config: see ResampleConfig.
     rng_seed: used by choice="random" only; >= 0, change it every step.
+    num_rollouts: B * N as asked for, which the budget is a share of; None: the rollouts of `groups`,
+      right where none was lost to a fault.
 
   Returns:
     At most `prefix_budget` selections, each (group, rollout) at most once.
@@ -194,7 +201,9 @@ def plan_resamples(
       chosen = Selection(group.index, rollout, float(group.confidence_N[rollout]))
       queue.append((place, chosen))
   queue.sort(key=lambda entry: entry[0])
-  budget = prefix_budget(sum(len(group.rewards_N) for group in groups), config)
+  if num_rollouts is None:
+    num_rollouts = sum(len(group.rewards_N) for group in groups)
+  budget = prefix_budget(num_rollouts, config)
   return [chosen for _, chosen in queue[:budget]]
 
 

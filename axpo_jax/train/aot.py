@@ -148,7 +148,7 @@ def abstract_batch(mesh: jax.sharding.Mesh, vision: VisionConfig, *, rows: int, 
     tokens_BxT=of(jnp.int32), positions_BxTx3=of(jnp.int32, 3), ends_BxT=of(jnp.int32),
     at_BxG=of(jnp.int32), targets_BxG=of(jnp.int32), weights_BxG=of(jnp.float32),
     advantages_BxG=of(jnp.float32), behaviour_logp_BxG=of(jnp.float32),
-    sequence_BxG=of(jnp.int32), lag_BxG=of(jnp.int32),
+    lag_BxG=of(jnp.int32),
     ref_logp_BxG=of(jnp.float32) if scored else None)
   if vision_rows:
     row = (vision_rows, patches)

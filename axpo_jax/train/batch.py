@@ -31,10 +31,10 @@ class Batch:
       one. Trajectories with a common beginning stand depth first, see `train.tree`.
     at_BxG: int32, the place in the row that predicts the target. One place may have several.
     targets_BxG: int32 ids.
-    weights_BxG: float32, weight of the target in the loss; 0 for padding.
+    weights_BxG: float32, weight of the target in the loss; 0 for padding. `pack` gives every target 1,
+      `weigh` what an update wants.
     advantages_BxG: float32.
     behaviour_logp_BxG: float32, the sampler's log-probability of the target.
-    sequence_BxG: int32, number of the target's trajectory within its row, from 0.
     lag_BxG: int32, versions by which the weights that drew the target are behind.
     key_blocks_BxCxN: int32, which blocks of keys a block of queries sees; None: all.
     image_index_BxT: int32, -1 or the token's place among the merged image tokens of `vision`.
@@ -43,6 +43,8 @@ class Batch:
     old_logp_BxG: float32, the target's log-probability under the weights at the start of the step;
       None: the pass itself, so that the ratio is exactly one.
     ref_logp_BxG: float32, the same under the fixed reference; None: no KL.
+    example_BxG: int32, number of the target's example in the `pack` call, -1 for padding. It stays on
+      the host.
   """
 
   tokens_BxT: np.ndarray | jax.Array
@@ -53,17 +55,18 @@ class Batch:
   weights_BxG: np.ndarray | jax.Array
   advantages_BxG: np.ndarray | jax.Array
   behaviour_logp_BxG: np.ndarray | jax.Array
-  sequence_BxG: np.ndarray | jax.Array
   lag_BxG: np.ndarray | jax.Array
   key_blocks_BxCxN: np.ndarray | jax.Array | None = None
   image_index_BxT: np.ndarray | jax.Array | None = None
   vision: VisionInputs | None = None
   old_logp_BxG: np.ndarray | jax.Array | None = None
   ref_logp_BxG: np.ndarray | jax.Array | None = None
+  example_BxG: np.ndarray | None = None
 
 
 def place(batch: Batch, mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None) -> Batch:
   """The batch on the devices, as `shardings` says."""
+  batch = dataclasses.replace(batch, example_BxG=None)
   return jax.tree.map(sharding.put, batch, shardings(batch, mesh, rules))
 
 
@@ -84,11 +87,24 @@ def batch_shards(mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None) -
   return sharding.parts("batch", mesh, rules)
 
 
-def denominator(batches: Sequence[Batch]) -> float:
-  """What the summed loss of host batches is divided by: the sum of their weights, which is the
-  number of targets (token_mean) or of sequences that have any (sequence_mean); 1 if none."""
-  total = sum(float(np.sum(batch.weights_BxG, dtype=np.float64)) for batch in batches)
-  return total or 1.0
+def weigh(batches: Sequence[Batch], weights_S: np.ndarray) -> list[Batch]:
+  """The batches with the weight `weights_S[s]` on every target of example s; see `rl.weights`."""
+  padded = np.append(np.asarray(weights_S, np.float32), np.float32(0))  # -1 picks the last
+  return [dataclasses.replace(batch, weights_BxG=padded[batch.example_BxG]) for batch in batches]
+
+
+def targets(batches: Sequence[Batch]) -> float:
+  """How many targets host batches score: the divisor of a plain mean over them; 1 if none."""
+  return float(max(sum(int((batch.weights_BxG != 0).sum()) for batch in batches), 1))
+
+
+def sums_by_example(batches: Sequence[Batch], values: Sequence[np.ndarray], examples: int) -> np.ndarray:
+  """float64 [examples]: sums over each example's targets of host values [B, G], one array a batch."""
+  total_S = np.zeros(examples)
+  for batch, value_BxG in zip(batches, values, strict=True):
+    target_BxG = batch.example_BxG >= 0
+    total_S += np.bincount(batch.example_BxG[target_BxG], value_BxG[target_BxG], minlength=examples)
+  return total_S
 
 
 def packing_metrics(batches: Sequence[Batch], examples: Sequence[Sized]) -> dict[str, float]:

@@ -219,13 +219,11 @@ def optimizer(section: ConfigDict, total_steps: int, freeze_vision: bool,
                                         freeze_vision=freeze_vision, adapters=bool(adapters)))
 
 
-def pack_examples(config: ConfigDict, bench: Workbench, batch: list[Example],
-                  aggregation: str = "token_mean") -> list[Batch]:
+def pack_examples(config: ConfigDict, bench: Workbench, batch: list[Example]) -> list[Batch]:
   """Micro-batches in the shapes that the config fixes, so that few programs are compiled."""
   return pack(
     batch, rows=config.batch.rows, length=config.batch.length,
     vision_config=bench.model_config.vision, share_prefixes=config.batch.share_prefixes,
-    aggregation=aggregation,
     banned_ids=bench.chat.banned_ids, rows_multiple_of=batch_shards(bench.mesh, bench.rules),
     image_rows_multiple_of=sharding.parts("vision_rows", bench.mesh, bench.rules),
     row_buckets=[(config.batch.image_rows * quarters << doubled) // 4

@@ -123,7 +123,9 @@ async def resample(actor: Actor, groups: Sequence[Group], config: ResampleConfig
                    progress: str = "") -> None:
   """Adds AXPO's branches to `groups` (section 3 of the paper)."""
   views = [view(number, group, config) for number, group in enumerate(groups)]
-  chosen = plan_resamples(views, config, seed)
+  # Nothing is resampled yet: who failed was one of the N rollouts of a question.
+  asked = sum(len(group.rollouts) + group.failed for group in groups)
+  chosen = plan_resamples(views, config, seed, num_rollouts=asked)
   episodes, branches = [], []
   for number, selection in enumerate(chosen):
     group = groups[selection.group]

@@ -23,7 +23,6 @@ from axpo_jax.model.attention import key_blocks, quarter_steps
 from axpo_jax.model.config import VisionConfig
 from axpo_jax.model.images import ProcessedImage
 from axpo_jax.model.vision_inputs import pack_images
-from axpo_jax.rl.losses import aggregation_weights
 from axpo_jax.train import tree
 from axpo_jax.train.batch import Batch
 
@@ -83,7 +82,6 @@ def pack(
   length: int,
   vision_config: VisionConfig,
   share_prefixes: bool = True,
-  aggregation: str = "token_mean",
   banned_ids: Sequence[int] = (),
   rows_multiple_of: int = 1,
   image_rows_multiple_of: int | None = None,
@@ -94,13 +92,11 @@ def pack(
   """Packs examples into micro-batches of at most [rows, length].
 
   Deterministic. Micro-batches are evenly filled, and their number of rows is `rows` or one, two or
-  three quarters of it. The step's denominator is the sum of all weights: `batch.denominator`.
+  three quarters of it. Every target weighs 1: `batch.weigh` says otherwise.
 
   Args:
     share_prefixes: equal beginnings (ids, positions, images) of examples are computed once a row.
       The result is the same without.
-    aggregation: "token_mean" gives every target weight 1, "sequence_mean" 1 / (the targets of its
-      example); see `rl.losses.aggregation_weights`.
     banned_ids: ids that a target may not have, since the softmax leaves them out.
     rows_multiple_of: the number of rows is a multiple of it if `rows` is; see `batch.batch_shards`.
     image_rows_multiple_of: the number of vision rows is one of it; default `rows_multiple_of`.
@@ -120,12 +116,11 @@ def pack(
     _check(number, example, length, banned_ids)
   if not examples:
     return []
-  weights_S, _ = aggregation_weights([int(e.loss_mask_T.sum()) for e in examples], aggregation)
   pieces_R = _place(examples, length, share_prefixes)
   height = _height(len(pieces_R), rows, rows_multiple_of)
   # Whole micro-batches, at least one: examples without any target still make a step.
   pieces_R += [[]] * (-len(pieces_R) % height or (0 if pieces_R else height))
-  whole = _fill(pieces_R, examples, weights_S, length, block)
+  whole = _fill(pieces_R, examples, length, block)
   cuts = [slice(at, at + height) for at in range(0, len(pieces_R), height)]
   batches = [Batch(**{name: array[cut] for name, array in whole.items()}) for cut in cuts]
   if any(example.images for example in examples):
@@ -190,7 +185,7 @@ def _height(used: int, rows: int, multiple: int) -> int:
   return min(max(-(-even // quarter), 1) * quarter, rows)
 
 
-def _fill(rows_R, examples, weights_S, length: int, block: int) -> dict[str, np.ndarray]:
+def _fill(rows_R, examples, length: int, block: int) -> dict[str, np.ndarray]:
   """The fields of all rows, without images."""
   shape = (len(rows_R), length)
   tokens_RxT, ends_RxT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -199,12 +194,12 @@ def _fill(rows_R, examples, weights_S, length: int, block: int) -> dict[str, np.
   for row, row_placed in enumerate(rows_R):
     places, ends_RxT[row] = tree.lay_out(row_placed, [e.computed for e in examples], length)
     scored = []
-    for place, (placed, where_T) in enumerate(zip(row_placed, places, strict=True)):
+    for placed, where_T in zip(row_placed, places, strict=True):
       example = examples[placed.number]
       new = slice(placed.shared, example.computed)
       tokens_RxT[row, where_T[new]] = example.ids_T[new]
       positions_RxTx3[row, where_T[new]] = example.positions_Tx3[new]
-      scored.append(_targets(example, where_T, weights_S[placed.number], place))
+      scored.append(_targets(example, where_T, placed.number))
     scored_R.append([np.concatenate(column) for column in zip(*scored)])
   fields = {"tokens_BxT": tokens_RxT, "positions_BxTx3": positions_RxTx3, "ends_BxT": ends_RxT}
   if (lists := key_blocks(ends_RxT, block)) is not None:
@@ -219,23 +214,24 @@ def _block(length: int) -> int:
 
 _TARGET_FIELDS = {"at_BxG": np.int32, "targets_BxG": np.int32, "weights_BxG": np.float32,
                   "advantages_BxG": np.float32, "behaviour_logp_BxG": np.float32,
-                  "sequence_BxG": np.int32, "lag_BxG": np.int32}
+                  "lag_BxG": np.int32, "example_BxG": np.int32}
 
 
-def _targets(example: Example, where_T: np.ndarray, weight: float, number: int
-             ) -> tuple[np.ndarray, ...]:
-  """The values of `_TARGET_FIELDS` for the row's example `number`, whose tokens stand at `where_T`."""
+def _targets(example: Example, where_T: np.ndarray, number: int) -> tuple[np.ndarray, ...]:
+  """The values of `_TARGET_FIELDS` for example `number`, whose tokens stand at `where_T`."""
   mask = np.flatnonzero(example.loss_mask_T)
-  return (where_T[mask - 1], example.ids_T[mask], np.full(len(mask), weight),
-          example.advantages_T[mask], example.behaviour_logp_T[mask], np.full(len(mask), number),
-          np.zeros(len(mask)) if example.lag_T is None else example.lag_T[mask])
+  return (where_T[mask - 1], example.ids_T[mask], np.ones(len(mask)),
+          example.advantages_T[mask], example.behaviour_logp_T[mask],
+          np.zeros(len(mask)) if example.lag_T is None else example.lag_T[mask],
+          np.full(len(mask), number))
 
 
 def _target_fields(scored_R: Sequence[Sequence[np.ndarray]], length: int) -> dict[str, np.ndarray]:
   """Targets of all rows; their number is rounded up to half a row, so that few shapes compile."""
   most, step = max((len(s[0]) for s in scored_R if s), default=0), max(length // 2, 1)
   shape = (len(scored_R), max(-(-most // step), 1) * step)
-  fields = {name: np.zeros(shape, dtype) for name, dtype in _TARGET_FIELDS.items()}
+  fields = {name: np.full(shape, -1 if name == "example_BxG" else 0, dtype)
+            for name, dtype in _TARGET_FIELDS.items()}
   for row, scored in enumerate(scored_R):
     for array, values in zip(fields.values(), scored):
       array[row, :len(values)] = values

@@ -18,6 +18,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -25,18 +26,18 @@ from tqdm import tqdm
 from axpo_jax.agent.dump import dump_rollouts
 from axpo_jax.eval import evaluate
 from axpo_jax.model.chat import Chat
-from axpo_jax.rl import census, credit, recipes
+from axpo_jax.rl import census, credit, recipes, weights
 from axpo_jax.rl.acting import acting_census
 from axpo_jax.rl.losses import LossConfig
 from axpo_jax.rl.resample import ResampleConfig, prefix_budget
 from axpo_jax.train import build, collect, distributed, examples, lora, seeds, selection
 from axpo_jax.train.ahead import Ahead
-from axpo_jax.train.batch import packing_metrics
+from axpo_jax.train.batch import Batch, packing_metrics, sums_by_example, weigh
 from axpo_jax.train.checkpoint import Checkpoints
 from axpo_jax.train.collect import Group
 from axpo_jax.train.metrics import read_metrics
 from axpo_jax.train.state import TrainState, copy_params, move_params
-from axpo_jax.train.step import Learner, policy_objective
+from axpo_jax.train.step import Learner, policy_objective, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,13 +154,13 @@ class Loop:
   def rollout_metrics(self, groups: list[Group]) -> dict[str, float]:
     """The census of the step, before anything is learnt from it."""
     stats = collect.group_stats(groups, self.recipe.resample, self.bench.chat)
-    total = sum(len(group.rollouts) for group in groups)
+    asked = len(groups) * self.config.rl.num_rollouts
     engine = dataclasses.asdict(self.engine.stats())
     # Counted since the process began, so a resumed run differs: a matter of time, not of learning.
     compiled = engine.pop("compilations")
     return {
       **census.census(stats), **census.census_by_family(stats), **acting_census(stats),
-      **census.resample_census(stats, budget=prefix_budget(total, self.recipe.resample)),
+      **census.resample_census(stats, budget=prefix_budget(asked, self.recipe.resample)),
       **census.resample_census_by_family(stats),
       "rollout/failed": float(sum(group.failed for group in groups)),
       **{f"engine/{name}": float(value) for name, value in engine.items()},
@@ -175,16 +176,39 @@ class Loop:
     trained = examples.credited(kept, credits, self.bench.model_config.image_token_id,
                                 self.steps_done)
     metrics = census.credit_census(credits)
-    updates = []
-    for part in _split(trained, config.rl.updates):
-      updates.append(build.pack_examples(config, self.bench, part, self.recipe.loss.aggregation))
+    parts = _split(list(zip(trained, credits, strict=True)), config.rl.updates)
+    updates = [build.pack_examples(config, self.bench, [example for example, _ in part])
+               for part in parts]
     metrics |= packing_metrics([batch for batches in updates for batch in batches], trained)
     updates = [self._annotated(batches) for batches in updates]
     logged = []
-    for batches in updates:
-      self.state, result = self.learner.update(self.state, batches)
-      logged.append(self.learner.metrics(result, batches, self.workdir / "nonfinite"))
+    for part, batches in zip(parts, updates, strict=True):
+      batches, divisor, counted = self._weighed(
+        batches, [earned for _, earned in part], len(groups) * len(part) / len(trained))
+      self.state, result = self.learner.update(self.state, batches, divisor)
+      logged.append(self.learner.metrics(result, batches, self.workdir / "nonfinite") | counted)
     return metrics | _joined(logged)
+
+  def _weighed(self, batches: list[Batch], credits: list[credit.Credit], questions: float
+               ) -> tuple[list[Batch], float, dict[str, float]]:
+    """An update's batches with the weights of the loss, its divisor, and what to log of both.
+
+    Args:
+      questions: of the step, times the share of its sequences that this update has.
+    """
+    loss, counted = self.recipe.loss, {}
+    tokens_S = sums_by_example(batches, [batch.weights_BxG for batch in batches], len(credits))
+    if loss.tis_mask is not None:
+      gaps = [whole(batch.old_logp_BxG) - batch.behaviour_logp_BxG for batch in batches]
+      apart_S = weights.drifted(sums_by_example(batches, gaps, len(credits)), tokens_S, loss.tis_mask)
+      counted["train/tis_masked_share"] = float(tokens_S[apart_S].sum() / max(tokens_S.sum(), 1))
+      tokens_S = np.where(apart_S, 0, tokens_S)
+    regions = [earned.region for earned in credits]
+    weights_S, divisor = weights.sequence_weights(
+      tokens_S, [region != credit.ALL for region in regions], loss, questions)
+    counted |= weights.advantage_shares(
+      weights_S, tokens_S, np.asarray([earned.advantage for earned in credits]), regions)
+    return weigh(batches, weights_S), divisor, counted
 
   def credits(self, groups: list[Group]) -> list[credit.Credit]:
     """Who learns with which advantage; groups that lost every rollout have none."""
@@ -203,7 +227,8 @@ class Loop:
     """With the log-probabilities of the reference and, where the ratio needs it, of the weights
     that the step began with."""
     rl = self.config.rl
-    needs_old = rl.updates > 1 or rl.old_logprobs == "trainer"
+    needs_old = (rl.updates > 1 or rl.old_logprobs == "trainer"
+                 or self.recipe.loss.tis_mask is not None)
     return self.learner.annotate(batches, old=self.state.params if needs_old else None,
                                  reference=self._reference() if rl.loss.kl_coef else None)
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from axpo_jax.train import build, distributed, selection
-from axpo_jax.train.batch import packing_metrics
+from axpo_jax.train.batch import packing_metrics, targets
 from axpo_jax.train.checkpoint import Checkpoints
 from axpo_jax.train.step import Learner, supervised_objective
 
@@ -49,7 +49,7 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
         examples, counts = next(data)
         batches = build.pack_examples(config, bench, examples)
         loaded = time.perf_counter()
-        state, result = learner.update(state, batches)
+        state, result = learner.update(state, batches, targets(batches))
         metrics = learner.metrics(result, batches, workdir / "nonfinite")
         metrics |= packing_metrics(batches, examples) | counts
         metrics |= {"time/load_s": loaded - start, "time/update_s": time.perf_counter() - loaded}

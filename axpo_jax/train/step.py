@@ -2,13 +2,13 @@
 
 In: host Batches of one static shape and a TrainState. Out: the next TrainState and metrics. SFT and
 RL differ in their Objective alone. Losses and gradients are *sums* over targets; the update
-divides once, by a number that the host knows (`batch.denominator`), so the split into
-micro-batches and rows changes nothing.
+divides once, by a number that the host gives (`rl.weights`), so the split into micro-batches and rows
+changes nothing.
 
   learner = Learner(model_config, make_optimizer(...), policy_objective(LossConfig()), mesh,
                     banned_ids=chat.banned_ids)
   state = learner.init(params, seed)
-  state, result = learner.update(state, batches)      # dispatched; the host does not wait
+  state, result = learner.update(state, batches, divisor)  # dispatched; the host does not wait
   metrics = learner.metrics(result, batches, folder)  # waits; raises NonFiniteError
 
 Legend: B rows, T tokens of a row, D model, G targets of a row.
@@ -33,7 +33,7 @@ from axpo_jax.model import sharding
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.rl import losses
-from axpo_jax.train.batch import Batch, batch_shards, denominator, place, save_batch
+from axpo_jax.train.batch import Batch, batch_shards, place, save_batch
 from axpo_jax.train.logprobs import token_logprobs
 from axpo_jax.train.state import Optimizer, TrainState, abstract_state, init_state, state_shardings
 
@@ -61,7 +61,7 @@ class Objective:
   Attributes:
     loss: (logp_BxG, entropy_BxG, batch) -> summed loss, metric sums (names ending in _max are
       maxima). Traced.
-    summarise: (metric sums of the whole step, denominator) -> logged metrics. On the host.
+    summarise: (metric sums of the whole step, divisor) -> logged metrics. On the host.
   """
 
   loss: Callable[[jax.Array, jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
@@ -75,12 +75,12 @@ class StepResult:
   Attributes:
     sums: metric sums of every micro-batch.
     applied: grad_norm, learning_rate, finite, step.
-    denominator: what the sums were divided by.
+    divisor: what the sums were divided by.
   """
 
   sums: list[dict[str, jax.Array]]
   applied: dict[str, jax.Array]
-  denominator: float
+  divisor: float
 
 
 def supervised_objective() -> Objective:
@@ -96,7 +96,7 @@ def supervised_objective() -> Objective:
     sums = {"tokens": total(1.0), "nll": -total(logp_BxG), "entropy": total(entropy_BxG)}
     return nll, jax.lax.stop_gradient(sums)
 
-  def summarise(sums, _denominator):
+  def summarise(sums, _divisor):
     tokens = max(sums["tokens"], 1.0)
     return {"train/loss_tokens": sums["tokens"], "train/nll": sums["nll"] / tokens,
             "train/entropy": sums["entropy"] / tokens}
@@ -116,7 +116,7 @@ def policy_objective(config: losses.LossConfig, max_lag: int = 0) -> Objective:
     return losses.policy_loss(
       logp_BxG, batch.old_logp_BxG, batch.ref_logp_BxG, batch.behaviour_logp_BxG,
       batch.advantages_BxG, batch.weights_BxG, config, entropy_BxG,
-      sequences=batch.sequence_BxG, lag=batch.lag_BxG, max_lag=max_lag)
+      lag=batch.lag_BxG, max_lag=max_lag)
 
   return Objective(loss, losses.summarise)
 
@@ -181,26 +181,31 @@ class Learner:
     frozen = self.optimizer.split(params())[1]
     return dataclasses.replace(stored, params=nnx.merge_state(frozen, stored.params))
 
-  def update(self, state: TrainState, batches: Sequence[Batch]) -> tuple[TrainState, StepResult]:
+  def update(self, state: TrainState, batches: Sequence[Batch], divisor: float
+             ) -> tuple[TrainState, StepResult]:
     """One optimizer step over host micro-batches. Donates `state`.
 
     The host runs at most two micro-batches ahead, so that patches do not pile up on the devices,
-    and does not wait for the end. A step whose loss or gradient is not finite leaves the state as
-    it was.
+    and does not wait for the end. A step leaves the state as it was if its loss or gradient is not
+    finite, or if no target has a weight.
 
+    Args:
+      divisor: of the summed loss, > 0; see `rl.weights.sequence_weights`.
     Raises:
-      ValueError: no micro-batches.
+      ValueError: no micro-batches, or a divisor that is not positive.
     """
     if not batches:
       raise ValueError("an update needs examples; there are no micro-batches")
+    if not divisor > 0:
+      raise ValueError(f"the divisor of an update must be positive, got {divisor}")
     grads, sums = self.zeros(), []
     for batch in batches:
       grads, sums_of_batch = self.accumulate(state.params, grads, batch)
       sums.append(sums_of_batch)
       if len(sums) > _IN_FLIGHT:
         jax.block_until_ready(sums[-_IN_FLIGHT - 1])
-    divisor = denominator(batches)
-    state, applied = self.apply(state, grads, divisor)
+    scored = any(np.any(batch.weights_BxG) for batch in batches)
+    state, applied = self.apply(state, grads, divisor if scored else np.inf)
     return state, StepResult(sums, applied, divisor)
 
   def trace(self, batch: Batch) -> dict[str, jax.stages.Traced]:
@@ -229,7 +234,7 @@ class Learner:
 
   def apply(self, state: TrainState, grads: nnx.State, divisor: float
             ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """The optimizer update by grads / divisor. Donates `state`."""
+    """The optimizer update by grads / divisor; none if the divisor is infinite. Donates `state`."""
     return self._apply(state, grads, np.float32(divisor))
 
   def score(self, params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -267,11 +272,11 @@ class Learner:
       raise _non_finite(step, bad or range(len(batches)), sums, applied, batches, Path(folder))
     joined = functools.reduce(losses.add_metrics, [
       {k: float(v) for k, v in s.items() if k != "finite"} for s in sums])
-    out = {"train/loss": joined.pop("loss") / result.denominator,
+    out = {"train/loss": joined.pop("loss") / result.divisor,
            "train/grad_norm": float(applied["grad_norm"]),
            "train/learning_rate": float(applied["learning_rate"]),
-           "train/denominator": result.denominator}
-    return out | self.objective.summarise(joined, result.denominator)
+           "train/divisor": result.divisor}
+    return out | self.objective.summarise(joined, result.divisor)
 
   def _place(self, batch: Batch) -> Batch:
     return place(batch, self.mesh, self.rules)
@@ -315,9 +320,11 @@ class Learner:
     trained, frozen = self.optimizer.split(state.params)
     updated, opt_state = self.optimizer.step(trained, grads, state.opt_state)
     new = (updated, opt_state, state.step + 1)
-    # The guard keeps the parameters worth saving when the run stops.
+    # The guard keeps the parameters worth saving when the run stops. And an update without targets is
+    # none: zero gradients would still decay weights and move the optimizer's moments.
+    applies = finite & jnp.isfinite(divisor)
     trained, opt_state, step = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old), new, (trained, state.opt_state, state.step))
+      lambda new, old: jnp.where(applies, new, old), new, (trained, state.opt_state, state.step))
     metrics = {"grad_norm": norm, "learning_rate": self.optimizer.schedule(state.step),
                "finite": finite, "step": state.step}
     return TrainState(nnx.merge_state(trained, frozen), opt_state, step, state.rng), metrics
@@ -331,16 +338,16 @@ def _unscored(batch: Batch) -> Batch:
 def _non_finite(step, bad, sums, applied, batches, folder: Path) -> NonFiniteError:
   paths = [folder / f"step_{step}_micro_{i}.npz" for i in bad]
   for i, path in zip(bad, paths, strict=True):
-    whole = jax.tree.map(_whole, batches[i])
+    gathered = jax.tree.map(whole, batches[i])
     if jax.process_index() == 0:
-      save_batch(path, whole)
+      save_batch(path, gathered)
   found = [float(sums[i]["loss"]) for i in bad]
   return NonFiniteError(
     f"update {step}: loss sums {found} of micro-batches {list(bad)}, gradient norm "
     f"{float(applied['grad_norm'])}; the micro-batches are saved in {folder}", list(bad), paths)
 
 
-def _whole(x: np.ndarray | jax.Array) -> np.ndarray:
+def whole(x: np.ndarray | jax.Array) -> np.ndarray:
   """All of an array that may be spread over processes; all of them must ask for it."""
   if isinstance(x, np.ndarray) or x.is_fully_addressable:
     return np.asarray(x)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from axpo_jax.rl.advantages import group_advantages
-from axpo_jax.rl.credit import Branch, CreditConfig, GroupOutcome, assign_credit, loss_mask
-from axpo_jax.rl.losses import LossConfig, aggregation_weights, policy_loss
+from axpo_jax.rl.credit import ALL, Branch, CreditConfig, GroupOutcome, assign_credit, loss_mask
+from axpo_jax.rl.losses import LossConfig, policy_loss
 from axpo_jax.rl.resample import GroupView, ResampleConfig, plan_resamples
+from axpo_jax.rl.weights import sequence_weights
 
 TOKENS, PREFIX_END = 9, 4
 
@@ -40,17 +41,18 @@ def arrays(credits):
   """Every sequence has nine tokens: two of the prompt, then sampled ones; the cut is at four."""
   sampled = np.arange(TOKENS) >= 2
   masks = np.array([loss_mask(sampled, c.region, PREFIX_END) for c in credits])
-  weights_S, denominator = aggregation_weights(masks.sum(1))
+  resampled_S = [c.region != ALL for c in credits]
+  weights_S, divisor = sequence_weights(masks.sum(1), resampled_S, LossConfig(), questions=6)
   advantages = np.array([[c.advantage] for c in credits]) * masks
-  return advantages.astype(np.float32), (weights_S[:, None] * masks).astype(np.float32), denominator
+  return advantages.astype(np.float32), (weights_S[:, None] * masks).astype(np.float32), divisor
 
 
 def loss_and_grad(credits):
-  advantages, weights, denominator = arrays(credits)
+  advantages, weights, divisor = arrays(credits)
   rng = np.random.default_rng(7)
   logp, old, ref = jnp.asarray(rng.uniform(-2, -0.1, (3, *advantages.shape)), jnp.float32)
   return jax.value_and_grad(
-    lambda v: policy_loss(v, old, ref, old, advantages, weights, LossConfig())[0] / denominator
+    lambda v: policy_loss(v, old, ref, old, advantages, weights, LossConfig())[0] / divisor
   )(logp)
 
 

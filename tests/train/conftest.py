@@ -127,7 +127,6 @@ def one_a_row(config):
       weights_BxG=rows([e.loss_mask_T[1:] for e in examples], 0, np.float32),
       advantages_BxG=rows([e.advantages_T[1:] for e in examples], 0, np.float32),
       behaviour_logp_BxG=rows([e.behaviour_logp_T[1:] for e in examples], 0, np.float32),
-      sequence_BxG=rows([np.zeros(len(e) - 1, np.int32) for e in examples]),
       lag_BxG=rows([np.zeros(len(e) - 1, np.int32) for e in examples]))
 
   return make

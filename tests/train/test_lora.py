@@ -17,6 +17,7 @@ from axpo_jax.model.layers import Linear, Maker
 from axpo_jax.model.lora import Adapter
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.train import build, experiment, lora
+from axpo_jax.train.batch import targets
 from axpo_jax.train.checkpoint import Checkpoints
 from axpo_jax.train.metrics import MetricsWriter, read_metrics
 from axpo_jax.train.packing import pack
@@ -171,17 +172,17 @@ def test_only_adapters_are_trained_and_a_resume_repeats_the_run(learner, adapted
   trained = {name for name in start if "/adapter/" in name}
   assert len(moments) == 2 * len(trained) == 4 * len(ADAPTED)
   assert all("/adapter/" in name for name in moments)
-  state, _ = learner.update(state, batches)
+  state, _ = learner.update(state, batches, targets(batches))
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(1, learner.stored(state), host={})
     assert set(_arrays(learner.stored(state).params)) == trained
     for _ in range(2):
-      state, result = learner.update(state, batches)
+      state, result = learner.update(state, batches, targets(batches))
     stored = checkpoints.restore(learner.stored(learner.abstract_state())).state
   again = learner.restored(stored, lambda: jax.device_put(
     _tree_of(state.params, start), jax.tree.map(lambda x: x.sharding, state.params)))
   for _ in range(2):
-    again, repeated = learner.update(again, batches)
+    again, repeated = learner.update(again, batches, targets(batches))
   _assert_same_bits(again, state)
   assert learner.metrics(repeated, batches, tmp_path) == learner.metrics(result, batches, tmp_path)
   end = _arrays(state.params)
@@ -277,8 +278,8 @@ def test_the_vision_tower_is_pushed_where_it_has_adapters():
   """Servers begin with the tower that they are not sent."""
   config = get_config()
   config.model.freeze_vision, config.stages = False, ("rl",)
-  for targets, stands in ((("q", "v"), True), (("q", "fc1"), False)):
-    config.lora.update(rank=4, targets=targets)
+  for names, stands in ((("q", "v"), True), (("q", "fc1"), False)):
+    config.lora.update(rank=4, targets=names)
     assert build.vision_stands(config, lora.from_config(config)) == stands
   assert not build.vision_stands(config, None)
   config.model.freeze_vision = True

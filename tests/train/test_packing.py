@@ -10,11 +10,13 @@ import pytest
 from axpo_jax.model import sharding
 from axpo_jax.train.batch import (
   batch_shards,
-  denominator,
   load_batch,
   packing_metrics,
   place,
   save_batch,
+  sums_by_example,
+  targets,
+  weigh,
 )
 from axpo_jax.train.packing import PackingError, pack
 
@@ -206,16 +208,23 @@ def test_all_micro_batches_have_one_shape(make_example, make_image, options):
   assert all(b.vision is None and b.image_index_BxT is None for b in pack(examples[3:], **options))
 
 
-def test_weights_of_both_aggregations(make_example, options):
+def test_weights_by_example(make_example, options):
+  """Every target knows its example, whatever row and micro-batch it came to."""
   examples = [make_example(0, 4), make_example(1, 9), make_example(2, 6)]
   examples[2] = dataclasses.replace(examples[2], loss_mask_T=np.zeros(6, bool))
-  token = pack(examples, **options)
-  assert denominator(token) == 2 + 4
-  assert set(np.concatenate([b.weights_BxG.ravel() for b in token])) <= {0.0, 1.0}
-  sequence = pack(examples, aggregation="sequence_mean", **options)
-  assert denominator(sequence) == pytest.approx(2, rel=1e-6)
-  nonzero = np.concatenate([b.weights_BxG[b.weights_BxG > 0] for b in sequence])
-  np.testing.assert_allclose(sorted(nonzero), [1 / 4] * 4 + [1 / 2] * 2, rtol=1e-6)
+  batches = pack(examples, **(options | {"rows": 1}))
+  assert targets(batches) == 2 + 4
+  assert set(np.concatenate([b.weights_BxG.ravel() for b in batches])) <= {0.0, 1.0}
+  ones = [b.weights_BxG for b in batches]
+  np.testing.assert_array_equal(sums_by_example(batches, ones, 3), [2, 4, 0])
+  ids = [b.targets_BxG for b in batches]
+  want = [e.ids_T[e.loss_mask_T].sum() for e in examples]
+  np.testing.assert_array_equal(sums_by_example(batches, ids, 3), want)
+  weighed = weigh(batches, np.array([0.5, 0.25, 7.0]))
+  for batch, plain in zip(weighed, batches, strict=True):
+    np.testing.assert_array_equal(batch.weights_BxG != 0, plain.weights_BxG != 0)
+  np.testing.assert_allclose(
+    sums_by_example(weighed, [b.weights_BxG for b in weighed], 3), [1.0, 1.0, 0.0])
 
 
 def test_errors_name_the_example_and_the_numbers(make_example, make_image, options):

@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from axpo_jax.model import sharding
 from axpo_jax.model.sharding import path_name
 from axpo_jax.model.vision_inputs import mrope_positions
-from axpo_jax.rl.losses import LossConfig, add_metrics, aggregation_weights
-from axpo_jax.train.batch import packing_metrics
+from axpo_jax.rl.losses import LossConfig, add_metrics
+from axpo_jax.rl.weights import sequence_weights
+from axpo_jax.train.batch import packing_metrics, weigh
 from axpo_jax.train.packing import Example, pack
 from axpo_jax.train.state import OptimizerConfig, make_optimizer
 from axpo_jax.train.step import Learner, policy_objective
 
 LENGTH, BLOCK, TARGETS, IMAGES, BANNED = 64, 16, 192, 6, (3, 4)
-LOSS = LossConfig(kl_coef=0.1, entropy_coef=0.01, dual_clip=3.0)
+LOSS = LossConfig(kl_coef=0.1, entropy_coef=0.01)
 
 # A trajectory continues an earlier one (or the empty one) from some place on with words, of which
 # there are few, so that trajectories also agree by chance, and images (negative).
@@ -117,19 +118,22 @@ def _assert_equal(got, want, scale):
 
 
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
-@hypothesis.given(tree=TREES, seed=st.integers(0, 99), mean=st.sampled_from(["token_mean",
-                                                                            "sequence_mean"]))
-def test_random_trees(tree, seed, mean, config, images, one_a_row, learner, policies):
+@hypothesis.given(tree=TREES, seed=st.integers(0, 99), weighing=st.sampled_from([
+  {"aggregation": "token_mean"}, {"aggregation": "sequence_mean"}, {"resampled_weight": 1.0}]))
+def test_random_trees(tree, seed, weighing, config, images, one_a_row, learner, policies):
   rng = np.random.default_rng(seed)
   examples = [_example(p, images, rng, config.image_token_id) for p in _grow(tree)]
   hypothesis.assume(any(e.loss_mask_T.any() for e in examples))
   vision = {"row_buckets": (14,), "patch_buckets": (16,)}
   options = {"rows": 1, "length": LENGTH, "block": BLOCK, "vision_config": config.vision,
-             "aggregation": mean, "banned_ids": BANNED, **vision}
-  shared, plain = (pack(examples, share_prefixes=share, **options) for share in (True, False))
+             "banned_ids": BANNED, **vision}
+  tokens_S = [e.loss_mask_T.sum() for e in examples]
+  resampled_S = rng.random(len(examples)) < 0.3
+  weights_S, _ = sequence_weights(tokens_S, resampled_S, LossConfig(**weighing), questions=2)
+  shared, plain = (weigh(pack(examples, share_prefixes=share, **options), weights_S)
+                   for share in (True, False))
   tokens = [packing_metrics(batches, examples)["pack/tokens"] for batches in (shared, plain)]
   hypothesis.event(f"saved {1 - tokens[0] / max(tokens[1], 1):.1f} of the tokens")
-  weights_S, _ = aggregation_weights([e.loss_mask_T.sum() for e in examples], mean)
   alone = []
   for example, weight in zip(examples, weights_S):
     batch = one_a_row([example], LENGTH, **vision)

@@ -13,7 +13,7 @@ from flax import nnx
 from axpo_jax.model import sharding
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.rl.losses import LossConfig
-from axpo_jax.train.batch import batch_shards, load_batch
+from axpo_jax.train.batch import batch_shards, load_batch, targets
 from axpo_jax.train.packing import pack
 from axpo_jax.train.state import OptimizerConfig, copy_params, make_optimizer
 from axpo_jax.train.step import Learner, NonFiniteError, policy_objective, supervised_objective
@@ -111,16 +111,16 @@ def test_update_equals_a_plain_loss_and_optax(supervised, pack_with, host_params
   accumulated = supervised.zeros()
   for batch in batches:
     accumulated, _ = supervised.accumulate(params, accumulated, batch)
-  targets = sum(b.weights_BxG.sum() for b in batches)
+  targets = float(sum(b.weights_BxG.sum() for b in batches))
   _assert_close(jax.tree.map(lambda g: g / targets, accumulated), grads, 1e-4)
 
-  state, result = supervised.update(supervised.init(params, seed=0), batches)
+  state, result = supervised.update(supervised.init(params, seed=0), batches, targets)
   metrics = supervised.metrics(result, batches, tmp_path)
   assert metrics["train/loss"] == pytest.approx(float(value), rel=1e-5)
   assert metrics["train/nll"] == pytest.approx(float(value), rel=1e-5)
   assert metrics["train/grad_norm"] == pytest.approx(float(optax.global_norm(grads)), rel=1e-4)
   assert metrics["train/learning_rate"] == pytest.approx(1e-2)
-  assert metrics["train/loss_tokens"] == targets == metrics["train/denominator"]
+  assert metrics["train/loss_tokens"] == targets == metrics["train/divisor"]
   assert int(state.step) == 1
   # The steps, since in the parameters themselves a wrong step would be a small difference.
   moved = jax.tree.map(lambda a, b: np.asarray(a) - b, state.params, host_params)
@@ -166,7 +166,7 @@ def test_a_mesh_changes_no_number(config, supervised, pack_with, host_params, tm
       grads, _ = learner.accumulate(params, grads, batch)
     state = learner.init(params, seed=0)
     for _ in range(2):  # several updates per rollout step
-      state, result = learner.update(state, batches)
+      state, result = learner.update(state, batches, targets(batches))
       metrics = learner.metrics(result, batches, tmp_path)
     results.append((scores, grads, state, metrics))
   (scores, grads, state, metrics), (scores8, grads8, state8, metrics8) = results
@@ -193,7 +193,7 @@ def test_policy_steps_in_bfloat16_with_a_frozen_vision_tower(
   batches = learner.annotate(pack_with(), old=state.params, reference=params)
   history = []
   for _ in range(2):
-    state, result = learner.update(state, batches)
+    state, result = learner.update(state, batches, targets(batches))
     history.append(learner.metrics(result, batches, tmp_path))
   same = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), state.params, host_params)
   assert all(jax.tree.leaves(same["vision"])) and not all(jax.tree.leaves(same["text"]))
@@ -219,14 +219,15 @@ def test_without_old_logprobs_the_ratio_is_exactly_one(pack_with):
     return objective.loss(logp, jnp.ones_like(logp), batch)
 
   (_, sums), grad = jax.value_and_grad(loss, has_aux=True)(logp)
-  assert float(sums["ratio_max"]) == 1.0 and float(sums["ratio"]) == batch.weights_BxG.sum()
+  assert float(sums["ratio_max"]) == 1.0 and float(sums["ratio_off_one"]) == 0.0
   # d/dlogp of -min(tis, 2) * ratio * A is -min(tis, 2) * A at ratio one.
   tis = np.minimum(np.exp(np.asarray(logp) - batch.behaviour_logp_BxG), 2.0)
   np.testing.assert_allclose(grad, -tis * batch.advantages_BxG * batch.weights_BxG, rtol=1e-5)
 
 
 def test_the_vision_tower_learns_otherwise(supervised, pack_with, host_params):
-  state, _ = supervised.update(supervised.init(_put(host_params, supervised), 0), pack_with())
+  state, _ = supervised.update(
+    supervised.init(_put(host_params, supervised), 0), pack_with(), 1.0)
   same = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), state.params, host_params)
   assert not any(jax.tree.leaves(same["vision"]))
 
@@ -241,7 +242,8 @@ def test_a_non_finite_step_is_refused_and_its_batch_saved(
   else:
     bad.weights_BxG[bad.weights_BxG > 0] = np.inf
   batches[1] = bad
-  state, result = supervised.update(supervised.init(_put(host_params, supervised), 0), batches)
+  state, result = supervised.update(
+    supervised.init(_put(host_params, supervised), 0), batches, targets(batches))
   with pytest.raises(NonFiniteError, match=r"update 0: .* micro-batches \[1\]") as error:
     supervised.metrics(result, batches, tmp_path)
   assert error.value.micro_batches == (1,)
@@ -267,14 +269,28 @@ def test_rows_of_padding_add_nothing(supervised, pack_with, host_params):
 def test_new_batches_of_one_shape_do_not_recompile(supervised, pack_with, host_params):
   state = supervised.init(_put(host_params, supervised), 0)
   batches = pack_with()
-  state, _ = supervised.update(state, batches)
+  state, _ = supervised.update(state, batches, 1.0)
   before = (supervised._accumulate._cache_size(), supervised._apply._cache_size())
   for _ in range(2):
-    state, _ = supervised.update(state, batches[::-1])
+    state, _ = supervised.update(state, batches[::-1], 1.0)
   assert (supervised._accumulate._cache_size(), supervised._apply._cache_size()) == before
   assert int(state.step) == 3
 
 
 def test_an_update_needs_a_micro_batch(supervised, host_params):
   with pytest.raises(ValueError, match="no micro-batches"):
-    supervised.update(supervised.init(_put(host_params, supervised), 0), [])
+    supervised.update(supervised.init(_put(host_params, supervised), 0), [], 1.0)
+
+
+def test_an_update_without_targets_changes_nothing(supervised, pack_with, host_params, tmp_path):
+  """Neither weight decay nor the optimizer's moments nor its step."""
+  state = supervised.init(_put(host_params, supervised), 0)
+  state, _ = supervised.update(state, pack_with(), 1.0)
+  before = jax.tree.map(np.copy, jax.device_get((state.params, state.opt_state, state.step)))
+  batches = [dataclasses.replace(b, weights_BxG=np.zeros_like(b.weights_BxG)) for b in pack_with()]
+  state, result = supervised.update(state, batches, 1.0)
+  metrics = supervised.metrics(result, batches, tmp_path)
+  assert metrics["train/loss_tokens"] == 0 == metrics["train/grad_norm"]
+  jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state, state.step), before)
+  with pytest.raises(ValueError, match="divisor of an update must be positive, got 0"):
+    supervised.update(state, batches, 0.0)
