@@ -23,6 +23,8 @@ DATA_SOURCES = ("miniworld", *FILE_SOURCES)
 ALGORITHMS = ("axpo", "grpo")
 SEARCH_BACKENDS = ("tavily", "local", "recorded", "miniworld")
 ENGINES = ("embedded", "sglang")
+# Limits of one episode that every sampling stage has: see `_agent`.
+LIMITS = ("max_turns", "max_new_tokens", "max_response_tokens", "max_total_tokens")
 ASSETS = pathlib.Path(__file__).parent / "assets"
 
 
@@ -53,6 +55,11 @@ def base_config() -> ConfigDict:
   c.sft = _sft()
   c.screen = _screen()
   c.eval = _eval()
+  # Limits of an episode belong to who samples: config.agent's are training's, which "teach" and
+  # "screen" follow unless they are given their own; config.eval has its own.
+  for stage in ("teach", "screen"):
+    for name in LIMITS:
+      c[stage][name] = c.agent.get_oneway_ref(name)
 
   # Steps between checkpoints, and how many to keep.
   c.checkpoint = ConfigDict(dict(every=10, keep=2))
@@ -64,6 +71,34 @@ def base_config() -> ConfigDict:
     stop_on_gap=False,   # stop the run on that alarm instead of only warning
   ))
   return c.lock()
+
+
+def limits(config: ConfigDict, stage: str) -> ConfigDict:
+  """The section with the `LIMITS` of episodes that a stage samples; "sft" and "rl" are training."""
+  return config[stage] if stage in ("teach", "screen", "eval") else config.agent
+
+
+def sampling_stages(config: ConfigDict) -> tuple[str, ...]:
+  """Stages of the run whose episodes the engine of config.rollout samples, and "eval" where RL
+  evaluates."""
+  stages = set(config.stages) & {"screen", "rl", "eval"}
+  if "teach" in config.stages and config.teach.engine == "policy":
+    stages.add("teach")
+  if "rl" in stages and config.eval.every >= 0:
+    stages.add("eval")
+  return tuple(stage for stage in STAGES if stage in stages)
+
+
+def longest_episode(config: ConfigDict) -> tuple[int, str]:
+  """Tokens of the longest episode that the engine samples, and the field that says so."""
+  fields = {"agent" if limits(config, stage) is config.agent else stage
+            for stage in sampling_stages(config)} or {"agent"}
+  return max((config[name].max_total_tokens, f"config.{name}.max_total_tokens") for name in fields)
+
+
+def engine_length(config: ConfigDict) -> int:
+  """Tokens of the longest sequence that the engine of config.rollout must hold."""
+  return config.rollout[config.rollout.engine].length or longest_episode(config)[0]
 
 
 def _optional(value: float) -> FieldReference:
@@ -138,6 +173,7 @@ def _agent() -> ConfigDict:
     system_prompt="full",     # "full", "short", or the text itself
     # Of image_zoom_in, python, tavily-search, image_search, and functions of yours as "module:name"
     # (docs/tools.md).
+    # What executes code or reaches the network is offered by the config that wants it.
     tools=("image_zoom_in",),
     mcp="",                   # JSON file with a list of MCP servers whose tools are offered too
     describe_tools=True,      # False leaves the descriptions out of the tools' schemas
@@ -199,9 +235,9 @@ def _rollout() -> ConfigDict:
     staleness=0,
     embedded=ConfigDict(dict(
       # KV rows: running sequences and cached prefixes together. A row is a fixed block of memory:
-      # 3.6 GB for 24,576 tokens of the 8B model in bfloat16, spread over the mesh.
+      # 3.6 GB for 24,576 tokens of the 8B model in bfloat16.
       rows=32,
-      length=24_576,          # tokens a row holds
+      length=0,               # tokens a row holds; 0 = the longest episode of the run's stages
       max_running=32,         # sequences decoded at once
       decode_block=16,        # tokens between two looks at who has finished
       dtype="bfloat16",       # of the engine's parameters and KV cache
@@ -210,7 +246,8 @@ def _rollout() -> ConfigDict:
     # them is read from the environment (AXPO_SIDECAR_API_KEY).
     urls=(),
     sglang=ConfigDict(dict(
-      length=24_576,          # tokens of the longest sequence; servers need a larger context
+      length=0,               # tokens of a sequence, at most; 0 = the longest episode of the run's
+                              # stages. Servers need a larger context
       push_folder="",         # trainer and servers both see it (tmpfs, NFS); "" = in the workdir
       push_dtype="bfloat16",  # of the pushed weights; float32 for servers that run in float32
       push_delta=True,        # write only the tensors that changed
@@ -232,12 +269,13 @@ def _rollout() -> ConfigDict:
         misses=2,             # failed looks in a row that take a server out
       )),
     )),
-    # Fields of rollout.sidecar.SidecarSpec for the servers that a run starts itself.
+    # Fields of rollout.sidecar.SidecarSpec for the servers that a run starts itself. They have GPUs of
+    # their own, and the trainer has the others of this machine: see train.machine.
     sidecar=ConfigDict(dict(
       device="cuda",          # or cpu: the real server, slowly
-      servers=1,
+      servers=0,              # 0 = on half of this machine's GPUs; on a CPU, one
       tensor_parallel=1,      # GPUs of one server
-      gpus=(),                # their ids; () = 0, 1, ...
+      gpus=(),                # ids of theirs; () = the last ones
       mem_fraction=0.8,       # of a GPU's memory, for weights and KV cache
       max_total_tokens=0,     # of the KV cache; 0 = what mem_fraction leaves
       max_running=64,         # sequences decoded at once
@@ -390,7 +428,9 @@ def _eval() -> ConfigDict:
     questions=512,            # held-out questions
     rollouts=4,               # [paper]
     max_turns=5,              # [paper]
+    max_new_tokens=32_768,    # per turn: no turn is cut before the response is
     max_response_tokens=32_768,  # [paper]
+    max_total_tokens=49_152,  # room for the longest prompt with its pictures beside the response
     temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5,  # [paper]
     every=0,                  # RL steps between evaluations; 0 = only at start and end; -1 = none
     # The stage "eval" also repeats its rollouts with a call forced behind their thinking.

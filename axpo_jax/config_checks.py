@@ -14,11 +14,14 @@ from axpo_jax.config import (
   DATA_SOURCES,
   ENGINES,
   FILE_SOURCES,
+  LIMITS,
   SEARCH_BACKENDS,
   SFT_SOURCES,
   STAGES,
   TEACHERS,
   ConfigError,
+  longest_episode,
+  sampling_stages,
 )
 
 
@@ -43,15 +46,13 @@ def validate(config: ConfigDict) -> None:
     raise ConfigError(f"config.stages names {unknown}; stages are {STAGES}")
   _validate_data(config)
   _validate_stages(config)
-  longest = config.agent.max_total_tokens
-  if "rl" in config.stages and longest > config.batch.length:
-    raise ConfigError(f"an episode of config.agent.max_total_tokens={longest} tokens does not fit a "
+  trained = config.agent.max_total_tokens
+  if "rl" in config.stages and trained > config.batch.length:
+    raise ConfigError(f"an episode of config.agent.max_total_tokens={trained} tokens does not fit a "
                       f"row of config.batch.length={config.batch.length}: raise the latter")
   if config.rollout.engine not in ENGINES:
     raise ConfigError(f"config.rollout.engine={config.rollout.engine!r}; choose one of {ENGINES}")
-  if config.rollout.engine == "sglang" and longest > config.rollout.sglang.length:
-    raise ConfigError(f"an episode of config.agent.max_total_tokens={longest} tokens does not fit "
-                      f"config.rollout.sglang.length={config.rollout.sglang.length}: raise the latter")
+  _validate_limits(config)
   if (config.rollout.engine == "sglang" and not config.rollout.urls and not model.checkpoint
       and not _begins_without_policy(config)):
     raise ConfigError("servers start from a checkpoint folder: set config.model.checkpoint, or name "
@@ -63,6 +64,26 @@ def validate(config: ConfigDict) -> None:
   _validate_tools(config)
   if config.rl.algorithm not in ALGORITHMS:
     raise ConfigError(f"config.rl.algorithm={config.rl.algorithm!r}; choose one of {ALGORITHMS}")
+
+
+def _validate_limits(config: ConfigDict) -> None:
+  """Limits of episodes, stage by stage, and whether the engine holds the longest."""
+  for name in sorted({"agent", *sampling_stages(config)} - {"rl"}):
+    section = config[name]
+    for field in LIMITS:
+      if section[field] < 1:
+        raise ConfigError(f"config.{name}.{field}={section[field]} must be 1 or more")
+    if section.max_response_tokens >= section.max_total_tokens:
+      raise ConfigError(
+        f"config.{name}.max_response_tokens={section.max_response_tokens} leaves no room for a prompt "
+        f"in config.{name}.max_total_tokens={section.max_total_tokens}: raise the latter")
+  longest, field = longest_episode(config)
+  given = config.rollout[config.rollout.engine].length
+  if sampling_stages(config) and 0 < given < longest:
+    raise ConfigError(
+      f"an episode of {field}={longest} tokens does not fit "
+      f"config.rollout.{config.rollout.engine}.length={given}: raise the latter, or set it to 0 for "
+      "the longest episode")
 
 
 def _validate_data(config: ConfigDict) -> None:

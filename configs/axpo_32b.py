@@ -18,5 +18,4 @@ def get_config() -> ConfigDict:
   c = axpo_8b()
   c.mesh.update(data=1, fsdp=-1, tensor=4)
   c.batch.rows = 16
-  c.rollout.engine = "sglang"
   return c

@@ -42,9 +42,9 @@ def get_config() -> ConfigDict:
   c.agent.max_response_tokens = 256
   c.agent.max_total_tokens = 512
   c.agent.max_images = 4
-  c.rollout.embedded.update(rows=256, length=512, max_running=128, decode_block=16, dtype="float32")
+  c.rollout.embedded.update(rows=256, max_running=128, decode_block=16, dtype="float32")
   # With --config.rollout.engine=sglang: a real server, on the CPU.
-  c.rollout.sglang.update(length=512, push_dtype="float32")
+  c.rollout.sglang.push_dtype = "float32"
   c.rollout.sidecar.update(device="cpu", max_total_tokens=32_768, max_running=32)
   c.batch.update(rows=8, length=512, image_rows=16, logprob_chunk=4096)
 
@@ -57,6 +57,6 @@ def get_config() -> ConfigDict:
 
   # The policy itself is measured: no temperature or nucleus between it and the figures. A presence
   # penalty would forbid a box two equal coordinates.
-  c.eval.update(questions=128, max_turns=3, max_response_tokens=256, temperature=1.0, top_p=1.0,
-                top_k=0, presence_penalty=0.0)
+  c.eval.update(questions=128, max_turns=3, max_new_tokens=64, max_response_tokens=256,
+                max_total_tokens=512, temperature=1.0, top_p=1.0, top_k=0, presence_penalty=0.0)
   return c

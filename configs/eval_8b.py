@@ -22,11 +22,4 @@ def get_config() -> ConfigDict:
   c = axpo_8b()
   c.stages = ("eval",)
   c.eval.benchmarks = BENCHMARKS
-  c.agent.tools = ("image_zoom_in", "python", "tavily-search")
-  c.agent.scopes = ("read_image", "execute", "network")
-  # Room for the paper's 32,768 tokens of response and the longest prompt with its pictures.
-  c.agent.max_new_tokens = 32_768
-  c.agent.max_total_tokens = 49_152
-  c.rollout.embedded.update(rows=16, length=49_152, max_running=16)
-  c.rollout.sglang.length = 49_152
   return c

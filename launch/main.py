@@ -23,6 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from axpo_jax.config import ConfigError
 from axpo_jax.config_checks import validate
+from axpo_jax.train import machine
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, such as configs/axpo_tiny.py.", lock_config=True)
@@ -47,6 +48,7 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)  # libraries tell much of their own at INFO
   try:
     validate(_CONFIG.value)
+    machine.prepare(_CONFIG.value)
     # Imported late: --help, a misspelt override and a bad field answer without waiting for JAX.
     from axpo_jax.train import distributed, experiment
     distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 import axpo_jax
-from axpo_jax.config import ConfigError, base_config
+from axpo_jax.config import ENGINES, ConfigError, base_config, engine_length
 from axpo_jax.config_checks import validate
 from axpo_jax.eval.benchmarks import BENCHMARKS
 
@@ -78,6 +78,8 @@ def test_values_of_the_paper():
   assert (c.agent.max_turns, c.rollout.temperature) == (3, 1.0)
   e = c.eval
   assert (e.rollouts, e.max_turns, e.max_response_tokens) == (4, 5, 32_768)
+  # No turn is cut before the response is, and the prompt has room beside it.
+  assert e.max_new_tokens == 32_768 < e.max_total_tokens
   assert (e.temperature, e.top_p, e.top_k, e.presence_penalty) == (0.7, 0.8, 20, 1.5)
   assert load(FOLDER / "grpo_8b.py").get_config().rl.algorithm == "grpo"
   assert load(FOLDER / "sft_8b.py").get_config().stages == ("sft",)
@@ -90,11 +92,31 @@ def test_evaluation_of_the_paper():
   c = load(FOLDER / "eval_8b.py").get_config()
   assert set(c.eval.benchmarks) == BENCHMARKS.keys() and len(c.eval.benchmarks) == 9
   assert (c.stages, c.eval.rollouts, c.eval.max_turns) == (("eval",), 4, 5)
+
+
+@pytest.mark.parametrize("name", [*LARGE, "axpo_32b"])
+def test_large_configs_offer_what_their_prompt_speaks_of(name):
+  c = load(FOLDER / f"{name}.py").get_config()
   assert set(c.agent.tools) == {"image_zoom_in", "python", "tavily-search"}
-  # No turn is cut before the response is, and the prompt has room beside it.
-  assert c.agent.max_new_tokens >= c.eval.max_response_tokens == 32_768
-  assert c.agent.max_total_tokens > c.eval.max_response_tokens
-  assert c.rollout.embedded.length >= c.agent.max_total_tokens
+  assert set(c.agent.scopes) == {"read_image", "execute", "network"}
+  assert (c.rollout.engine, c.agent.system_prompt) == ("sglang", "full")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engine_holds_the_longest_episode_of_the_stages(engine):
+  config = load(FOLDER / "axpo_8b.py").get_config()
+  config.rollout.engine = engine
+  training, evaluation = config.agent.max_total_tokens, config.eval.max_total_tokens
+  assert training == 24_576 and evaluation == 49_152
+  assert engine_length(config) == evaluation  # RL evaluates
+  config.eval.every = -1
+  assert engine_length(config) == training
+  config.stages = ("screen", "rl")
+  config.screen.max_total_tokens = 30_000
+  assert engine_length(config) == 30_000
+  assert (config.agent.max_total_tokens, config.teach.max_total_tokens) == (24_576, 24_576)
+  config.agent.max_total_tokens = 20_000
+  assert config.teach.max_total_tokens == 20_000  # it follows training's
 
 
 @pytest.mark.parametrize("field, value, named", [
@@ -108,6 +130,9 @@ def test_evaluation_of_the_paper():
   ("data.eval_path", "", "config.data.eval_path"),
   ("rl.algorithm", "ppo", "config.rl.algorithm"),
   ("agent.max_total_tokens", 100_000, "config.batch.length"),
+  ("rollout.embedded.length", 24_576, "config.eval.max_total_tokens=49152"),
+  ("eval.max_response_tokens", 50_000, "config.eval.max_response_tokens=50000"),
+  ("eval.max_new_tokens", 0, "config.eval.max_new_tokens=0"),
   ("rl.filter.policy", "/no/such/folder", "config.rl.filter.policy"),
 ])
 def test_what_cannot_work_names_its_field(ready, field, value, named):

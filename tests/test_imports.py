@@ -39,7 +39,7 @@ WITHOUT_JAX = (
   "rl.recipes", "rl.resample", "rollout.engine", "rollout.openai_engine", "rollout.sidecar",
   "rollout.sidecar.environment", "rollout.sidecar.sizing", "rollout.teacher_engine",
   "rollout.weightless",
-  "train.seeds")
+  "train.machine", "train.seeds")
 # Runs in the servers' environment, which has torch and SGLang and nothing of ours.
 SERVE = PACKAGE / "rollout" / "sidecar" / "serve.py"
 
@@ -85,7 +85,8 @@ def test_package_imports_neither_torch_nor_sglang(path):
 
 def test_launch_needs_train_only():
   assert ours(REPO / "launch" / "main.py") == {"config.ConfigError", "config_checks.validate",
-                                               "train.distributed", "train.experiment"}
+                                               "train.distributed", "train.experiment",
+                                               "train.machine"}
 
 
 def test_every_room_has_a_rule():

@@ -31,7 +31,7 @@ def measured(lines: Iterable[Mapping], step: int) -> bool:
 async def run(config: ConfigDict, bench: build.Workbench, engine: Engine, *,
               progress: bool = True) -> dict[str, float]:
   """Metrics of the policy that `engine` holds; see docs/metrics.md, eval/."""
-  actor = build.actor(config, bench, engine, evaluation=True)
+  actor = build.actor(config, bench, engine, "eval")
   groups = await collect.sample_groups(
     actor, build.eval_questions(config), config.eval.rollouts, seeds.derive(config.seed, "eval"),
     progress="evaluation" if progress else "")

@@ -54,7 +54,7 @@ def teach(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib
   job = Job("teach", root / "teach" / "shards",
             lambda: build.training_questions(config, section.questions), section)
   engines = {"policy": _policy, "openai": _endpoint, "scripted": _script}
-  _sample([job], config, engines[section.engine](config, bench, policy, root / "teach"))
+  _sample([job], config, engines[section.engine](config, bench, policy, root / "teach", "teach"))
   return policy
 
 
@@ -63,7 +63,7 @@ def screen(config: ConfigDict, bench: build.Workbench, policy: str, root: pathli
   """What the policy at hand makes of the training questions: the difficulty filter's counts."""
   job = Job("screen", root / "screen" / "shards",
             lambda: build.training_questions(config, config.screen.questions), config.screen)
-  _sample([job], config, _policy(config, bench, policy, root / "screen"))
+  _sample([job], config, _policy(config, bench, policy, root / "screen", "screen"))
   return policy
 
 
@@ -80,7 +80,7 @@ def evaluation(config: ConfigDict, bench: build.Workbench, policy: str, root: pa
              for job in jobs if section.forced]
   distributed.on_main(_judge_again, [*jobs, *forcing], config, bench)
   found = _sample([*jobs, *forcing], config,
-                  _policy(config, bench, policy, folder, evaluation=True))
+                  _policy(config, bench, policy, folder, "eval"))
   if waiting := sum(len(record.unjudged) for records in found for record in records):
     logging.warning("the judge gave no verdict on %d answers, which count as wrong: run the same "
                     "command again, and it is asked again", waiting)
@@ -173,10 +173,10 @@ def _opening(actor: ActorOf, thoughts: forced.Thoughts) -> ActorOf:
 
 
 @contextlib.asynccontextmanager
-async def _policy(config: ConfigDict, bench: build.Workbench, policy: str, folder: pathlib.Path, *,
-                  evaluation: bool = False) -> AsyncIterator[ActorOf | None]:
+async def _policy(config: ConfigDict, bench: build.Workbench, policy: str, folder: pathlib.Path,
+                  stage: str) -> AsyncIterator[ActorOf | None]:
   """The policy in a folder, by the engine of config.rollout."""
-  idle = _idle(config, bench, evaluation=evaluation)
+  idle = _idle(config, bench, stage)
   params = build.load_params(bench, policy, config.seed)
   with build.servers(config, policy, folder) as urls:
     engine = build.engine(config, bench, params, urls, folder)
@@ -188,10 +188,10 @@ async def _policy(config: ConfigDict, bench: build.Workbench, policy: str, folde
 
 
 @contextlib.asynccontextmanager
-async def _endpoint(config: ConfigDict, bench: build.Workbench, policy: str, folder: pathlib.Path
-                    ) -> AsyncIterator[ActorOf | None]:
+async def _endpoint(config: ConfigDict, bench: build.Workbench, policy: str, folder: pathlib.Path,
+                    stage: str) -> AsyncIterator[ActorOf | None]:
   """A chat endpoint, which has the teacher."""
-  section, idle = config.teach, _idle(config, bench)
+  section, idle = config.teach, _idle(config, bench, stage)
   engine = OpenAIEngine(bench.chat, OpenAIConfig(
     section.url, section.model, api_key=os.environ.get(KEY_VARIABLE, ""),
     max_concurrent=section.max_concurrent, extensions=section.extensions))
@@ -202,17 +202,16 @@ async def _endpoint(config: ConfigDict, bench: build.Workbench, policy: str, fol
 
 
 @contextlib.asynccontextmanager
-async def _script(config: ConfigDict, bench: build.Workbench, policy: str, folder: pathlib.Path
-                  ) -> AsyncIterator[ActorOf]:
+async def _script(config: ConfigDict, bench: build.Workbench, policy: str, folder: pathlib.Path,
+                  stage: str) -> AsyncIterator[ActorOf]:
   """The miniature world's own teacher."""
-  yield build.scripted_teacher(config, bench)
+  yield build.scripted_teacher(config, bench, stage)
 
 
-def _idle(config: ConfigDict, bench: build.Workbench, *, evaluation: bool = False
-          ) -> collect.Actor | None:
+def _idle(config: ConfigDict, bench: build.Workbench, stage: str) -> collect.Actor | None:
   """An actor without an engine, made before weights are loaded: a tool that lacks its key says so at
   once. Of several processes only the main one acts."""
-  return build.actor(config, bench, None, evaluation=evaluation) if distributed.is_main() else None
+  return build.actor(config, bench, None, stage) if distributed.is_main() else None
 
 
 def _with(idle: collect.Actor | None, engine: Engine) -> ActorOf | None:

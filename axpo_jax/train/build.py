@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from axpo_jax.agent.episode import EpisodeLimits
 from axpo_jax.agent.prompts import SHORT_SYSTEM_PROMPT, SYSTEM_PROMPT
 from axpo_jax.agent.rollout import Rollout
-from axpo_jax.config import ConfigError
+from axpo_jax.config import ConfigError, engine_length, limits
 from axpo_jax.data import adapters, filters, pipeline, readers
 from axpo_jax.data.miniworld import perception, reasoning, world
 from axpo_jax.data.miniworld.habits import TeacherConfig
@@ -122,25 +122,23 @@ def trained_params(bench: Workbench, checkpoint: str | pathlib.Path, seed: int) 
   return lora.attach(params, bench.trained_config, seed, bench.mesh, bench.rules)
 
 
-def actor(config: ConfigDict, bench: Workbench, engine: Engine, *, evaluation: bool = False
-          ) -> Actor:
-  """The policy at work: engine, tools, limits and sampling of training or of evaluation."""
-  agent, drawn = config.agent, config.eval if evaluation else config.rollout
-  tools = toolbox.toolbox(config, bench.chat, bench.processor.factor, evaluation=evaluation,
+def actor(config: ConfigDict, bench: Workbench, engine: Engine, stage: str = "rl") -> Actor:
+  """The policy at work: engine, tools, limits and sampling of a stage."""
+  agent, drawn = config.agent, config.eval if stage == "eval" else config.rollout
+  tools = toolbox.toolbox(config, bench.chat, bench.processor.factor, evaluation=stage == "eval",
                           folder=bench.folder)
-  response = config.eval.max_response_tokens if evaluation else agent.max_response_tokens
-  limits = EpisodeLimits(
-    max_turns=config.eval.max_turns if evaluation else agent.max_turns,
-    max_new_tokens_per_turn=agent.max_new_tokens, max_response_tokens=response,
-    max_total_tokens=agent.max_total_tokens, max_images=agent.max_images,
-    deadline=agent.deadline or None)
+  own = limits(config, stage)
+  episode_limits = EpisodeLimits(
+    max_turns=own.max_turns, max_new_tokens_per_turn=own.max_new_tokens,
+    max_response_tokens=own.max_response_tokens, max_total_tokens=own.max_total_tokens,
+    max_images=agent.max_images, deadline=agent.deadline or None)
   sampling = SamplingParams(
-    max_new_tokens=agent.max_new_tokens, temperature=drawn.temperature, top_p=drawn.top_p,
+    max_new_tokens=own.max_new_tokens, temperature=drawn.temperature, top_p=drawn.top_p,
     top_k=drawn.top_k, presence_penalty=drawn.presence_penalty, stop_ids=bench.chat.stop_ids,
     banned_ids=bench.chat.banned_ids)
   return Actor(
     engine=engine, chat=bench.chat, processor=bench.processor, toolbox=tools,
-    limits=limits, sampling=sampling,
+    limits=episode_limits, sampling=sampling,
     image_limits=ImageLimits(config.images.min_pixels, config.images.max_pixels),
     system_prompt=_PROMPTS.get(agent.system_prompt, agent.system_prompt))
 
@@ -159,10 +157,11 @@ def servers(config: ConfigDict, policy: str, folder: pathlib.Path) -> Iterator[t
     return
   with contextlib.ExitStack() as stack:
     try:
-      spec = SidecarSpec(model=str(policy), port=0, context_length=section.sglang.length + 16,
+      spec = SidecarSpec(model=str(policy), port=0, context_length=engine_length(config) + 16,
                          # A server that loads weights does not answer: it does not hang.
                          hang_after=max(section.sglang.load_s, 300.0),
-                         api_key=os.environ.get(API_KEY_VARIABLE, ""), **section.sidecar)
+                         api_key=os.environ.get(API_KEY_VARIABLE, ""),
+                         **{**section.sidecar, "servers": section.sidecar.servers or 1})
       sidecar = stack.enter_context(Sidecar(spec, folder / "sidecar"))
     except SidecarError as error:
       raise ConfigError(f"config.rollout.sidecar: {error}") from error
@@ -189,7 +188,7 @@ def engine(config: ConfigDict, bench: Workbench, params: nnx.State, urls: Sequen
   if not distributed.is_main():
     return distributed.Follower(PushFolder(push, bench.model_config).write)
   return SGLangEngine(urls, bench.model_config, SGLangConfig(
-    push=push, length=s.length, fleet=FleetConfig(**s.fleet), request_s=s.request_s,
+    push=push, length=engine_length(config), fleet=FleetConfig(**s.fleet), request_s=s.request_s,
     attempts=s.attempts, drain_s=s.drain_s, load_s=s.load_s, verify=s.verify,
     image_folder=s.image_folder, router_url=s.router_url, api_key=os.environ.get(API_KEY_VARIABLE, "")))
 
@@ -201,7 +200,8 @@ def vision_stands(config: ConfigDict, adapters: LoraConfig | None) -> bool:
 
 def _embedded(config: ConfigDict, bench: Workbench, params: nnx.State) -> Engine:
   args = bench.model_config, bench.graphdef, params
-  options = {"config": EmbeddedConfig(**config.rollout.embedded), "rules": bench.rules}
+  sizes = EmbeddedConfig(**{**config.rollout.embedded, "length": engine_length(config)})
+  options = {"config": sizes, "rules": bench.rules}
   if jax.process_count() == 1:
     return EmbeddedEngine(*args, mesh=bench.mesh, **options)
   if distributed.is_main():
@@ -377,10 +377,12 @@ def _teacher(config: ConfigDict, bench: Workbench) -> Callable[[Question], list[
   return transform
 
 
-def scripted_teacher(config: ConfigDict, bench: Workbench) -> Callable[[Question], Actor]:
-  """Who plays a question of the miniature world from its script, with the habits of sft.teacher."""
+def scripted_teacher(config: ConfigDict, bench: Workbench, stage: str = "sft"
+                     ) -> Callable[[Question], Actor]:
+  """Who plays a question of the miniature world from its script, with the habits of sft.teacher and
+  within the limits of a stage."""
   habits = TeacherConfig(**config.sft.teacher)
   # One actor for all: its tools may hold processes.
-  idle = actor(config, bench, TeacherEngine(bench.chat, {}, habits))
+  idle = actor(config, bench, TeacherEngine(bench.chat, {}, habits), stage)
   return lambda question: dataclasses.replace(
     idle, engine=TeacherEngine(bench.chat, {question.id: question}, habits))

@@ -8,11 +8,12 @@ stage's beginning. A stage whose folder is there is done. Stages that only sampl
 import json
 import pathlib
 
+import jax
 from ml_collections import ConfigDict
 
 from axpo_jax.config import ConfigError
 from axpo_jax.eval import sampling, summary
-from axpo_jax.train import build, distributed, rl, sft
+from axpo_jax.train import build, distributed, machine, rl, sft
 from axpo_jax.train.metrics import read_metrics
 
 _STAGES = {"teach": sampling.teach, "sft": sft.run, "screen": sampling.screen, "rl": rl.run,
@@ -26,6 +27,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     ConfigError: a field cannot work, or `workdir` belongs to a run with another config.
   """
   root = pathlib.Path(workdir)
+  machine.check_processes(config, jax.process_count())
   distributed.on_main(_claim, root, config)
   bench = build.workbench(config, root)
   policy, first_step = config.model.checkpoint, 0

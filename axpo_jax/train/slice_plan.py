@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from axpo_jax.config import ConfigError
+from axpo_jax.config import ConfigError, engine_length
 from axpo_jax.model import hf
 from axpo_jax.model.cache import KVCache
 from axpo_jax.model.config import PRESETS, ModelConfig
@@ -109,7 +109,8 @@ class Plan:
     if config.engine != "embedded" or "rl" not in self.config.stages:
       return 0.0
     engine = config.embedded
-    pool = jax.eval_shape(lambda: KVCache.empty(self.model, engine.rows, engine.length, engine.dtype))
+    length = engine_length(self.config)
+    pool = jax.eval_shape(lambda: KVCache.empty(self.model, engine.rows, length, engine.dtype))
     whole = sum(x.size * x.dtype.itemsize for x in (pool.k_LxBxKxHxS, pool.v_LxBxKxSxH))
     parts = math.gcd(self.model.text.num_kv_heads, self.mesh.shape["tensor"])
     return aot.shard_bytes(learner.abstract_state().params, engine.dtype) + whole / parts

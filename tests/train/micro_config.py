@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
   c.mesh.update(data=1, fsdp=1, tensor=1)
   c.agent.update(tools=("image_zoom_in",), scopes=("read_image",), overlap_tools=True)
   c.agent.update(max_new_tokens=64, max_response_tokens=192, max_total_tokens=384, max_turns=2)
-  c.rollout.embedded.update(rows=32, length=384, max_running=8, decode_block=8)
+  c.rollout.embedded.update(rows=32, max_running=8, decode_block=8)
   c.batch.update(rows=6, length=576, image_rows=4, logprob_chunk=1024)
   c.sft.update(steps=4, examples=2, max_length=384)
   # A teacher without mistakes: every trajectory has two images.
@@ -29,7 +29,8 @@ def get_config() -> ConfigDict:
   c.sft.optimizer.learning_rate = 1e-4
   c.rl.update(steps=4, questions=4, num_rollouts=4)
   c.rl.resample.update(ratio=0.5, k=2)
-  c.eval.update(questions=2, rollouts=2, max_turns=2, max_response_tokens=192, every=2)
+  c.eval.update(questions=2, rollouts=2, max_turns=2, max_response_tokens=192, max_total_tokens=384,
+                every=2)
   c.checkpoint.every = 2
   c.log.update(dump_every=2, tensorboard=False)
   return c

@@ -190,18 +190,20 @@ def test_eight_devices_give_the_numbers_of_one(unbroken, overrides, tmp_path):
       assert eight[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
 
 
-def test_config_of_the_8b_trains_any_checkpoint(overrides, tmp_path):
+def test_config_of_the_8b_trains_any_checkpoint(overrides, tmp_path, python_isolation):
   """The paper's config with smaller numbers, through the command line."""
   micro_sizes = micro(overrides)
   flags = [*overrides, "--config.model.dtype=float32", "--config.agent.system_prompt=short",
            "--config.rl.steps=1", "--config.rl.questions=4", "--config.rl.num_rollouts=4",
            "--config.eval.questions=2", "--config.eval.rollouts=2",
-           "--config.log.tensorboard=False"]
+           "--config.log.tensorboard=False", "--config.rollout.engine=embedded",
+           "--config.agent.search.backend=miniworld",
+           f"--config.agent.python.isolation={python_isolation}"]
   flags += [f"--config.{section}.{name}={value}" for section, values in (
     ("batch", micro_sizes.batch), ("rollout.embedded", micro_sizes.rollout.embedded))
     for name, value in values.items()]
-  flags += [f"--config.agent.{name}={micro_sizes.agent[name]}"
-            for name in ("max_new_tokens", "max_response_tokens", "max_total_tokens")]
+  flags += [f"--config.{section}.{name}={limit}" for section in ("agent", "eval") for name, limit in (
+    ("max_new_tokens", 64), ("max_response_tokens", 192), ("max_total_tokens", 448))]
   done = launch(tmp_path, flags, config=REPO / "configs" / "axpo_8b.py")
   assert done.returncode == 0, done.stderr[-4000:]
   start, step = read_metrics(tmp_path)
@@ -371,9 +373,9 @@ def test_evaluation_of_benchmarks(overrides, one_device, tmp_path, capsys):
     folder / "mmsearch" / "end2end.parquet")
   small, config = micro(overrides), load_config(REPO / "configs" / "eval_8b.py")
   config.update(model=small.model, agent=small.agent, mesh=small.mesh, log=small.log)
-  config.rollout.embedded.update(small.rollout.embedded)
+  config.rollout.update(engine="embedded", embedded=small.rollout.embedded)
   config.eval.update(folder=str(folder), benchmarks=("vstar", "mmsearch"), max_turns=2,
-                     max_response_tokens=192, shard=2)
+                     max_new_tokens=64, max_response_tokens=192, max_total_tokens=384, shard=2)
   validate(config)
   run = tmp_path / "run"
   experiment.run(config, run)
