@@ -153,6 +153,32 @@ def _levels(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
   return processor.normalize(scaled, mean, std)[:, 0]
 
 
+def fitted_size(width: int, height: int, factor: int, limits: ImageLimits) -> tuple[int, int]:
+  """Width and height after resizing: multiples of `factor`, close to the aspect ratio, as Qwen's
+  `smart_resize` has them. That may exceed its own upper limit; here no image does, so that the largest
+  image of a run is known from its config.
+
+  Raises:
+    ImageError: an empty image, sides that differ by a factor of more than 200, or an image so long
+      that even `factor` pixels beside its length are too many.
+  """
+  if min(width, height) < 1:
+    raise ImageError(f"image of {width} x {height} pixels is empty")
+  if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+    raise ImageError(
+      f"image of {width} x {height} pixels is too long: one side may be at most "
+      f"{MAX_ASPECT_RATIO} times the other; crop it or pad it"
+    )
+  for least in (limits.min_pixels, 1):  # enlarging rounds up, perhaps beyond max_pixels
+    new_height, new_width = smart_resize(height, width, factor, least, limits.max_pixels)
+    if new_height * new_width <= limits.max_pixels:
+      return new_width, new_height
+  raise ImageError(
+    f"image of {width} x {height} pixels is too long to be shown within {limits.max_pixels} pixels: "
+    "crop it"
+  )
+
+
 class ImageProcessor:
   """Resizes an image once. The arguments are those of `PatchFormat`."""
 
@@ -190,29 +216,17 @@ class ImageProcessor:
     the original aspect ratio (bicubic). An image that is legal already keeps its pixels.
 
     Raises:
-      ImageError: an empty image, or sides that differ by a factor of more than 200.
+      ImageError: see `fitted_size`.
     """
     image = image.convert("RGB")
-    width, height = image.size
-    if min(width, height) < 1:
-      raise ImageError(f"image of {width} x {height} pixels is empty")
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-      raise ImageError(
-        f"image of {width} x {height} pixels is too long: one side may be at most "
-        f"{MAX_ASPECT_RATIO} times the other; crop it or pad it"
-      )
-    new_height, new_width = smart_resize(
-      height, width, self.factor, limits.min_pixels, limits.max_pixels
-    )
-    if (new_width, new_height) == (width, height):
-      return image
-    return image.resize((new_width, new_height), Image.Resampling.BICUBIC)
+    size = fitted_size(*image.size, self.factor, limits)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
   def __call__(self, image: Image.Image, limits: ImageLimits) -> ProcessedImage:
     """Resizes `image` into `limits` and processes it.
 
     Raises:
-      ImageError: see `resize`.
+      ImageError: see `fitted_size`.
     """
     return ProcessedImage.of(self.resize(image, limits), self.format)
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from axpo_jax.model.config import ModelConfig
+from axpo_jax.model.config import ModelConfig, VisionConfig
 from axpo_jax.model.images import ProcessedImage
 from axpo_jax.model.vision_inputs import VisionInputs, mrope_positions, pack_images
 from axpo_jax.rollout.device import PrefillInputs
-from axpo_jax.rollout.engine import SampleRequest
+from axpo_jax.rollout.engine import RequestError, SampleRequest
 from axpo_jax.rollout.prefix_pool import Move, content_keys
 
 
@@ -87,6 +87,14 @@ class Prompt:
   def images_from(self, start: int) -> list[ProcessedImage]:
     """Images with a token at `start` or later."""
     return [self.request.images[i] for i in np.unique(self.image_T[start:]) if i >= 0]
+
+
+def check_images(request: SampleRequest, config: VisionConfig) -> None:
+  """Raises RequestError for images that the vision tower cannot take."""
+  for number, image in enumerate(request.images):
+    if image.patch_dim != config.patch_dim or image.format.merge_size != config.spatial_merge_size:
+      raise RequestError(f"image {number}: {image.format} does not fit the model, whose patches have "
+                         f"{config.patch_dim} values, merged by {config.spatial_merge_size}")
 
 
 Job = tuple[Prompt, Move]

@@ -190,6 +190,11 @@ class Device:
     self._pool = Pool(empty(_KEY_AXES, text.head_dim, self._length),
                       empty(_VALUE_AXES, self._length, text.head_dim))
 
+  @property
+  def pool_lost(self) -> bool:
+    """Whether a failed call has taken the pool with it, since it was donated."""
+    return any(leaf.is_deleted() for leaf in jax.tree.leaves(self._pool))
+
   def free(self) -> None:
     """Drops the parameters and the pool."""
     self._params = self._pool = None

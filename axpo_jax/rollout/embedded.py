@@ -11,6 +11,11 @@ at all, up to the rounding of the model's matmuls.
 
 A sequence never outgrows its row: a prompt that does not fit is refused when it is submitted, one
 that reaches the row's end finishes with "length".
+
+Failures. A sequence is in the queue until its wave has been started, and then among the running: no
+failure can miss it, and every future is answered. What can be refused is refused by `generate`. If
+starting a wave fails, its requests are started again one by one, and the one that fails alone is
+failed. A failed block fails what runs, whose cache is lost. The reason is logged once.
 """
 
 from __future__ import annotations
@@ -23,12 +28,20 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from flax import nnx
 
 from axpo_jax.model import sharding
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.rollout import sampling
-from axpo_jax.rollout.batches import Buckets, Prompt, copy_batches, prefill_batches, wave_images
+from axpo_jax.rollout.batches import (
+  Buckets,
+  Prompt,
+  check_images,
+  copy_batches,
+  prefill_batches,
+  wave_images,
+)  # fmt: skip
 from axpo_jax.rollout.device import DecodeInputs, Device
 from axpo_jax.rollout.engine import (
   EngineClosed,
@@ -133,8 +146,12 @@ class EmbeddedEngine:
     self._batch_buckets = Buckets(config.min_batch, config.max_running)
     self._token_buckets = Buckets(config.min_tokens, config.length)
     self._slot_buckets = Buckets(config.min_slots, config.length, fine=True)
+    # An unanswered sequence is in exactly one of these two lists.
     self._queue: list[_Sequence] = []
     self._running: list[_Sequence] = []
+    self._suspects: set[Prompt] = set()  # of a wave that failed: each is started alone
+    self._reported: set[str] = set()
+    self._broken: Exception | None = None
     self._updates: collections.deque = collections.deque()
     self._pump: asyncio.Task | None = None
     self._stats = EngineStats()
@@ -144,6 +161,7 @@ class EmbeddedEngine:
     """See `Engine.generate`. A cancelled caller frees its rows after the running block."""
     self._check_open()
     check_request(request, self._model.image_token_id, self.config.length)
+    check_images(request, self._model.vision)
     prompt = Prompt.of(request, self._model)
     loop = asyncio.get_running_loop()
     sequences = [_Sequence(prompt, seed, loop.create_future()) for seed in request.seeds]
@@ -172,7 +190,7 @@ class EmbeddedEngine:
     await done
 
   async def health(self) -> bool:
-    return not self._closed
+    return not self._closed and self._broken is None
 
   def stats(self, *, reset: bool = False) -> EngineStats:
     stats = dataclasses.replace(self._stats, compilations=self._device.compilations)
@@ -192,6 +210,8 @@ class EmbeddedEngine:
   def _check_open(self) -> None:
     if self._closed:
       raise EngineClosed("the engine is closed; build a new one")
+    if self._broken is not None:
+      raise EngineClosed(f"the engine is broken: {_reason(self._broken)}") from self._broken
 
   def _wake(self) -> None:
     loop = asyncio.get_running_loop()
@@ -216,10 +236,9 @@ class EmbeddedEngine:
       self._fail_all(error)
       raise
     except Exception as error:  # a waiter must never hang on a dead pump
+      self._report("the embedded engine failed", error)
       self._fail_all(error)
-      if not self._closed:
-        self._pool.clear()
-        self._device.reset_pool()
+      self._reset_pool()
 
   async def _let_others_run(self) -> None:
     for _ in range(self.config.loop_passes):
@@ -233,6 +252,34 @@ class EmbeddedEngine:
     for future in futures:
       if not future.done():
         future.set_exception(error)
+
+  def _fail(self, sequences: Sequence[_Sequence], error: Exception) -> None:
+    """Answers with `error`. They leave the queue; rows of running ones are the caller's to give up."""
+    failed = set(sequences)
+    self._queue = [s for s in self._queue if s not in failed]
+    self._running = [s for s in self._running if s not in failed]
+    for sequence in sequences:
+      if not sequence.future.done():
+        sequence.future.set_exception(error)
+
+  def _reset_pool(self) -> None:
+    """All that was cached is given up; without a pool the engine takes no more work."""
+    if self._closed:
+      return
+    self._pool.clear()
+    try:
+      self._device.reset_pool()
+    except Exception as error:
+      self._report("the embedded engine cannot allocate its KV pool again", error)
+      self._broken = error
+      self._fail_all(error)
+
+  def _report(self, what: str, error: Exception) -> None:
+    """Logs a failure where a person looks: with its traceback, and once for each reason."""
+    reason = _reason(error)
+    if reason not in self._reported:
+      self._reported.add(reason)
+      logging.error("%s: %s", what, reason, exc_info=error)
 
   def _drop(self, which: Callable[[_Sequence], bool]) -> None:
     """Removes sequences from the queue and from their rows; what they computed stays cached."""
@@ -250,7 +297,8 @@ class EmbeddedEngine:
       try:
         self._device.install(params)
       except Exception as error:  # the caller's to handle; the pump goes on
-        done.set_exception(error)
+        if not done.done():
+          done.set_exception(error)
         continue
       self._version = version
       self._pool.clear()
@@ -260,17 +308,45 @@ class EmbeddedEngine:
   def _admit(self) -> None:
     """Starts waiting sequences, wave by wave, while there are rows and places."""
     while self._queue and not self._updates:
-      waiting = [Waiting(s.prompt.keys_T, id(s.prompt)) for s in self._queue]
+      candidates = self._candidates()
+      waiting = [Waiting(s.prompt.keys_T, id(s.prompt)) for s in candidates]
       capacity = self.config.max_running - len(self._running)
-      wave = plan_wave(waiting, self._pool, capacity=capacity, defer_gain=self.config.defer_gain)
-      if not wave:
+      planned = plan_wave(waiting, self._pool, capacity=capacity, defer_gain=self.config.defer_gain)
+      if not planned:
         return
-      started = [(self._queue[index], move) for index, move in wave]
-      chosen = {index for index, _ in wave}
-      self._queue = [s for index, s in enumerate(self._queue) if index not in chosen]
-      self._start(started)
+      wave = [(candidates[index], move) for index, move in planned]
+      try:
+        self._start(wave)
+      except Exception as error:
+        self._wave_failed(wave, error)
+        continue
+      started = {sequence for sequence, _ in wave}
+      self._suspects -= {sequence.prompt for sequence in started}
+      self._queue = [s for s in self._queue if s not in started]
+      self._running += [sequence for sequence, _ in wave]
+
+  def _candidates(self) -> list[_Sequence]:
+    """Who may be in the next wave: all that wait, or those of one suspect request alone."""
+    self._suspects &= {sequence.prompt for sequence in self._queue}
+    suspect = next((s.prompt for s in self._queue if s.prompt in self._suspects), None)
+    return [s for s in self._queue if suspect is None or s.prompt is suspect]
+
+  def _wave_failed(self, wave: Sequence[tuple[_Sequence, Move]], error: Exception) -> None:
+    """Fails the wave's request; of several, each will be started alone."""
+    self._report("the embedded engine could not start a wave of prompts", error)
+    if self._device.pool_lost:
+      self._fail(self._running, error)
+      self._reset_pool()
+    else:
+      self._pool.abandon(move for _, move in wave)
+    requests = {sequence.prompt for sequence, _ in wave}
+    if len(requests) == 1:
+      self._fail([s for s in self._queue if s.prompt in requests], error)
+    else:
+      self._suspects |= requests
 
   def _start(self, wave: Sequence[tuple[_Sequence, Move]]) -> None:
+    """Computes the prompts; what it changes besides rows of its own is changed at the end."""
     jobs = [(sequence.prompt, move) for sequence, move in wave]
     vision, place = wave_images(jobs, self._model)
     features = None if vision is None else self._device.encode(vision)
@@ -289,12 +365,20 @@ class EmbeddedEngine:
       self._stats.prompt_tokens += sequence.prompt.length
       self._stats.cached_tokens += move.cached
       self._stats.prefill_tokens_computed += sequence.prompt.length - 1 - move.cached
-    self._running += [sequence for sequence, _ in wave]
 
   def _decode(self) -> None:
-    """One block for all that run; resolves those that finish in it."""
+    """One block for all that run. If it fails they fail: the call takes their cache with it."""
     if not self._running:
       return
+    try:
+      self._decode_block()
+    except Exception as error:
+      self._report(f"the embedded engine lost {len(self._running)} running samples", error)
+      self._fail(self._running, error)
+      self._reset_pool()
+
+  def _decode_block(self) -> None:
+    """Decodes for all that run; resolves those that finish."""
     inputs = self._decode_inputs()
     block = self.config.decode_block
     longest = max(self._pool.valid(s.row) for s in self._running) + block
@@ -357,6 +441,10 @@ class EmbeddedEngine:
         cached_tokens=sequence.cached, weight_version=self._version,
       ))  # fmt: skip
     return True
+
+
+def _reason(error: Exception) -> str:
+  return f"{type(error).__name__}: {error}"
 
 
 def _padded(values: Sequence[int], size: int, fill: int) -> np.ndarray:

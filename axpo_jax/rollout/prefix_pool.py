@@ -155,6 +155,13 @@ class PrefixPool:
     for move, valid in moves:
       self._valid_R[move.row] = valid
 
+  def abandon(self, moves: Iterable[Move]) -> None:
+    """The wave's moves failed: nobody runs in their rows, and nothing is known of what these hold."""
+    self._pinned.clear()
+    for move in moves:
+      self._busy_R[move.row] = False
+      self._valid_R[move.row] = 0
+
   def extend(self, row: int, ids: Sequence[int]) -> None:
     """Decode drew `ids`: it fed the pending token and all of `ids` but the last, now pending."""
     valid = self.valid(row)

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from axpo_jax.model import sharding
+from axpo_jax.model.images import ImageLimits, ImageProcessor
+from axpo_jax.rollout import embedded as embedded_module
 from axpo_jax.rollout.embedded import EmbeddedConfig, EmbeddedEngine
-from axpo_jax.rollout.engine import EngineClosed
+from axpo_jax.rollout.engine import EngineClosed, RequestError
 
 the_embedded = pytest.mark.parametrize("_served", ["embedded"], indirect=True)
 
@@ -94,6 +96,113 @@ def test_a_failed_device_call_fails_its_requests_and_no_later_ones(
   ((sample,),) = subject.run(request)
   assert sample.ids == reference.greedy(text(0, 9), (), 8)
   assert sample.cached_tokens == 0  # the pool's content was given up
+
+
+# Where a failure can come from, and whether it takes the donated pool with it.
+FAULTS = [("device", "encode", False), ("device", "copy", False), ("device", "copy", True),
+          ("device", "prefill", False), ("device", "prefill", True), ("device", "decode", False),
+          ("device", "decode", True), ("module", "plan_wave", False), ("module", "wave_images", False),
+          ("module", "prefill_batches", False), ("engine", "_decode_inputs", False),
+          ("engine", "_resolve_if_finished", False)]
+
+
+@pytest.mark.parametrize(("where", "name", "loses_pool"), FAULTS)
+def test_every_future_is_answered_whatever_fails(
+  embedded, ask, text, image, monkeypatch, where, name, loses_pool
+):
+  """The first, second, ... call of each part fails once, while requests run, wait and arrive."""
+  subject = embedded(rows=4, max_running=3)
+  picture = text(0, 9) + subject.picture + text(1, 3)
+  requests = [ask(picture, (image(i % 2),), 6, seeds=(i, i + 9)) for i in range(3)]
+  requests += [ask(text(i, 9), max_new=9, seeds=(i,)) for i in range(2)]
+  good = subject.run(*requests)
+  owner = {"device": subject.engine._device, "module": embedded_module, "engine": subject.engine}[where]
+  real = getattr(owner, name)
+
+  async def submit():
+    async def late(number, request):
+      for _ in range(40 * number):  # in the middle of what the earlier ones do
+        await asyncio.sleep(0)
+      return await subject.engine.generate(request)
+    jobs = [late(number, request) for number, request in enumerate(requests)]
+    return await asyncio.wait_for(asyncio.gather(*jobs, return_exceptions=True), 60)
+
+  for failing in range(4):
+    calls = iter([False] * failing + [True] + [False] * 1000)
+
+    def sabotaged(*args, calls=calls, **kwargs):
+      if next(calls):
+        if loses_pool:
+          jax.tree.map(lambda leaf: leaf.delete(), subject.engine._device._pool)
+        raise RuntimeError("injected")
+      return real(*args, **kwargs)
+
+    subject.reset()
+    with monkeypatch.context() as patch:
+      patch.setattr(owner, name, sabotaged)
+      outcomes = asyncio.run(submit())
+    for outcome, samples in zip(outcomes, good, strict=True):
+      if not isinstance(outcome, RuntimeError):
+        assert [s.ids for s in outcome] == [s.ids for s in samples]
+    assert not subject.engine._queue and not subject.engine._running
+    assert subject.engine._pool.busy == 0
+    again = subject.run(*requests)
+    assert [[s.ids for s in samples] for samples in again] == [
+      [s.ids for s in samples] for samples in good]
+
+
+def test_a_request_that_cannot_start_fails_alone(embedded, ask, text, image, monkeypatch):
+  subject, poison = embedded(), image(7, 2, 2)
+  asked = [ask(text(i, 9) + subject.picture + text(1, 3), (shown,), 6, seeds=(i, i + 9))
+           for i, shown in enumerate([image(0), poison, image(1), image(2)])]
+  good = subject.run(*asked)
+  real, waves = embedded_module.wave_images, []
+
+  def fails(jobs, *args, **kwargs):
+    waves.append({prompt for prompt, _ in jobs})
+    if any(poison in prompt.request.images for prompt, _ in jobs):
+      raise RuntimeError("poison")
+    return real(jobs, *args, **kwargs)
+
+  subject.reset()
+  monkeypatch.setattr(embedded_module, "wave_images", fails)
+  told = []
+  monkeypatch.setattr(embedded_module.logging, "error", lambda *args, **_: told.append(args))
+
+  async def all_of_them():
+    jobs = [subject.engine.generate(request) for request in asked]
+    return await asyncio.wait_for(asyncio.gather(*jobs, return_exceptions=True), 60)
+
+  outcomes = asyncio.run(all_of_them())
+  assert [isinstance(outcome, RuntimeError) for outcome in outcomes] == [False, True, False, False]
+  for number in (0, 2, 3):
+    assert [s.ids for s in outcomes[number]] == [s.ids for s in good[number]]
+  assert len(waves[0]) > 1 and len(told) == 1  # twice the same reason, told once
+  assert "poison" in told[0][-1]
+
+
+def test_a_pool_that_cannot_be_allocated_again_breaks_the_engine(embedded, ask, text, monkeypatch):
+  subject, request = embedded(), ask(text(0, 9))
+  monkeypatch.setattr(subject.engine._device, "decode", lambda *a, **k: 1 / 0)
+  monkeypatch.setattr(subject.engine._device, "reset_pool", lambda: {}["no memory"])
+
+  async def scenario():
+    jobs = [subject.engine.generate(ask(text(i, 9))) for i in range(24)]  # more than may run
+    outcomes = await asyncio.wait_for(asyncio.gather(*jobs, return_exceptions=True), 60)
+    assert {type(outcome) for outcome in outcomes} == {ZeroDivisionError, KeyError}
+    for call in (subject.engine.generate(request), subject.engine.update_weights(None, 1)):
+      with pytest.raises(EngineClosed, match="broken: KeyError: 'no memory'"):
+        await call
+    assert not await subject.engine.health()
+
+  asyncio.run(scenario())
+
+
+def test_an_image_of_another_patch_size_is_refused(embedded, ask, text, image):
+  subject = embedded()
+  wrong = ImageProcessor(8, 2, 2, [0.5] * 3, [0.5] * 3)(image(0).picture(), ImageLimits(256, 512))
+  with pytest.raises(RequestError, match=r"image 0: .*patch_size=8.* 96 values"):
+    subject.run(ask(text(0, 3) + subject.picture, (wrong,)))
 
 
 def test_closing_fails_what_runs_and_what_comes(embedded, ask, text):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import PIL.Image
 
 from axpo_jax.agent.tools.base import BAD_ARGUMENTS, EpisodeState, Observation, Tool, failure
-from axpo_jax.model.images import MAX_ASPECT_RATIO, ImageLimits, smart_resize
+from axpo_jax.model.images import ImageError, ImageLimits, fitted_size
 
 SCALE = 1000  # relative coordinates run from 0 to this
 QWEN_LIMITS = ImageLimits(min_pixels=262_144, max_pixels=12_845_056)
@@ -89,14 +89,12 @@ class ImageZoomIn(Tool):
     """
     left, top, right, bottom = pixel_box(box, image.width, image.height, self.min_side)
     width, height = right - left, bottom - top
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-      raise BoxError(f"the region of {width} x {height} pixels is too long and thin")
-    new_height, new_width = smart_resize(height, width, self.factor, self.limits.min_pixels,
-                                         self.limits.max_pixels)
+    try:
+      size = fitted_size(width, height, self.factor, self.limits)
+    except ImageError as error:
+      raise BoxError(f"the region of {width} x {height} pixels is too long and thin") from error
     crop = image.crop((left, top, right, bottom))
-    if crop.size == (new_width, new_height):
-      return crop
-    return crop.resize((new_width, new_height), PIL.Image.Resampling.BICUBIC)
+    return crop if crop.size == size else crop.resize(size, PIL.Image.Resampling.BICUBIC)
 
 
 class BoxError(ValueError):
