@@ -163,7 +163,7 @@ def _images() -> ConfigDict:
   return ConfigDict(dict(
     # Pixels that the policy is shown of a question's image.
     min_pixels=64 * 64, max_pixels=1280 * 28 * 28,
-    # Pixels of a zoomed crop (Qwen-Agent's limits).
+    # Pixels of a zoomed crop (Qwen-Agent's limits); pictures of other tools have no more.
     zoom_min_pixels=262_144, zoom_max_pixels=12_845_056,
   ))
 
@@ -290,6 +290,7 @@ def _rl() -> ConfigDict:
     questions=128,            # B, questions a step
     num_rollouts=8,           # N, rollouts a question [paper]
     updates=1,                # optimizer updates a step
+    max_lost_steps=3,         # the run stops when every rollout of so many steps in a row has failed
     # Where the ratio's denominator comes from when updates = 1: "current" takes the pass itself
     # (the ratio is 1; half the cost), "trainer" a forward pass of its own. More updates need one.
     old_logprobs="current",

@@ -62,6 +62,9 @@ def validate(config: ConfigDict) -> None:
   if config.batch.length % 64:
     raise ConfigError(f"config.batch.length={config.batch.length} must be a multiple of 64")
   _validate_tools(config)
+  if config.rl.max_lost_steps < 1:
+    raise ConfigError(f"config.rl.max_lost_steps={config.rl.max_lost_steps} must be 1 or more: 1 stops "
+                      "the run at the first step whose rollouts all failed")
   if config.rl.algorithm not in ALGORITHMS:
     raise ConfigError(f"config.rl.algorithm={config.rl.algorithm!r}; choose one of {ALGORITHMS}")
 

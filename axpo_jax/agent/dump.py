@@ -24,6 +24,7 @@ from axpo_jax.agent.parse import SpecialIds
 from axpo_jax.agent.rollout import Rollout
 from axpo_jax.agent.token_texts import token_texts
 from axpo_jax.agent.transcript import EpisodeImage, Kind, Outcome, Transcript, TranscriptError
+from axpo_jax.data.question import ImageSource
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageLimits, ImageProcessor, ProcessedImage, image_key
 
@@ -35,6 +36,7 @@ class ImageStore:
 
   def __init__(self, folder: str | os.PathLike):
     self.folder = pathlib.Path(folder)
+    self._keys: dict[int, tuple[ImageSource, str]] = {}  # by identity; holds the source, so it stays
 
   def path(self, key: str) -> pathlib.Path:
     """Where the image with this key lies."""
@@ -53,15 +55,33 @@ class ImageStore:
     """`put` for what the policy saw, which knows its key."""
     return image.key if self.path(image.key).exists() else self.put(image.picture(), image.key)
 
+  def put_original(self, image: EpisodeImage) -> str:
+    """`put` for the full resolution; of a source that was put before, the key is known."""
+    if image.source is None:
+      return self.put_shown(image.shown)
+    known = id(image.source)
+    if known not in self._keys:
+      self._keys[known] = image.source, self.put(image.original)
+    return self._keys[known][1]
+
+  def existing(self, key: str) -> pathlib.Path:
+    """Where the image with this key lies.
+
+    Raises:
+      TranscriptError: the file is missing.
+    """
+    path = self.path(key)
+    if not path.exists():
+      raise TranscriptError(f"image {path} is missing; copy the dump's image folder too")
+    return path
+
   def get(self, key: str) -> PIL.Image.Image:
     """Reads an image.
 
     Raises:
       TranscriptError: the file is missing or its pixels are not those of the key.
     """
-    path = self.path(key)
-    if not path.exists():
-      raise TranscriptError(f"image {path} is missing; copy the dump's image folder too")
+    path = self.existing(key)
     with PIL.Image.open(path) as opened:
       image = opened.copy()
     if image_key(image) != key:
@@ -80,7 +100,7 @@ def transcript_to_json(transcript: Transcript, store: ImageStore, *,
       read the picture that the policy saw.
   """
   images = [{"origin": image.origin, "shown": store.put_shown(image.shown),
-             "original": store.put(image.original) if originals else None}
+             "original": store.put_original(image) if originals else None}
             for image in transcript.images]
   return {
       "format": FORMAT,
@@ -242,8 +262,8 @@ def _load_image(entry: dict[str, Any], store: ImageStore,
   if shown.key != entry["shown"]:
     raise TranscriptError(f"image {entry['shown']} of {picture.width} x {picture.height} pixels "
                           "does not fit this processor; was the dump made with another model?")
-  original = picture if entry["original"] is None else store.get(entry["original"])
-  return EpisodeImage(original, shown, entry["origin"])
+  separate = entry["original"] not in (None, entry["shown"])
+  return EpisodeImage(store.existing(entry["original"]) if separate else None, shown, entry["origin"])
 
 
 def _runs(values: Sequence[int]) -> list[list[int]]:

@@ -31,8 +31,15 @@ from axpo_jax.agent import rollout as rollout_lib
 from axpo_jax.agent.parse import SpecialIds, ToolCall
 from axpo_jax.agent.rollout import CallRecord, Rollout
 from axpo_jax.agent.tools.base import EpisodeState, Observation, PastCall, ToolBox, failure
-from axpo_jax.agent.transcript import EpisodeImage, Kind, Outcome, Transcript, TranscriptError
-from axpo_jax.data.question import Question, load_image
+from axpo_jax.agent.transcript import (
+  EpisodeImage,
+  Kind,
+  Originals,
+  Outcome,
+  Transcript,
+  TranscriptError,
+)  # fmt: skip
+from axpo_jax.data.question import Question, open_image
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageError, ImageLimits, ImageProcessor
 from axpo_jax.rollout.engine import Engine, PromptTooLong, Sample, SampleRequest, SamplingParams
@@ -50,6 +57,7 @@ class EpisodeLimits:
     max_response_tokens: expanded tokens after the prompt, sampled and observed together.
     max_total_tokens: expanded tokens of the whole transcript.
     max_images: images of the episode, the question's included.
+    max_image_pixels: of an image that a tool brings; larger ones are shrunk before they are shown.
     deadline: seconds the episode may take; None = no limit.
   """
 
@@ -58,6 +66,7 @@ class EpisodeLimits:
   max_response_tokens: int = 16_384
   max_total_tokens: int = 24_576
   max_images: int = 12
+  max_image_pixels: int = 12_845_056
   deadline: float | None = None
 
 
@@ -78,12 +87,11 @@ def start_transcript(question: Question, chat: Chat, tools: ToolBox, system: str
     axpo_jax.model.images.ImageError: an image cannot be shown.
     axpo_jax.model.chat.ChatError: the text cannot be rendered.
   """
-  originals = [load_image(source) for source in question.images]
-  ids = chat.prompt_ids(system, tools.schemas(), question.text, len(originals))
+  ids = chat.prompt_ids(system, tools.schemas(), question.text, len(question.images))
   transcript = Transcript(SpecialIds.from_chat(chat))
   transcript.append_prompt(ids, [
-      EpisodeImage(original, processor(original, image_limits), "question")
-      for original in originals])
+      EpisodeImage.of(source, processor(open_image(source), image_limits), "question")
+      for source in question.images])
   return transcript
 
 
@@ -168,8 +176,8 @@ class _Episode:
     self.cached_tokens: list[int] = []
     self.error: str | None = None
     self.prompt_expanded = transcript.cut(transcript.prompt_length).expanded_length
-    self.state = EpisodeState(question.id, [image.original for image in transcript.images],
-                              seed=seed, history=self._past_calls())
+    self.state = EpisodeState(question.id, Originals(transcript.images), seed=seed,
+                              history=self._past_calls())
 
   async def run(self) -> str:
     """Runs to the end; returns the stop reason."""
@@ -274,7 +282,7 @@ class _Episode:
       observation, new = self._fit(observation, call, texts, shown)
       texts.append((observation.text, len(new)))
       shown += new
-      self.state.images += [image.original for image in new]
+      self.state.images.extend(new)
       self.calls.append(self._record(call, observation.error, time.perf_counter() - begin))
     if not self._fits(texts, shown):
       return rollout_lib.TOKEN_LIMIT
@@ -306,10 +314,12 @@ class _Episode:
     return observation, new
 
   def _show(self, image: PIL.Image.Image, tool: str) -> EpisodeImage:
-    """A tool's image, with its sides rounded to the factor where the tool has not done so."""
+    """A tool's image, with its sides rounded to the factor where the tool has not done so, and
+    shrunk where it is larger than any image may be."""
     least = self.processor.factor**2
-    limits = ImageLimits(least, max(least, image.width * image.height))
-    return EpisodeImage(image, self.processor(image, limits), tool)
+    pixels = min(image.width * image.height, self.limits.max_image_pixels)
+    limits = ImageLimits(least, max(least, pixels))
+    return EpisodeImage.of(image, self.processor(image, limits), tool)
 
   def _fits(self, texts: Sequence[tuple[str, int]], shown: Sequence[EpisodeImage]) -> bool:
     """True when this observation leaves room for at least one token of the next turn."""

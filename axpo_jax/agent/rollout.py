@@ -19,10 +19,12 @@ LENGTH = "length"  # one turn reached max_new_tokens_per_turn
 IMAGE_LIMIT = "image_limit"  # the question alone has more images than allowed; nothing is sampled
 DEADLINE = "deadline"  # the episode took too long
 ENGINE_ERROR = "engine_error"  # the sampler failed or broke its contract
+EPISODE_ERROR = "episode_error"  # the episode itself failed (a tool, a reward), or cannot be trained on
 
-STOPS = (ANSWER, NO_ANSWER, TURN_LIMIT, TOKEN_LIMIT, LENGTH, IMAGE_LIMIT, DEADLINE, ENGINE_ERROR)
+STOPS = (ANSWER, NO_ANSWER, TURN_LIMIT, TOKEN_LIMIT, LENGTH, IMAGE_LIMIT, DEADLINE, ENGINE_ERROR,
+         EPISODE_ERROR)
 # The machine's fault and not the policy's: such a rollout says nothing about the policy.
-FAILED_STOPS = frozenset({DEADLINE, ENGINE_ERROR})
+FAILED_STOPS = frozenset({DEADLINE, ENGINE_ERROR, EPISODE_ERROR})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Rollout:
     first_prompt_tokens: those of the first request alone: for a resample, its frozen prefix.
     first_cached_tokens: and how many of them came from the cache.
     start: collapsed length of the transcript that was continued; own tokens begin there.
-    error: what the engine said when stop is "engine_error".
+    error: what the engine said when stop is "engine_error", or what failed at "episode_error".
   """
 
   question_id: str
@@ -88,6 +90,13 @@ class Rollout:
   def failed(self) -> bool:
     """True when the machine and not the policy ended the episode: do not train on it."""
     return self.stop in FAILED_STOPS
+
+  @classmethod
+  def broken(cls, question_id: str, transcript: transcript_lib.Transcript, seed: int,
+             error: Exception) -> Rollout:
+    """An episode that an exception ended."""
+    return cls(question_id, transcript, 0.0, None, EPISODE_ERROR, [], seed, 0, 0,
+               start=len(transcript), error=f"{type(error).__name__}: {error}")
 
   @property
   def num_turns(self) -> int:

@@ -31,6 +31,7 @@ import PIL.Image
 
 from axpo_jax.agent import parse
 from axpo_jax.agent.parse import SpecialIds
+from axpo_jax.data.question import ImageSource, open_image
 
 if TYPE_CHECKING:  # their imports take a second, and only the types are needed
   from axpo_jax.model.chat import Chat
@@ -60,14 +61,47 @@ class EpisodeImage:
   """One image of an episode.
 
   Attributes:
-    original: full resolution; tools read this one.
-    shown: what the policy sees, resized and cut into patches.
+    source: where the image comes from, in full resolution. None: what is shown is all there is.
+    shown: what the policy sees.
     origin: "question" or the name of the tool that made it.
   """
 
-  original: PIL.Image.Image
+  source: ImageSource | None
   shown: ProcessedImage
   origin: str
+
+  @classmethod
+  def of(cls, source: ImageSource, shown: ProcessedImage, origin: str) -> EpisodeImage:
+    """Without the pixels of `source` if they are those that are shown."""
+    same = isinstance(source, PIL.Image.Image) and source.mode == "RGB" and source.size == shown.size
+    return cls(None if same else source, shown, origin)
+
+  @property
+  def original(self) -> PIL.Image.Image:
+    """Full resolution, for tools. Decoded when it is asked for, and then kept for a while.
+
+    Raises:
+      axpo_jax.data.question.ImageError: the file is gone.
+    """
+    return self.shown.picture() if self.source is None else open_image(self.source)
+
+
+class Originals(Sequence[PIL.Image.Image]):
+  """The images of an episode in full resolution, each decoded only when it is read."""
+
+  def __init__(self, images: Sequence[EpisodeImage]):
+    self._images = list(images)
+
+  def __len__(self) -> int:
+    return len(self._images)
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return [image.original for image in self._images[index]]
+    return self._images[index].original
+
+  def extend(self, images: Sequence[EpisodeImage]) -> None:
+    self._images.extend(images)
 
 
 class Turn(NamedTuple):

@@ -6,9 +6,11 @@ whose images may still lie on disk, so that a shuffled epoch holds names and not
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import io
 import pathlib
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,6 +89,43 @@ def load_image(source: ImageSource) -> PIL.Image.Image:
       return opened.convert("RGB")  # decodes all of it: a file that was cut fails here
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...
       raise ImageError(f"image ({_name(source)}) cannot be decoded: {error}") from error
+
+
+class _Decoded:
+  """Images that were decoded last, up to a number of bytes: a question's rollouts share them."""
+
+  def __init__(self, limit: int):
+    self._limit, self._size = limit, 0
+    self._kept: collections.OrderedDict[pathlib.Path | bytes, PIL.Image.Image] = (
+        collections.OrderedDict())
+    self._lock = threading.Lock()
+
+  def open(self, source: pathlib.Path | bytes) -> PIL.Image.Image:
+    with self._lock:
+      if source in self._kept:
+        self._kept.move_to_end(source)
+        return self._kept[source]
+    image = load_image(source)
+    with self._lock:
+      if source not in self._kept:
+        self._kept[source] = image
+        self._size += _bytes(image)
+      while self._size > self._limit and len(self._kept) > 1:
+        self._size -= _bytes(self._kept.popitem(last=False)[1])
+    return image
+
+
+def _bytes(image: PIL.Image.Image) -> int:
+  return 4 * image.width * image.height  # PIL keeps RGB in four bytes
+
+
+_decoded = _Decoded(4 << 30)
+
+
+def open_image(source: ImageSource) -> PIL.Image.Image:
+  """`load_image`, which keeps what it decoded for the next caller; at most 4 GiB of it, or one image.
+  Do not change what it returns."""
+  return load_image(source) if isinstance(source, PIL.Image.Image) else _decoded.open(source)
 
 
 def check_header(source: ImageSource) -> None:

@@ -7,6 +7,7 @@ questions and the seeds are the same at every call, so two evaluations differ by
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from absl import logging
 from ml_collections import ConfigDict
 
 from axpo_jax.data.question import Question
@@ -35,6 +36,8 @@ async def run(config: ConfigDict, bench: build.Workbench, engine: Engine, *,
   groups = await collect.sample_groups(
     actor, build.eval_questions(config), config.eval.rollouts, seeds.derive(config.seed, "eval"),
     progress="evaluation" if progress else "")
+  if failed := collect.told_failures(groups):
+    logging.warning("evaluation: rollouts failed and are left out: %s", failed)
   return metrics(collect.group_stats(groups, ResampleConfig(), bench.chat), config.eval.rollouts,
                  sum(group.failed for group in groups))
 

@@ -5,6 +5,7 @@ Legend: B rows of a call, T tokens; a job is one sequence's prompt with the row 
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,9 +13,15 @@ import numpy as np
 
 from axpo_jax.model.config import ModelConfig, VisionConfig
 from axpo_jax.model.images import ProcessedImage
-from axpo_jax.model.vision_inputs import VisionInputs, mrope_positions, pack_images
-from axpo_jax.rollout.device import PrefillInputs
-from axpo_jax.rollout.engine import RequestError, SampleRequest
+from axpo_jax.model.vision_inputs import (
+  PATCH_BUCKETS,
+  VisionInputs,
+  mrope_positions,
+  pack_images,
+)  # fmt: skip
+from axpo_jax.rollout import sampling
+from axpo_jax.rollout.device import DecodeInputs, PrefillInputs
+from axpo_jax.rollout.engine import RequestError, SampleRequest, SamplingParams
 from axpo_jax.rollout.prefix_pool import Move, content_keys
 
 
@@ -89,27 +96,58 @@ class Prompt:
     return [self.request.images[i] for i in np.unique(self.image_T[start:]) if i >= 0]
 
 
-def check_images(request: SampleRequest, config: VisionConfig) -> None:
-  """Raises RequestError for images that the vision tower cannot take."""
+@dataclasses.dataclass(eq=False)
+class TokenSequence:
+  """One seed of one request, from the queue to its result.
+
+  future: set to its Sample, or to what made it fail. row: of the pool, once it runs. cached: tokens of
+  the prompt that were not computed for it.
+  """
+
+  prompt: Prompt
+  seed: int
+  future: asyncio.Future
+  row: int = -1
+  cached: int = 0
+  ids: list[int] = dataclasses.field(default_factory=list)
+  logprobs: list[float] = dataclasses.field(default_factory=list)
+
+  @property
+  def params(self) -> SamplingParams:
+    return self.prompt.request.params
+
+  def limit(self, length: int) -> int:
+    """Most tokens to draw, in a row of `length`."""
+    return min(self.params.max_new_tokens, length - self.prompt.length)
+
+
+def check_images(request: SampleRequest, config: VisionConfig, most_patches: int) -> None:
+  """Raises RequestError for images that the vision tower cannot take, or that are too large."""
   for number, image in enumerate(request.images):
     if image.patch_dim != config.patch_dim or image.format.merge_size != config.spatial_merge_size:
       raise RequestError(f"image {number}: {image.format} does not fit the model, whose patches have "
                          f"{config.patch_dim} values, merged by {config.spatial_merge_size}")
+    if image.num_patches > most_patches:
+      raise RequestError(f"image {number} has {image.num_patches} patches, but the engine takes images "
+                         f"of at most {most_patches}: shrink it, or raise the engine's patch_lengths")
 
 
 Job = tuple[Prompt, Move]
 
 
 def wave_images(
-  jobs: Sequence[Job], config: ModelConfig
+  jobs: Sequence[Job], config: ModelConfig, patch_lengths: Sequence[int] = PATCH_BUCKETS
 ) -> tuple[VisionInputs | None, Mapping[str, int]]:
-  """The distinct images that the wave computes: packed, and each key's first merged token."""
+  """The distinct images that the wave computes: packed, and each key's first merged token.
+
+  patch_lengths: of rows of patches, see `pack_images`.
+  """
   images = {
     image.key: image for prompt, move in jobs for image in prompt.images_from(move.cached)
   }
   if not images:
     return None, {}
-  vision, offsets = pack_images(list(images.values()), config.vision)
+  vision, offsets = pack_images(list(images.values()), config.vision, patch_buckets=patch_lengths)
   return vision, dict(zip(images, offsets.tolist(), strict=True))
 
 
@@ -192,3 +230,53 @@ def _image_index(prompt: Prompt, new: slice, place: Mapping[str, int]) -> np.nda
 def _lacking(prompt: Prompt, move: Move) -> int:
   """Tokens to compute: all that are not cached, but for the last, which decode feeds."""
   return prompt.length - 1 - move.cached
+
+
+def decode_inputs(
+  running: Sequence[TokenSequence],
+  valid: Sequence[int],
+  batch: Buckets,
+  *,
+  block: int,
+  rows: int,
+  length: int,
+) -> DecodeInputs:
+  """State of the sequences that run, for a block of `block` tokens.
+
+  Args:
+    valid: computed tokens in the row of each.
+    rows: of the pool; also the number that marks padding.
+    length: tokens of a row.
+  """
+  size = batch(len(running))
+
+  def column(values, fill=0):
+    out = np.full(size, fill, np.int32)
+    out[: len(values)] = values
+    return out
+
+  params = [s.params for s in running]
+  generated = None
+  if any(p.presence_penalty for p in params):
+    generated = _padded_lists([s.ids for s in running], size)
+  return DecodeInputs(
+    row_B=column([s.row for s in running], rows),
+    length_B=column(valid),
+    pending_B=column([s.ids[-1] if s.ids else s.prompt.tokens_T[-1] for s in running]),
+    position_B=column([s.prompt.last_position + len(s.ids) for s in running]),
+    drawn_B=column([len(s.ids) for s in running]),
+    limit_B=column([min(s.limit(length) - len(s.ids), block) for s in running]),
+    sampling=sampling.row_params(
+      params, [s.seed for s in running], rows=size, width=sampling.list_width(params)
+    ),
+    generated_BxG=generated,
+  )
+
+
+def _padded_lists(lists: Sequence[Sequence[int]], rows: int) -> np.ndarray:
+  """int32 [rows, G], padded with -1; G is a power of two from 64, so that shapes stay few."""
+  longest = max(map(len, lists))
+  out = np.full((rows, max(64, 1 << (longest - 1).bit_length() if longest else 0)), -1, np.int32)
+  for row, values in enumerate(lists):
+    out[row, : len(values)] = values
+  return out

@@ -27,22 +27,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from flax import nnx
 
 from axpo_jax.model import sharding
 from axpo_jax.model.config import ModelConfig
-from axpo_jax.rollout import sampling
+from axpo_jax.model.vision_inputs import PATCH_BUCKETS
 from axpo_jax.rollout.batches import (
   Buckets,
   Prompt,
+  TokenSequence,
   check_images,
   copy_batches,
+  decode_inputs,
   prefill_batches,
   wave_images,
 )  # fmt: skip
-from axpo_jax.rollout.device import DecodeInputs, Device
+from axpo_jax.rollout.device import Device
 from axpo_jax.rollout.engine import (
   EngineClosed,
   EngineStats,
@@ -71,6 +72,7 @@ class EmbeddedConfig:
     min_tokens: smallest bucket of prompt tokens to compute.
     min_slots: smallest bucket of cache slots; these have half steps too, for attention over the
       cache is most of a decode step.
+    patch_lengths: lengths of a row of image patches; an image with more than the last is refused.
   """
 
   rows: int = 256
@@ -84,33 +86,17 @@ class EmbeddedConfig:
   min_batch: int = 16
   min_tokens: int = 32
   min_slots: int = 128
+  patch_lengths: tuple[int, ...] = PATCH_BUCKETS
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if field.name != "dtype" and value < 1:
+      if isinstance(value, int) and value < 1:
         raise ValueError(f"{field.name} must be at least 1, got {value}")
     if self.max_running > self.rows:
       raise ValueError(
         f"max_running={self.max_running} sequences need as many rows, but rows={self.rows}"
       )
-
-
-@dataclasses.dataclass(eq=False)
-class _Sequence:
-  """One seed of one request, from the queue to its result."""
-
-  prompt: Prompt
-  seed: int
-  future: asyncio.Future
-  row: int = -1
-  cached: int = 0
-  ids: list[int] = dataclasses.field(default_factory=list)
-  logprobs: list[float] = dataclasses.field(default_factory=list)
-
-  @property
-  def params(self):
-    return self.prompt.request.params
 
 
 class EmbeddedEngine:
@@ -147,8 +133,8 @@ class EmbeddedEngine:
     self._token_buckets = Buckets(config.min_tokens, config.length)
     self._slot_buckets = Buckets(config.min_slots, config.length, fine=True)
     # An unanswered sequence is in exactly one of these two lists.
-    self._queue: list[_Sequence] = []
-    self._running: list[_Sequence] = []
+    self._queue: list[TokenSequence] = []
+    self._running: list[TokenSequence] = []
     self._suspects: set[Prompt] = set()  # of a wave that failed: each is started alone
     self._reported: set[str] = set()
     self._broken: Exception | None = None
@@ -161,10 +147,10 @@ class EmbeddedEngine:
     """See `Engine.generate`. A cancelled caller frees its rows after the running block."""
     self._check_open()
     check_request(request, self._model.image_token_id, self.config.length)
-    check_images(request, self._model.vision)
+    check_images(request, self._model.vision, max(self.config.patch_lengths))
     prompt = Prompt.of(request, self._model)
     loop = asyncio.get_running_loop()
-    sequences = [_Sequence(prompt, seed, loop.create_future()) for seed in request.seeds]
+    sequences = [TokenSequence(prompt, seed, loop.create_future()) for seed in request.seeds]
     self._queue += sequences
     self._stats.requests += 1
     self._wake()
@@ -253,7 +239,7 @@ class EmbeddedEngine:
       if not future.done():
         future.set_exception(error)
 
-  def _fail(self, sequences: Sequence[_Sequence], error: Exception) -> None:
+  def _fail(self, sequences: Sequence[TokenSequence], error: Exception) -> None:
     """Answers with `error`. They leave the queue; rows of running ones are the caller's to give up."""
     failed = set(sequences)
     self._queue = [s for s in self._queue if s not in failed]
@@ -281,7 +267,7 @@ class EmbeddedEngine:
       self._reported.add(reason)
       logging.error("%s: %s", what, reason, exc_info=error)
 
-  def _drop(self, which: Callable[[_Sequence], bool]) -> None:
+  def _drop(self, which: Callable[[TokenSequence], bool]) -> None:
     """Removes sequences from the queue and from their rows; what they computed stays cached."""
     for sequence in self._running:
       if which(sequence):
@@ -325,13 +311,13 @@ class EmbeddedEngine:
       self._queue = [s for s in self._queue if s not in started]
       self._running += [sequence for sequence, _ in wave]
 
-  def _candidates(self) -> list[_Sequence]:
+  def _candidates(self) -> list[TokenSequence]:
     """Who may be in the next wave: all that wait, or those of one suspect request alone."""
     self._suspects &= {sequence.prompt for sequence in self._queue}
     suspect = next((s.prompt for s in self._queue if s.prompt in self._suspects), None)
     return [s for s in self._queue if suspect is None or s.prompt is suspect]
 
-  def _wave_failed(self, wave: Sequence[tuple[_Sequence, Move]], error: Exception) -> None:
+  def _wave_failed(self, wave: Sequence[tuple[TokenSequence, Move]], error: Exception) -> None:
     """Fails the wave's request; of several, each will be started alone."""
     self._report("the embedded engine could not start a wave of prompts", error)
     if self._device.pool_lost:
@@ -345,10 +331,10 @@ class EmbeddedEngine:
     else:
       self._suspects |= requests
 
-  def _start(self, wave: Sequence[tuple[_Sequence, Move]]) -> None:
+  def _start(self, wave: Sequence[tuple[TokenSequence, Move]]) -> None:
     """Computes the prompts; what it changes besides rows of its own is changed at the end."""
     jobs = [(sequence.prompt, move) for sequence, move in wave]
-    vision, place = wave_images(jobs, self._model)
+    vision, place = wave_images(jobs, self._model, self.config.patch_lengths)
     features = None if vision is None else self._device.encode(vision)
     for batch in copy_batches(jobs, self._batch_buckets, self._slot_buckets, self.config.rows):
       self._device.copy(*batch)
@@ -379,8 +365,11 @@ class EmbeddedEngine:
 
   def _decode_block(self) -> None:
     """Decodes for all that run; resolves those that finish."""
-    inputs = self._decode_inputs()
     block = self.config.decode_block
+    inputs = decode_inputs(
+      self._running, [self._pool.valid(s.row) for s in self._running], self._batch_buckets,
+      block=block, rows=self.config.rows, length=self.config.length,
+    )  # fmt: skip
     longest = max(self._pool.valid(s.row) for s in self._running) + block
     slots = self._slot_buckets(min(longest, self.config.length))
     out = self._device.decode(inputs, slots=slots, block=block)
@@ -394,43 +383,15 @@ class EmbeddedEngine:
         still.append(sequence)
     self._running = still
 
-  def _decode_inputs(self) -> DecodeInputs:
-    running, block = self._running, self.config.decode_block
-    batch = self._batch_buckets(len(running))
-
-    def column(values, fill=0):
-      return _padded(values, batch, fill)
-
-    params = [s.params for s in running]
-    generated = None
-    if any(p.presence_penalty for p in params):
-      generated = _padded_lists([s.ids for s in running], batch)
-    return DecodeInputs(
-      row_B=column([s.row for s in running], self.config.rows),
-      length_B=column([self._pool.valid(s.row) for s in running]),
-      pending_B=column([s.ids[-1] if s.ids else s.prompt.tokens_T[-1] for s in running]),
-      position_B=column([s.prompt.last_position + len(s.ids) for s in running]),
-      drawn_B=column([len(s.ids) for s in running]),
-      limit_B=column([min(self._limit(s) - len(s.ids), block) for s in running]),
-      sampling=sampling.row_params(
-        params, [s.seed for s in running], rows=batch, width=sampling.list_width(params)
-      ),
-      generated_BxG=generated,
-    )
-
-  def _limit(self, sequence: _Sequence) -> int:
-    room = self.config.length - sequence.prompt.length
-    return min(sequence.params.max_new_tokens, room)
-
-  def _take(self, sequence: _Sequence, ids: list[int], logprobs: list[float]) -> None:
+  def _take(self, sequence: TokenSequence, ids: list[int], logprobs: list[float]) -> None:
     sequence.ids += ids
     sequence.logprobs += logprobs
     self._pool.extend(sequence.row, ids)
     self._stats.decode_tokens += len(ids)
 
-  def _resolve_if_finished(self, sequence: _Sequence) -> bool:
+  def _resolve_if_finished(self, sequence: TokenSequence) -> bool:
     stopped = sequence.ids[-1] in sequence.params.stop_ids
-    if not stopped and len(sequence.ids) < self._limit(sequence):
+    if not stopped and len(sequence.ids) < sequence.limit(self.config.length):
       return False
     self._pool.release(sequence.row)
     self._stats.samples += 1
@@ -445,18 +406,3 @@ class EmbeddedEngine:
 
 def _reason(error: Exception) -> str:
   return f"{type(error).__name__}: {error}"
-
-
-def _padded(values: Sequence[int], size: int, fill: int) -> np.ndarray:
-  out = np.full(size, fill, np.int32)
-  out[: len(values)] = values
-  return out
-
-
-def _padded_lists(lists: Sequence[Sequence[int]], rows: int) -> np.ndarray:
-  """int32 [rows, G], padded with -1; G is a power of two from 64, so that shapes stay few."""
-  longest = max(map(len, lists))
-  out = np.full((rows, max(64, 1 << (longest - 1).bit_length() if longest else 0)), -1, np.int32)
-  for row, values in enumerate(lists):
-    out[row, : len(values)] = values
-  return out

@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import jax
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
 from axpo_jax.agent.episode import EpisodeLimits
 from axpo_jax.agent.prompts import SHORT_SYSTEM_PROMPT, SYSTEM_PROMPT
 from axpo_jax.agent.rollout import Rollout
+from axpo_jax.agent.transcript import Transcript
 from axpo_jax.config import ConfigError, engine_length, limits
 from axpo_jax.data import adapters, filters, pipeline, readers
 from axpo_jax.data.miniworld import perception, reasoning, world
@@ -40,7 +42,7 @@ from axpo_jax.rollout.weight_push import PushConfig, PushFolder
 from axpo_jax.train import distributed, examples, lora, seeds, selection, toolbox
 from axpo_jax.train.batch import Batch, batch_shards
 from axpo_jax.train.collect import Actor
-from axpo_jax.train.packing import Example, pack
+from axpo_jax.train.packing import Example, PackingError, check_example, pack
 from axpo_jax.train.state import Optimizer, OptimizerConfig, init_params, make_optimizer
 
 # Trajectories in a row that SFT may leave out before it gives up.
@@ -131,7 +133,7 @@ def actor(config: ConfigDict, bench: Workbench, engine: Engine, stage: str = "rl
   episode_limits = EpisodeLimits(
     max_turns=own.max_turns, max_new_tokens_per_turn=own.max_new_tokens,
     max_response_tokens=own.max_response_tokens, max_total_tokens=own.max_total_tokens,
-    max_images=agent.max_images, deadline=agent.deadline or None)
+    max_images=agent.max_images, max_image_pixels=config.images.zoom_max_pixels, deadline=agent.deadline or None)
   sampling = SamplingParams(
     max_new_tokens=own.max_new_tokens, temperature=drawn.temperature, top_p=drawn.top_p,
     top_k=drawn.top_k, presence_penalty=drawn.presence_penalty, stop_ids=bench.chat.stop_ids,
@@ -140,7 +142,27 @@ def actor(config: ConfigDict, bench: Workbench, engine: Engine, stage: str = "rl
     engine=engine, chat=bench.chat, processor=bench.processor, toolbox=tools,
     limits=episode_limits, sampling=sampling,
     image_limits=ImageLimits(config.images.min_pixels, config.images.max_pixels),
-    system_prompt=_PROMPTS.get(agent.system_prompt, agent.system_prompt))
+    system_prompt=_PROMPTS.get(agent.system_prompt, agent.system_prompt),
+    check=_trainable(config, bench) if stage == "rl" else None)
+
+
+def _trainable(config: ConfigDict, bench: Workbench) -> Callable[[Transcript], None]:
+  """Raises PackingError, or another ValueError, for what the update could not train on: it would end
+  there not with its own episode but with the run."""
+  def check(transcript: Transcript) -> None:
+    example = examples.from_transcript(transcript, transcript.sampled, 1.0,
+                                       bench.model_config.image_token_id)
+    check_example(example, config.batch.length, bench.chat.banned_ids,
+                  most_patches(config, bench.model_config))
+    if not np.isfinite(example.behaviour_logp_T).all():
+      raise PackingError("the sampler gave a token no finite log-probability")
+  return check
+
+
+def most_patches(config: ConfigDict, model: ModelConfig) -> int:
+  """Patches of the largest image that a run can show: a question's, or a tool's."""
+  largest = max(config.images.max_pixels, config.images.zoom_max_pixels)
+  return largest // model.vision.patch_size**2
 
 
 @contextlib.contextmanager
@@ -359,7 +381,7 @@ def _filter(config: ConfigDict, bench: Workbench) -> Callable[[Rollout], list[Ex
   def transform(rollout: Rollout) -> list[Example]:
     wrong = rollout.reward <= 0.5 and not config.sft.keep_wrong
     too_long = rollout.transcript.expanded_length > config.sft.max_length
-    return [] if wrong or too_long else [
+    return [] if rollout.failed or wrong or too_long else [
       examples.supervised(rollout, bench.model_config.image_token_id)]
   return transform
 

@@ -9,7 +9,8 @@ import asyncio
 import collections
 import dataclasses
 import itertools
-from collections.abc import Coroutine, Iterable, Sequence
+import traceback
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 
 import numpy as np
 from absl import logging
@@ -38,7 +39,11 @@ from axpo_jax.train import seeds
 
 @dataclasses.dataclass(frozen=True)
 class Actor:
-  """All that an episode needs besides its question."""
+  """All that an episode needs besides its question.
+
+  Attributes:
+    check: raises for a transcript that nothing can be done with, such as one that cannot be packed.
+  """
 
   engine: Engine
   chat: Chat
@@ -48,16 +53,28 @@ class Actor:
   sampling: SamplingParams
   image_limits: ImageLimits
   system_prompt: str
+  check: Callable[[Transcript], None] | None = None
 
   def start(self, question: Question) -> Transcript:
     return start_transcript(question, self.chat, self.toolbox, self.system_prompt, self.processor,
                             self.image_limits)
 
   async def roll(self, transcript: Transcript, question: Question, seed: int) -> Rollout:
-    """Continues `transcript` to its end and scores it: reward 1 if the answer is right, else 0."""
-    return await continue_episode(
-      transcript, question, self.engine, self.toolbox, self.limits, self.sampling, self.chat,
-      self.processor, seed)
+    """Continues `transcript` to its end and scores it: reward 1 if the answer is right, else 0.
+
+    Whatever fails in the episode ends it as a failed rollout, and nothing else.
+    """
+    try:
+      rollout = await continue_episode(
+        transcript, question, self.engine, self.toolbox, self.limits, self.sampling, self.chat,
+        self.processor, seed)
+      if self.check is not None and not rollout.failed:
+        self.check(rollout.transcript)
+      return rollout
+    except Exception as error:
+      logging.log_first_n(logging.ERROR, "an episode of question %s failed:\n%s", 5, question.id,
+                          traceback.format_exc())
+      return Rollout.broken(question.id, transcript, seed, error)
 
 
 @dataclasses.dataclass
@@ -81,15 +98,20 @@ class Branch:
 class Group:
   """One question, its rollouts, and the branches that AXPO added to them.
 
-  `failed` counts rollouts and continuations that the machine and not the policy ended (engine
-  error, deadline, a question whose image does not open). They are left out: nothing can be learnt
-  from them.
+  `failures` has the reason of every rollout and continuation that the machine and not the policy
+  ended (engine error, deadline, a question whose image does not open). They are left out: nothing can
+  be learnt from them.
   """
 
   question: Question
   rollouts: list[Rollout]
   branches: list[Branch] = dataclasses.field(default_factory=list)
-  failed: int = 0
+  failures: list[str] = dataclasses.field(default_factory=list)
+
+  @property
+  def failed(self) -> int:
+    """How many rollouts and continuations failed."""
+    return len(self.failures)
 
 
 async def sample_groups(actor: Actor, questions: Sequence[Question], n: int, seed: int, *,
@@ -107,7 +129,8 @@ async def sample_groups(actor: Actor, questions: Sequence[Question], n: int, see
     if start is not None for i in range(n)],
     progress))
   return [_group(question, itertools.islice(rollouts, n)) if start is not None
-          else Group(question, [], failed=n) for question, start in zip(questions, starts)]
+          else Group(question, [], failures=["the question cannot be asked"] * n)
+          for question, start in zip(questions, starts)]
 
 
 def prompt(actor: Actor, question: Question) -> Transcript | None:
@@ -138,7 +161,7 @@ async def resample(actor: Actor, groups: Sequence[Group], config: ResampleConfig
   for number, (group, branch) in enumerate(branches):
     continued = rollouts[number * config.k:(number + 1) * config.k]
     branch.rollouts = [rollout for rollout in continued if not rollout.failed]
-    group.failed += len(continued) - len(branch.rollouts)
+    group.failures += _failures(continued)
     if branch.rollouts:
       group.branches.append(branch)
 
@@ -146,7 +169,19 @@ async def resample(actor: Actor, groups: Sequence[Group], config: ResampleConfig
 def _group(question: Question, rollouts: Iterable[Rollout]) -> Group:
   rollouts = list(rollouts)
   kept = [rollout for rollout in rollouts if not rollout.failed]
-  return Group(question, kept, failed=len(rollouts) - len(kept))
+  return Group(question, kept, failures=_failures(rollouts))
+
+
+def _failures(rollouts: Iterable[Rollout]) -> list[str]:
+  return [rollout.error or rollout.stop for rollout in rollouts if rollout.failed]
+
+
+def told_failures(groups: Iterable[Group], most: int = 5) -> str:
+  """What failed how often, the most frequent reason first; "" if nothing did."""
+  reasons = collections.Counter(reason for group in groups for reason in group.failures)
+  listed = [f"{count} x {reason[:300]}" for reason, count in reasons.most_common(most)]
+  more = len(reasons) - len(listed)
+  return "; ".join(listed) + (f"; and {more} other reasons" if more else "")
 
 
 def view(number: int, group: Group, config: ResampleConfig) -> GroupView:

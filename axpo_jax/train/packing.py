@@ -104,16 +104,15 @@ def pack(
     row_buckets, patch_buckets: shapes of the vision tower, see `pack_images`.
 
   Raises:
-    PackingError: an example that is longer than a row, has arrays of unequal length, a target
-      without a predecessor or a banned one; the message names the example and the numbers. Or a
-      length that is not a multiple of `block`.
-    ImageTooLarge: from `pack_images`.
+    PackingError: an example that is longer than a row, has arrays of unequal length, an image that is
+      too large, a target without a predecessor or a banned one; the message names the example and the
+      numbers. Or a length that is not a multiple of `block`.
   """
   block = block or _block(length)
   if length % block:
     raise PackingError(f"rows of {length} tokens: batch.length must be a multiple of {block}")
   for number, example in enumerate(examples):
-    _check(number, example, length, banned_ids)
+    check_example(example, length, banned_ids, max(patch_buckets), f"example {number}")
   if not examples:
     return []
   pieces_R = _place(examples, length, share_prefixes)
@@ -130,8 +129,10 @@ def pack(
   return batches
 
 
-def _check(number: int, example: Example, length: int, banned_ids: Sequence[int]) -> None:
-  where, size = f"example {number}", len(example)
+def check_example(example: Example, length: int, banned_ids: Sequence[int], most_patches: int,
+                  where: str = "the example") -> None:
+  """Raises PackingError for an example that `pack` cannot put into rows of `length` tokens."""
+  size = len(example)
   if size > length:
     raise PackingError(
       f"{where} has {size} tokens, a row holds {length}; raise batch.length to at least {size} "
@@ -147,6 +148,8 @@ def _check(number: int, example: Example, length: int, banned_ids: Sequence[int]
     at = int(np.argmax(banned_T))
     raise PackingError(
       f"{where}: target {at} has the banned id {int(example.ids_T[at])}; mask it or drop the example")
+  if large := [image.num_patches for image in example.images if image.num_patches > most_patches]:
+    raise PackingError(f"{where}: an image of {max(large)} patches; the largest may have {most_patches}")
   if (example.image_T >= len(example.images)).any():
     raise PackingError(
       f"{where}: image_T names image {int(example.image_T.max())} of {len(example.images)}")

@@ -95,6 +95,7 @@ class Loop:
     # Of several processes only the main one collects.
     self.actor = build.actor(config, bench, self.engine) if distributed.is_main() else None
     self.steps_done = 0  # RL steps; each makes up to `rl.updates` optimizer steps
+    self.lost_steps = 0  # the last so many steps had no rollout that did not fail
 
   def _first_state(self) -> TrainState:
     """Trains a copy of the policy, for the policy is also the reference; with adapters it stays as it
@@ -129,6 +130,9 @@ class Loop:
     with clock("resample"):
       await collect.resample(self.actor, groups, self.recipe.resample, seed,
                              progress="continuations")
+    if failed := collect.told_failures(groups):
+      logging.warning("step %d: %d rollouts failed and are left out: %s", step,
+                      sum(group.failed for group in groups), failed)
     metrics = self.rollout_metrics(groups) | clock.metrics()
     sampling = clock.seconds["rollout"] + clock.seconds["resample"]
     metrics["time/sampled_tokens_per_s"] = metrics["engine/decode_tokens"] / sampling
@@ -142,6 +146,7 @@ class Loop:
       await self.sync()
     with clock("wait"):
       batch = await distributed.on_main_async(collected)
+    self._count_lost_steps(batch.groups)
     metrics = batch.metrics | collect.lag_metrics(batch.groups, self.steps_done)
     with clock("update"):
       # In a thread, so that episodes of the steps ahead go on.
@@ -150,6 +155,18 @@ class Loop:
     metrics |= clock.metrics() | {"time/step_s": time.perf_counter() - start}
     metrics["time/trained_tokens_per_s"] = metrics["pack/tokens_plain"] / clock.seconds["update"]
     return batch, metrics
+
+  def _count_lost_steps(self, groups: list[Group]) -> None:
+    """Raises RolloutsFailed when nothing came of too many steps in a row."""
+    if any(group.rollouts for group in groups):
+      self.lost_steps = 0
+      return
+    self.lost_steps += 1
+    if self.lost_steps >= self.config.rl.max_lost_steps:
+      raise RolloutsFailed(
+        f"all rollouts of the last {self.lost_steps} steps failed (config.rl.max_lost_steps="
+        f"{self.config.rl.max_lost_steps}): {collect.told_failures(groups)}. Repair the cause and run "
+        "the same command again: it goes on from the last checkpoint")
 
   def rollout_metrics(self, groups: list[Group]) -> dict[str, float]:
     """The census of the step, before anything is learnt from it."""
@@ -343,6 +360,10 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
 
 def _due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
+
+
+class RolloutsFailed(RuntimeError):
+  """No rollout of several steps could be trained on: the machine is at fault, not the policy."""
 
 
 class LogProbGapError(RuntimeError):

@@ -3,13 +3,16 @@
 import asyncio
 import dataclasses
 import math
+import pickle
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from axpo_jax.agent.episode import start_transcript, turn_seed
 from axpo_jax.agent.tools.base import Observation, Tool, ToolBox
 from axpo_jax.agent.transcript import Kind, TranscriptError
+from axpo_jax.data import question as question_lib
 from axpo_jax.data.question import Question
 from axpo_jax.model.images import ImageLimits
 from axpo_jax.rollout.engine import PromptTooLong, Sample
@@ -376,6 +379,45 @@ def test_a_tools_image_of_an_odd_size_is_rounded_to_the_factor(world, scripted):
   rollout, _ = play(world, scripted, PAINT, RIGHT, tools=tools)
   image = rollout.transcript.images[1]
   assert image.original.size == (50, 70) and image.shown.size == (48, 64)
+  assert image.original.tobytes() == bytes(50 * 70 * 3)
+
+
+def test_a_tools_image_is_shown_no_larger_than_any_image_may_be(world, scripted):
+  tools = ToolBox([Painter(None)], ["paint"])
+  rollout, _ = play(world, scripted, PAINT, RIGHT, tools=tools,
+                    limits=limits(world, max_image_pixels=40 * 40))
+  image = rollout.transcript.images[1]
+  assert image.original.size == (50, 70) and image.shown.size == (32, 32)  # scale 0.68
+
+
+def test_pixels_are_kept_once_and_originals_decoded_when_a_tool_reads_them(
+    world, scripted, tmp_path, monkeypatch):
+  """Of 4K pictures the decoded ones would fill the host: what waits holds a path, and what is shown."""
+  path, opened = tmp_path / "large.png", []
+  world.question.images[0].save(path)
+  monkeypatch.setattr(question_lib, "_decoded", question_lib._Decoded(1 << 30))
+  real = question_lib.load_image
+  monkeypatch.setattr(question_lib, "load_image", lambda source: opened.append(source) or real(source))
+  other = dataclasses.replace(world, question=dataclasses.replace(world.question, images=(path,)))
+  rollout, _ = play(other, scripted, CALL, RIGHT)
+  question, crop = rollout.transcript.images
+  assert question.source == path and crop.source is None  # the crop is shown as it is
+  assert opened == [path]  # for the prompt and for the tool
+  assert len(pickle.dumps(rollout.transcript.images)) < question.shown.pixels_HxWx3.nbytes + (
+    crop.shown.pixels_HxWx3.nbytes) + 2000
+  same, _ = play(world, scripted, CALL, RIGHT)
+  assert same.transcript.images[1].shown.key == crop.shown.key
+
+
+def test_decoded_images_are_kept_up_to_their_limit(tmp_path):
+  paths = [tmp_path / f"{i}.png" for i in range(4)]
+  for path in paths:
+    PIL.Image.new("RGB", (10, 10)).save(path)
+  kept = question_lib._Decoded(800)  # two of them
+  first = [kept.open(path) for path in paths]
+  assert kept.open(paths[3]) is first[3] and kept.open(paths[2]) is first[2]
+  assert kept.open(paths[0]) is not first[0]
+  assert kept._size == 800 and list(kept._kept) == [paths[2], paths[0]]
 
 
 def test_an_image_that_cannot_be_shown(world, scripted):

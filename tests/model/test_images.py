@@ -1,5 +1,6 @@
 """Images against the complete `transformers` processor and against the resizing rule."""
 
+import math
 import pickle
 import subprocess
 import sys
@@ -7,14 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+  Qwen2VLImageProcessorPil,
+  smart_resize,
+)  # fmt: skip
 
 from axpo_jax.model.images import (
   ImageError,
   ImageLimits,
   ImageProcessor,
   PatchFormat,
+  fitted_size,
   image_key,
 )  # fmt: skip
 
@@ -142,6 +149,24 @@ def test_bad_images_and_limits_are_named():
   for low, high in ((0, 10), (20, 10)):
     with pytest.raises(ValueError, match=f"min_pixels={low}, max_pixels={high}"):
       ImageLimits(low, high)
+
+
+@settings(max_examples=300, deadline=None)
+@given(width=st.integers(1, 3000), height=st.integers(1, 3000), factor=st.sampled_from((16, 32)),
+       low=st.integers(1, 200_000), more=st.integers(0, 200_000))
+def test_no_image_is_larger_than_its_limit(width, height, factor, low, more):
+  """Or it is refused: `smart_resize` itself exceeds its limit for long images and for narrow limits."""
+  limits = ImageLimits(low, low + more)
+  try:
+    size = fitted_size(width, height, factor, limits)
+  except ImageError:
+    ratio = max(width, height) / min(width, height)
+    assert ratio > 200 or math.sqrt(limits.max_pixels * ratio) < factor * ratio * 1.1
+    return
+  assert math.prod(size) <= limits.max_pixels
+  assert size[0] % factor == size[1] % factor == 0
+  theirs = smart_resize(height, width, factor, limits.min_pixels, limits.max_pixels)
+  assert size == theirs[::-1] or math.prod(theirs) > limits.max_pixels
 
 
 def test_from_checkpoint(tmp_path):

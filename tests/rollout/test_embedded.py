@@ -102,7 +102,7 @@ def test_a_failed_device_call_fails_its_requests_and_no_later_ones(
 FAULTS = [("device", "encode", False), ("device", "copy", False), ("device", "copy", True),
           ("device", "prefill", False), ("device", "prefill", True), ("device", "decode", False),
           ("device", "decode", True), ("module", "plan_wave", False), ("module", "wave_images", False),
-          ("module", "prefill_batches", False), ("engine", "_decode_inputs", False),
+          ("module", "prefill_batches", False), ("module", "decode_inputs", False),
           ("engine", "_resolve_if_finished", False)]
 
 
@@ -198,8 +198,10 @@ def test_a_pool_that_cannot_be_allocated_again_breaks_the_engine(embedded, ask, 
   asyncio.run(scenario())
 
 
-def test_an_image_of_another_patch_size_is_refused(embedded, ask, text, image):
-  subject = embedded()
+def test_images_that_do_not_fit_are_refused(embedded, ask, text, image):
+  subject = embedded(patch_lengths=(16, 32))
+  with pytest.raises(RequestError, match=r"image 1 has 48 patches, .* at most 32"):
+    subject.run(ask(text(0, 3) + 2 * subject.picture + text(1, 2), (image(0), image(1, 6, 8))))
   wrong = ImageProcessor(8, 2, 2, [0.5] * 3, [0.5] * 3)(image(0).picture(), ImageLimits(256, 512))
   with pytest.raises(RequestError, match=r"image 0: .*patch_size=8.* 96 values"):
     subject.run(ask(text(0, 3) + subject.picture, (wrong,)))

@@ -24,6 +24,7 @@ from axpo_jax.rl.credit import Branch, CreditConfig, GroupOutcome, assign_credit
 from axpo_jax.rl.resample import ResampleConfig
 from axpo_jax.rollout.engine import Sample, SamplingParams
 from axpo_jax.train import collect, examples
+from axpo_jax.train.packing import PackingError
 
 TINY = pathlib.Path(axpo_jax.__file__).parent / "assets" / "tiny_tokenizer"
 AXPO = ResampleConfig(ratio=0.25, k=4)
@@ -268,6 +269,31 @@ def test_failing_request_costs_its_own_episode_only(chat, processor):
   (branch,) = groups[0].branches
   assert groups[0].rollouts[branch.source].confidence() == pytest.approx(0.6)
   assert len(examples.credited(groups, _credits(groups), chat.image_pad_id)) == 6 + 8 + 4
+
+
+def test_what_breaks_in_an_episode_ends_that_episode_alone(chat, processor):
+  """A reward that raises, and a trajectory that cannot be packed."""
+  def check(transcript):
+    if "r4" in chat.decode(transcript.ids[transcript.prompt_length:]):
+      raise PackingError("too long")
+
+  real = collect.continue_episode
+
+  async def judged(*args):
+    rollout = await real(*args)
+    if args[1].id == "q1" and rollout.reward:
+      raise OverflowError("int too large")
+    return rollout
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(collect, "continue_episode", judged)
+    actor = dataclasses.replace(make_actor(Script(chat), chat, processor), check=check)
+    groups = asyncio.run(collect.sample_groups(actor, [question("q0"), question("q1")], 8, 1))
+  assert [len(g.rollouts) for g in groups] == [7, 6]
+  assert groups[0].failures == ["PackingError: too long"]
+  assert sorted(groups[1].failures) == ["OverflowError: int too large", "PackingError: too long"]
+  assert collect.told_failures(groups, most=1) == (
+    "2 x PackingError: too long; and 1 other reasons")
 
 
 def test_branch_of_which_nothing_is_left_is_dropped(chat, processor):

@@ -240,6 +240,9 @@ def test_errors_name_the_example_and_the_numbers(make_example, make_image, optio
     pack([dataclasses.replace(fine, advantages_T=np.zeros(3))], **options)
   with pytest.raises(PackingError, match="rows of 18 tokens"):
     pack([fine], **(options | {"length": 18}))
+  with pytest.raises(PackingError, match="example 1: an image of 24 patches; the largest may have 16"):
+    pack([fine, make_example(2, 4, [make_image(0, (4, 6))])],
+         **(options | {"patch_buckets": (8, 16)}))
   lost = dataclasses.replace(make_example(2, 4, [make_image(0)]), images=())
   with pytest.raises(PackingError, match="image_T names image 0 of 0"):
     pack([lost], **options)

@@ -102,7 +102,7 @@ class EpisodeState:
   """
 
   question_id: str
-  images: list[PIL.Image.Image]
+  images: Sequence[PIL.Image.Image]
   turn: int = 0
   seed: int = 0
   history: list[PastCall] = dataclasses.field(default_factory=list)

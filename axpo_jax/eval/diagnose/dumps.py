@@ -18,7 +18,7 @@ from axpo_jax.eval.diagnose.traces import Call, Trace
 
 # The numbers of agent.transcript.Kind, which are part of the file format.
 THINK, CALL = 1, 2
-FAILED_STOPS = ("deadline", "engine_error")
+FAILED_STOPS = ("deadline", "engine_error", "episode_error")
 _STEP = re.compile(r"step[_-]?(\d+)")
 
 Decode = Callable[[Sequence[int]], str]
