@@ -28,8 +28,10 @@ _TOOLS = [
 # The page of eval.report; its figures are drawn by the script inside the package.
 _REPORT = ["plotly>=6.0,<8"]
 
-# The compiler of launch/compile.py; the release that fits jax 0.10.2.
-_AOT = ["libtpu==0.0.42.1; platform_system == 'Linux' and platform_machine == 'x86_64'"]
+# jax's extras bring the plugin, and the compiler, of its own release.
+_JAX = next(line.removeprefix("jax") for line in _requirements() if line.startswith("jax>"))
+# The compiler of launch/compile.py for TPUs: libtpu.
+_AOT = [f"jax[tpu]{_JAX}; platform_system == 'Linux' and platform_machine == 'x86_64'"]
 
 setup(
   name="axpo_jax",
@@ -37,17 +39,18 @@ setup(
   description="AXPO (arXiv 2605.28774) in JAX: train vision-language models that act",
   long_description=(_HERE / "README.md").read_text(),
   long_description_content_type="text/markdown",
-  python_requires=">=3.11",
+  python_requires=">=3.11,<3.14",
+  classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],
   packages=find_packages(include=["axpo_jax", "axpo_jax.*"]),
   package_data={"axpo_jax": ["assets/**/*", "eval/report/assets/*"]},
   install_requires=_requirements(),
   extras_require={
     "aot": _AOT,
-    "cuda": ["jax[cuda12]>=0.10,<0.11"],
+    "cuda": [f"jax[cuda12]{_JAX}"],
     # For the servers' environment, which is best one of its own: docs/sidecar.md.
     "sglang": _requirements("requirements-sidecar.txt"),
     "report": _REPORT,
-    "tpu": ["jax[tpu]>=0.10,<0.11"],
+    "tpu": [f"jax[tpu]{_JAX}"],
     "tools": _TOOLS,
     # torch is here to compare with: the port's second implementation. Never imported by the package.
     # playwright drives a Chromium that the system has; it need not install one.

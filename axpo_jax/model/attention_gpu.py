@@ -6,7 +6,8 @@ program a block of keys. No array of queries x keys exists. cuDNN's attention ca
 here without one, nor can tokamax's kernels (0.0.12).
 
 The kernels have been simulated on a CPU and lowered to Triton's IR, and not yet run on a GPU: so they
-are taken only where `model.attention` asks for them.
+are taken only where `model.attention` asks for them. jax 0.11 deprecated Pallas through Triton in
+favour of Pallas for Mosaic GPU and warns where it lowers a kernel; jax 0.12 still lowers these.
 
 Legend: B rows, T queries, S keys, K kv heads, G query heads a kv head, D head size, N blocks of keys;
 inside a kernel M = G x the block's queries, and S the block's keys.

@@ -137,16 +137,20 @@ def test_compiles_for_a_slice_without_an_array_of_tokens_x_tokens():
 
 
 def test_lowers_to_triton():
-  """As far as it gets without a GPU."""
+  """As far as it gets without a GPU; since jax 0.11 the lowering asks which GPU it is for."""
   def array(*sizes, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
   def total(q, k, v, ends, first):
     return attention_gpu.attend(q, k, v, ends, first).astype(jnp.float32).sum()
 
-  traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(
-    array(1, 2, 4, 1024, 128), *[array(1, 2, 1024, 128)] * 2, array(1, 1024, dtype=jnp.int32),
-    array(1, dtype=jnp.int32))
-  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+  mesh = jax.sharding.AbstractMesh((1,), ("x",), (jax.sharding.AxisType.Explicit,),
+                                   abstract_device=h100)
+  with jax.sharding.use_abstract_mesh(mesh):
+    traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(
+      array(1, 2, 4, 1024, 128), *[array(1, 2, 1024, 128)] * 2, array(1, 1024, dtype=jnp.int32),
+      array(1, dtype=jnp.int32))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
   assert all(name in text for name in ("forward", "backward_queries", "backward_keys"))
   assert text.count("xla.gpu.triton") == 3

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from axpo_jax.model import rope
 from axpo_jax.model.config import ModelConfig
@@ -115,7 +116,7 @@ def _with_depth(config: ModelConfig, depth: int) -> ModelConfig:
 def _equations(jaxpr) -> int:
   count = 0
   for eqn in jaxpr.eqns:
-    count += 1 + sum(_equations(sub) for sub in jax.core.jaxprs_in_params(eqn.params))
+    count += 1 + sum(_equations(sub) for sub in jaxprs_in_params(eqn.params))
   return count
 
 
@@ -152,7 +153,7 @@ def test_few_layers_are_written_out(untied, remat, depth, loops):
 def _shapes(jaxpr):
   for eqn in jaxpr.eqns:
     yield from (tuple(v.aval.shape) for v in eqn.outvars)
-    for sub in jax.core.jaxprs_in_params(eqn.params):
+    for sub in jaxprs_in_params(eqn.params):
       yield from _shapes(sub)
 
 

@@ -49,6 +49,10 @@ class Kernel:
     _Display.kernel = self
     InteractiveShell.displayhook_class = _Display
     self.shell = InteractiveShell.instance()
+    if sys.version_info >= (3, 13):
+      # IPython compiles with a flag by which Python 3.13 calls an open bracket an
+      # _IncompleteInputError, a name that no policy knows, instead of a SyntaxError.
+      self.shell.compile.reset_compiler_flags()
     self.shell.system = self.shell.system_raw  # the other one wants a terminal
     self.shown: list[PIL.Image.Image] = []
     self.images: list[PIL.Image.Image] = []
