@@ -12,6 +12,7 @@ import pytest
 from axpo_jax.agent.parse import ToolCall
 from axpo_jax.agent.tools.base import EpisodeState, PastCall, ToolBox
 from axpo_jax.agent.tools.python import cells_to_replay
+from axpo_jax.agent.tools.sandbox import isolation
 
 PICTURE = PIL.Image.fromarray(np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3))
 
@@ -229,3 +230,12 @@ def test_packages_that_only_root_can_read_are_named(tmp_path, python_isolation):
             "isolation.check_readable()")
   done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
   assert "IsolationError" in done.stderr and f"cannot read {folder}" in done.stderr
+
+
+def test_packages_of_a_pth_file_are_shown_and_a_checkout_is_not(tmp_path, monkeypatch):
+  packages, checkout = tmp_path / "other" / "site-packages", tmp_path / "checkout"
+  packages.mkdir(parents=True)
+  checkout.mkdir()
+  monkeypatch.setattr(sys, "path", [*sys.path, str(packages), str(checkout)])
+  shown = isolation._needed_paths()
+  assert packages in shown and checkout not in shown

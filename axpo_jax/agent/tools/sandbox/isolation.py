@@ -87,7 +87,7 @@ def check_readable() -> None:
 
   In an empty world it can walk through the folders above, but not into one that is root's alone.
   """
-  folders = [os.path.dirname(os.__file__), *filter(os.path.isdir, site.getsitepackages())]
+  folders = [os.path.dirname(os.__file__), *filter(os.path.isdir, _package_folders())]
   child = os.fork()
   if child == 0:
     drop_root()
@@ -154,7 +154,7 @@ def limit_resources(*, memory: int, cpu_seconds: int, file_bytes: int, processes
 
 def _needed_paths() -> list[pathlib.Path]:
   """Folders of the system's programs and libraries and of this Python with its packages."""
-  python = {sys.prefix, sys.base_prefix, *site.getsitepackages(), *sysconfig.get_paths().values()}
+  python = {sys.prefix, sys.base_prefix, *_package_folders(), *sysconfig.get_paths().values()}
   python |= {os.path.realpath(path) for path in python}
   system = ("/usr", "/bin", "/lib", "/lib64", "/sbin", "/nix/store", "/etc/ld.so.cache",
             "/etc/localtime", "/etc/fonts", *(f"/dev/{name}" for name in
@@ -166,6 +166,14 @@ def _needed_paths() -> list[pathlib.Path]:
     if not any(path.is_relative_to(other) for other in kept if not other.is_symlink()):
       kept.append(path)
   return kept
+
+
+def _package_folders() -> list[str]:
+  """Where packages lie: this Python's own folders, and other Pythons' that a .pth file adds."""
+  # Not all of sys.path: an editable install adds its checkout, where a user may keep secrets.
+  added = (path for path in sys.path
+           if os.path.basename(path) in ("site-packages", "dist-packages"))
+  return list(dict.fromkeys([*site.getsitepackages(), *added]))
 
 
 def _build_root(paths: list[pathlib.Path]) -> None:
