@@ -30,8 +30,11 @@ _REPORT = ["plotly>=6.0,<8"]
 
 # jax's extras bring the plugin, and the compiler, of its own release.
 _JAX = next(line.removeprefix("jax") for line in _requirements() if line.startswith("jax>"))
-# The compiler of launch/compile.py for TPUs: libtpu.
-_AOT = [f"jax[tpu]{_JAX}; platform_system == 'Linux' and platform_machine == 'x86_64'"]
+_X86 = "platform_system == 'Linux' and platform_machine == 'x86_64'"
+# The compilers of launch/compile.py: for TPUs libtpu; for GPUs jax's plugin and ptxas, without NVIDIA's
+# libraries (220 MB in the place of 3 GB).
+_AOT = [f"jax[tpu]{_JAX}; {_X86}"]
+_AOT_GPU = [f"jax[cuda12-local]{_JAX}; {_X86}", f"nvidia-cuda-nvcc-cu12>=12.6; {_X86}"]
 
 setup(
   name="axpo_jax",
@@ -46,6 +49,7 @@ setup(
   install_requires=_requirements(),
   extras_require={
     "aot": _AOT,
+    "aot-gpu": _AOT_GPU,
     "cuda": [f"jax[cuda12]{_JAX}"],
     # For the servers' environment, which is best one of its own: docs/sidecar.md.
     "sglang": _requirements("requirements-sidecar.txt"),
@@ -54,7 +58,7 @@ setup(
     "tools": _TOOLS,
     # torch is here to compare with: the port's second implementation. Never imported by the package.
     # playwright drives a Chromium that the system has; it need not install one.
-    "test": [*_AOT, *_REPORT, *_TOOLS, "hypothesis>=6.100", "playwright>=1.50", "pytest>=8",
+    "test": [*_AOT, *_AOT_GPU, *_REPORT, *_TOOLS, "hypothesis>=6.100", "playwright>=1.50", "pytest>=8",
              "pytest-xdist>=3.7", "ruff>=0.9", "torch==2.13.0"],
   },
 )

@@ -28,10 +28,8 @@ _LAYERS = flags.DEFINE_integer(
 _IMAGES = flags.DEFINE_float(
   "image_share", 0.25, "Share of the tokens that show an image.", lower_bound=0, upper_bound=1)
 _FUNCTIONS = flags.DEFINE_list(
-  "functions", ["score", "accumulate", "apply"], "Functions of the step to compile.")
-_BUDGET = flags.DEFINE_bool(
-  "budget", True, "Compile a second size too, for the largest micro-batch that fits; without it a "
-  "lower bound is printed.")
+  "functions", ["score", "accumulate", "apply", "prefill", "decode"],
+  "Which of the run's functions to compile; the last two are the embedded engine's.")
 flags.mark_flags_as_required(["config", "topology"])
 
 
@@ -41,7 +39,7 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   os.environ["JAX_PLATFORMS"] = "cpu"  # no device is used
   from axpo_jax.config import ConfigError
-  from axpo_jax.train.aot import TopologyError
+  from axpo_jax.train.chips import TopologyError
   try:
     _report(_CONFIG.value)
   except (ConfigError, TopologyError) as error:
@@ -49,12 +47,11 @@ def main(argv: list[str]) -> None:
 
 
 def _report(config: ConfigDict) -> None:
-  from axpo_jax.train import slice_plan
+  from axpo_jax.train import slice_plan, slice_report
   plan = slice_plan.Plan.from_config(config, _TOPOLOGY.value, layers=_LAYERS.value,
                                      image_share=_IMAGES.value)
-  print(f"{pathlib.Path(sys.argv[0]).name}: {plan.describe()}", flush=True)
-  for part in plan.report(tuple(_FUNCTIONS.value), budget=_BUDGET.value):
-    print(f"\n{part}", flush=True)
+  print(f"{pathlib.Path(sys.argv[0]).name}: {plan.describe()}\n", flush=True)
+  print(slice_report.text(plan.report(_FUNCTIONS.value)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The train step for a slice of TPUs that is not here: compiled ahead of time, then measured.
+"""A run's programs for chips that are not here: compiled ahead of time, then measured.
 
-In: a Learner's parts and a topology such as "v5p:4x4x4". Out: Programs (one for each function of the
-step), with the memory of a chip, the FLOPs and the bytes that they move. Nothing is allocated and no
-TPU is needed; the compiler comes with the package libtpu.
+In: a Learner over a mesh of `chips.slice_mesh`, or the embedded engine's sizes. Out: a Program for each
+function of the train step and of the engine, with the memory of a chip, the FLOPs and the
+collectives. Nothing is allocated.
 
   mesh = slice_mesh("v5p:4x4x4", {"fsdp": -1})
   programs = compile_step(Learner(..., mesh), abstract_batch(...))
@@ -12,22 +12,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 from axpo_jax.model import sharding
 from axpo_jax.model.config import VisionConfig
 from axpo_jax.model.vision_inputs import PATCH_BUCKETS, VisionInputs
 from axpo_jax.train import flops
 from axpo_jax.train.batch import Batch, shardings
-from axpo_jax.train.hlo import Traffic, read_traffic
+from axpo_jax.train.hlo import Collective, collectives
 from axpo_jax.train.step import Learner
 
 # The functions of a step, and what of the memory that lasts each of them takes as arguments.
@@ -36,90 +34,28 @@ FUNCTIONS = {
   "accumulate": ("parameters", "gradients", "batch"),
   "apply": ("parameters", "optimizer", "gradients"),
 }
+# Of the embedded engine.
+SAMPLER = ("prefill", "decode")
 _GIB = 2.0**30
 _USED = re.compile(r"Used ([\d.]+)([GMK]) of [\d.]+[GMK] hbm")
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-  """One TPU chip.
-
-  Attributes:
-    hbm: bytes that the compiler lets a program use.
-    flops: bfloat16, a second.
-    hbm_bandwidth, ici_bandwidth: bytes a second; the latter out of one chip, all links together.
-  """
-
-  hbm: float
-  flops: float
-  hbm_bandwidth: float
-  ici_bandwidth: float
-
-
-# docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}, read in November 2026; the interconnect's figures there
-# count both directions. Usable HBM is what libtpu's compiler says when a program exceeds it.
-CHIPS = {
-  "v5e": Chip(15.75 * _GIB, 197e12, 819e9, 200e9),
-  "v5p": Chip(95.74 * _GIB, 459e12, 2765e9, 600e9),
-  "v6e": Chip(31.25 * _GIB, 918e12, 1640e9, 400e9),
-}
-
-
-class TopologyError(ValueError):
-  """A slice that does not exist, or one that cannot be compiled for here."""
-
-
-@dataclasses.dataclass(frozen=True)
 class Program:
-  """One function of the step, compiled. Bytes are of one chip.
+  """One function, compiled. Bytes are of one chip.
 
   Attributes:
     temporaries: bytes besides the arguments: activations above all, outputs that replace no argument,
       and the program's own text.
     flops: matrix products, all chips together.
-    traffic: None if the function alone exceeds the chip: then the compiler tells only by how much.
+    collectives: None if the function alone exceeds the chip: then the compiler tells only by how much.
     seconds: of one core, to compile.
   """
 
   temporaries: float
   flops: float
-  traffic: Traffic | None
+  collectives: Sequence[Collective] | None
   seconds: float
-
-
-def chip_of(topology: str) -> Chip:
-  """Raises TopologyError for an unknown kind."""
-  kind = topology.partition(":")[0]
-  if kind not in CHIPS:
-    raise TopologyError(f"--topology={topology!r}: chips are {sorted(CHIPS)}, as in v5p:4x4x4")
-  return CHIPS[kind]
-
-
-def slice_mesh(topology: str, shape: Mapping[str, int]) -> jax.sharding.Mesh:
-  """The mesh over a slice's chips. v5p:4x4x4 is what Google Cloud calls v5p-128: 64 chips of two
-  cores each.
-
-  Raises:
-    TopologyError: no compiler, or no such slice.
-  """
-  chip_of(topology)
-  try:
-    import libtpu  # noqa: F401 (jax finds it by itself, and says nothing useful if it cannot)
-  except ImportError as error:
-    raise TopologyError("compiling for TPUs needs the package libtpu: "
-                        "pip install -e '.[aot]'") from error
-  # Else libtpu asks the cloud's metadata server who it is, and refuses a second process.
-  for name, value in _ALONE.items():
-    os.environ.setdefault(name, value)
-  try:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-  except Exception as error:
-    raise TopologyError(f"--topology={topology!r}: {error}") from error
-  return sharding.make_mesh(shape, list(devices))
-
-
-_ALONE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8",
-          "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
 
 
 def abstract_batch(mesh: jax.sharding.Mesh, vision: VisionConfig, *, rows: int, length: int,
@@ -181,8 +117,12 @@ def shard_bytes(tree: Any, dtype: Any = None) -> float:
                    for x in jax.tree.leaves(tree)))
 
 
-def _compile(traced: jax.stages.Traced, arguments: float) -> Program:
-  work, start = flops.count(traced.jaxpr), time.process_time()
+def _compile(traced: jax.stages.Traced, arguments: float, rounds: int | None = None) -> Program:
+  """
+  Args:
+    rounds: of loops that end when the data says so.
+  """
+  work, start = flops.count(traced.jaxpr, rounds), time.process_time()
   try:
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as error:
@@ -193,4 +133,4 @@ def _compile(traced: jax.stages.Traced, arguments: float) -> Program:
   seconds, memory = time.process_time() - start, compiled.memory_analysis()
   temporaries = (memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
                  + memory.output_size_in_bytes - memory.alias_size_in_bytes)
-  return Program(temporaries, work, read_traffic(compiled.as_text()), seconds)
+  return Program(temporaries, work, collectives(compiled.as_text(), rounds or 1), seconds)

@@ -13,17 +13,20 @@ from typing import Any
 from axpo_jax.model.config import ModelConfig
 
 
-def count(jaxpr: Any) -> float:
+def count(jaxpr: Any, rounds: int | None = None) -> float:
   """FLOPs of all matrix products of a (closed) jaxpr, all devices together; of branches the
   costliest counts.
 
+  Args:
+    rounds: of loops that end when the data says so.
+
   Raises:
-    ValueError: a loop without a known number of rounds holds a matrix product.
+    ValueError: such a loop holds a matrix product, and `rounds` is None.
   """
-  return sum(_of(equation) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+  return sum(_of(equation, rounds) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
 
-def _of(equation: Any) -> float:
+def _of(equation: Any, rounds: int | None) -> float:
   name, params = equation.primitive.name, equation.params
   if name == "dot_general":
     (contracted, _), _ = params["dimension_numbers"]
@@ -31,11 +34,13 @@ def _of(equation: Any) -> float:
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
   if name == "pallas_call" and params.get("cost_estimate") is not None:
     return float(params["cost_estimate"].flops)
-  inner = [count(jaxpr) for jaxpr in _jaxprs(params)]
+  inner = [count(jaxpr, rounds) for jaxpr in _jaxprs(params)]
   if name == "cond":
     return max(inner)
   if name == "while" and sum(inner):
-    raise ValueError("a while loop holds matrix products; how often it runs is not known")
+    if rounds is None:
+      raise ValueError("a while loop holds matrix products; how often it runs is not known")
+    return sum(inner) * rounds
   if name == "shard_map":
     return sum(inner) * params["mesh"].size
   if name == "pallas_call":

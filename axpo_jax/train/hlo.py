@@ -1,31 +1,23 @@
-"""What a compiled TPU program moves: read from its HLO text, loops counted as often as they run.
+"""Which collectives a compiled program runs, read from its HLO text, of TPUs, GPUs or CPUs.
 
-In: `compiled.as_text()`. Out: bytes that one chip reads and writes in HBM, and bytes that it sends to
-other chips by kind of collective. The compiler's own `cost_analysis` counts the body of a loop once,
-and a model is one loop over its layers.
-
-HBM bytes are operands plus outputs of every kernel that stand in HBM. Where a kernel reads a slice of
-an operand or writes into one in place, only the slice counts.
+The compiler's own `cost_analysis` does not name collectives, counts the body of a loop once (a model is
+one loop over its layers), and gives nothing at all for GPUs that are not here.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import math
 import re
 from collections.abc import Iterator
 
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_ARRAY = re.compile(r"\b(pred|token|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
-_BITS = re.compile(r"\d+")
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-# They name or reorder values without a kernel of their own.
-_FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional",
-         "call", "after-all", "partition-id", "iota", "opt-barrier", "domain"}
-_SLICES = ("dynamic-slice", "slice", "gather")
+# They pass a value on as it is.
+_SAME = ("bitcast", "copy", "convert", "reshape", "optimization-barrier")
 
 
 class HloError(ValueError):
@@ -33,18 +25,26 @@ class HloError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Traffic:
-  """Of one execution on one chip.
+class Collective:
+  """One collective of a program.
 
   Attributes:
-    hbm_bytes: read and written.
-    sent_bytes: to other chips, by kind of collective, in a ring of its group.
-    collectives: how many run, by kind.
+    kind: one of KINDS.
+    sent: bytes that a chip sends each time, if the group is a ring.
+    times: how often it runs.
+    padded: an all-reduce of shards that stand in zeros: it does what an all-gather would do with
+      half of the bytes.
   """
 
-  hbm_bytes: float
-  sent_bytes: dict[str, float]
-  collectives: dict[str, int]
+  kind: str
+  sent: float
+  times: int = 1
+  padded: bool = False
+
+  @property
+  def total(self) -> float:
+    """Bytes that a chip sends in one execution of the program."""
+    return self.sent * self.times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,149 +54,97 @@ class _Instruction:
   op: str
   operands: tuple[str, ...]
   rest: str  # attributes
-  root: bool
 
   def called(self, attribute: str) -> str | None:
     found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.rest)
     return found and found[1]
 
 
-def read_traffic(text: str) -> Traffic:
-  """Adds up a program.
+def collectives(text: str, rounds: int = 1) -> list[Collective]:
+  """All collectives that one execution runs; of a branch those of its costliest arm.
+
+  Args:
+    rounds: of loops whose number of rounds the program does not know.
 
   Raises:
-    HloError: no entry computation, or a loop whose number of rounds is not a constant.
+    HloError: no entry computation, or a collective whose groups cannot be read.
   """
-  program = _Program(text)
-  hbm = 0.0
-  sent, counts = collections.Counter(), collections.Counter()
-  for instruction, times in program.executed():
-    kind = instruction.op.removesuffix("-start")
-    if kind in _COLLECTIVES:
-      sent[kind] += times * program.sent(instruction, kind)
-      counts[kind] += times
-    hbm += times * program.hbm(instruction)
-  return Traffic(hbm, dict(sent), dict(counts))
+  return list(_Program(text, rounds).executed())
 
 
 class _Program:
-  """Instructions by computation."""
+  """Instructions by computation and name, and the instruction that is a computation's result."""
 
-  def __init__(self, text: str):
-    self.computations: dict[str, list[_Instruction]] = {}
-    self.types: dict[str, str] = {}
-    self.entry = ""
-    body: list[_Instruction] = []
+  def __init__(self, text: str, rounds: int):
+    self.computations: dict[str, dict[str, _Instruction]] = {}
+    self.roots: dict[str, _Instruction] = {}
+    self.entry, self.unknown_rounds = "", rounds
+    here, body = "", {}
     for line in text.splitlines():
       if header := _COMPUTATION.match(line):
-        body = self.computations[header[1]] = []
-        self.entry = header[1] if line.startswith("ENTRY") else self.entry
+        here, body = header[1], self.computations.setdefault(header[1], {})
+        self.entry = here if line.startswith("ENTRY") else self.entry
       elif found := _INSTRUCTION.match(line):
-        instruction = _instruction(line, *found.groups())
-        body.append(instruction)
-        self.types[instruction.name] = instruction.type
+        name, kind, op, rest = found.groups()
+        body[name] = _Instruction(name, kind, op, tuple(_NAME.findall(rest.split(")")[0])), rest)
+        if line.lstrip().startswith("ROOT "):
+          self.roots[here] = body[name]
     if not self.entry:
       raise HloError("the text has no ENTRY computation: is it HLO?")
 
-  def executed(self) -> Iterator[tuple[_Instruction, int]]:
-    """Every instruction that is scheduled, and how often it runs. Of a branch the costliest arm,
-    told by its number of instructions."""
-    todo = [(self.entry, 1)]
-    while todo:
-      name, times = todo.pop()
-      for instruction in self.computations[name]:
-        yield instruction, times
-        if instruction.op == "while":
-          rounds = self.rounds(instruction.called("condition"))
-          todo.append((instruction.called("body"), times * rounds))
-        elif instruction.op == "conditional":
-          todo.append((max(_branches(instruction), key=lambda n: len(self.computations[n])), times))
-        elif instruction.op in ("call", "async-start"):
-          callee = instruction.called("to_apply") or instruction.called("calls")
-          todo.append((callee, times))
+  def executed(self, name: str = "") -> Iterator[Collective]:
+    """Of one execution of a computation, the entry by default."""
+    body = self.computations[name or self.entry]
+    for instruction in body.values():
+      kind, rest = instruction.op.removesuffix("-start"), instruction.rest
+      if kind in KINDS:
+        yield self._collective(instruction, kind, body)
+      elif instruction.op == "while":
+        times = self._rounds(instruction)
+        for inner in self.executed(instruction.called("body")):
+          yield dataclasses.replace(inner, times=inner.times * times)
+      elif instruction.op == "conditional":
+        listed = re.search(r"branch_computations=\{([^}]*)\}", rest)
+        arms = _NAME.findall(listed[1]) if listed else [
+          instruction.called(f"{side}_computation") for side in ("true", "false")]
+        yield from max((list(self.executed(arm)) for arm in arms),
+                       key=lambda arm: sum(one.total for one in arm))
+      elif callee := instruction.called("calls") or (
+          instruction.op == "call" and instruction.called("to_apply")):
+        yield from self.executed(callee)
 
-  def rounds(self, condition: str) -> int:
-    """How often a loop runs: the constant that its counter, from 0, is compared with."""
-    bounds = {int(found[1]) for i in self.computations[condition]
-              if i.op == "constant" and (found := re.match(r"(-?\d+)\)", i.rest))}
-    if len(bounds) != 1:
-      raise HloError(f"the condition {condition} of a loop has the constants {sorted(bounds)}")
-    return bounds.pop()
+  def _rounds(self, loop: _Instruction) -> int:
+    """What the compiler noted, or else the constant that the counter, from 0, is compared with."""
+    if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+      return int(noted[1])
+    bounds = {int(found[1]) for i in self.computations[loop.called("condition")].values()
+              if i.op == "constant" and (found := re.match(r"(\d+)\)", i.rest))}
+    return bounds.pop() if len(bounds) == 1 else self.unknown_rounds
 
-  def sent(self, instruction: _Instruction, kind: str) -> float:
-    """Bytes that a chip sends if the group is a ring."""
-    inputs = sum(_bytes(self.types.get(name, "")) for name in instruction.operands)
+  def _collective(self, instruction: _Instruction, kind: str, body) -> Collective:
+    size = _bytes("".join(body[name].type for name in instruction.operands))
     if kind == "collective-permute":
-      return inputs
-    size = _group_size(instruction.rest)
-    if kind == "all-gather":
-      return inputs * (size - 1)
-    return inputs * (size - 1) / size * (2 if kind == "all-reduce" else 1)
+      return Collective(kind, size)
+    group = _group_size(instruction.rest)
+    sent = size * (group - 1) / (1 if kind == "all-gather" else group)
+    if kind != "all-reduce":
+      return Collective(kind, sent)
+    padded = any(self._padded(body[name], body, group) for name in instruction.operands)
+    return Collective(kind, 2 * sent, padded=padded)
 
-  def hbm(self, instruction: _Instruction) -> float:
-    """Bytes of operands and outputs in HBM; for fusions see the module's docstring."""
-    if instruction.op in _FREE or instruction.op.endswith("-done"):
-      return 0.0
-    if instruction.op in ("copy-start", "slice-start") or instruction.op.endswith("-start"):
-      # The type holds the input beside the output: the input is there once.
-      return _bytes(instruction.type, hbm_only=True)
-    outputs = _bytes(instruction.type, hbm_only=True)
-    if instruction.op in _SLICES:
-      return 2 * outputs
-    if instruction.op == "dynamic-update-slice":
-      return 2 * _bytes(self.types.get(instruction.operands[1], ""), hbm_only=True)
-    inputs = [_bytes(self.types.get(name, ""), hbm_only=True) for name in instruction.operands]
-    if instruction.op == "fusion":
-      inputs, outputs = self._fused(instruction, inputs, outputs)
-    return sum(inputs) + outputs
-
-  def _fused(self, fusion: _Instruction, inputs: list[float], outputs: float):
-    partial, in_place = self._slices(fusion.called("calls"))
-    inputs = [min(size, partial.get(i, size)) for i, size in enumerate(inputs)]
-    return inputs, min(outputs, in_place) if in_place else outputs
-
-  def _slices(self, name: str) -> tuple[dict[int, float], float]:
-    """Parameters of a fused computation that are only read or written in part -> bytes of the part;
-    and the bytes written by a root that updates in place (0: it does not)."""
-    body = self.computations[name]
-    made = {i.name: i for i in body}
-    users = collections.defaultdict(list)
-    for instruction in body:
-      for operand in instruction.operands:
-        users[operand].append(instruction)
-    partial = {}
-    for instruction in body:
-      if instruction.op != "parameter":
-        continue
-      parts = [_part(user, instruction.name, self.types) for user in users[instruction.name]]
-      if parts and None not in parts:
-        partial[int(instruction.rest.split(")")[0])] = sum(parts)
-    root = next(i for i in body if i.root)
-    while root.op == "bitcast":
-      root = made[root.operands[0]]
-    if root.op != "dynamic-update-slice":
-      return partial, 0.0
-    return partial, _bytes(self.types[root.operands[1]])
-
-
-def _instruction(line: str, name: str, kind: str, op: str, rest: str) -> _Instruction:
-  operands = tuple(_NAME.findall(rest.split(")")[0]))
-  return _Instruction(name, kind, op, operands, rest, line.lstrip().startswith("ROOT "))
-
-
-def _part(user: _Instruction, operand: str, types: dict[str, str]) -> float | None:
-  """Bytes of `operand` that `user` touches, None if all."""
-  if user.op in _SLICES and user.operands[0] == operand:
-    return _bytes(user.type)
-  if user.op == "dynamic-update-slice" and user.operands[0] == operand:
-    return _bytes(types[user.operands[1]])
-  return None
-
-
-def _branches(instruction: _Instruction) -> list[str]:
-  if listed := re.search(r"branch_computations=\{([^}]*)\}", instruction.rest):
-    return _NAME.findall(listed[1])
-  return [instruction.called("true_computation"), instruction.called("false_computation")]
+  def _padded(self, made: _Instruction, body, group: int) -> bool:
+    """Whether a value is one shard of `group`, written into an array of the size of all of them."""
+    while True:
+      if callee := made.op == "fusion" and made.called("calls"):
+        body, made = self.computations[callee], self.roots[callee]
+      elif made.op in _SAME and made.operands[0] in body:
+        made = body[made.operands[0]]
+      else:
+        break
+    written = {"dynamic-update-slice": 1, "pad": 0}.get(made.op)
+    if written is None or group == 1:
+      return False
+    return _bytes(body[made.operands[written]].type) * group <= _bytes(made.type)
 
 
 def _group_size(attributes: str) -> int:
@@ -212,12 +160,10 @@ def _group_size(attributes: str) -> int:
   raise HloError(f"a collective without groups that this reader knows: {attributes[:200]}")
 
 
-def _bytes(type_text: str, hbm_only: bool = False) -> float:
-  """Bytes of all arrays of a type; with `hbm_only` of those in the default memory space."""
+def _bytes(type_text: str) -> float:
+  """Bytes of all arrays of a type."""
   total = 0.0
-  for dtype, dims, layout in _ARRAY.findall(type_text):
-    if dtype == "token" or (hbm_only and re.search(r"S\([1-9]\d*\)", layout)):
-      continue
-    bits = 8 if dtype == "pred" else int(_BITS.search(dtype)[0])
+  for dtype, dims in _ARRAY.findall(type_text):
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
     total += math.prod(int(d) for d in dims.split(",") if d) * bits / 8
   return total

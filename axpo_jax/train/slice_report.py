@@ -1,51 +1,59 @@
-"""Whether a train step fits a slice of TPUs, how fast it could be, and what to change if it does not.
+"""Whether a run fits a slice of TPUs or GPU servers, and what to change if it does not.
 
-In: the compiled functions of the step (`aot.compile_step`). Out: a Report, and its text.
+In: the compiled functions of the step and of the embedded engine (`aot`). Out: a Report, and its text.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from axpo_jax.train.aot import FUNCTIONS, Chip, Program
+from axpo_jax.train.aot import SAMPLER, Program
+from axpo_jax.train.chips import Chip
 
 _GIB = 2.0**30
 # Micro-batches on the devices at once, see `step.Learner.update`.
 _BATCHES = 2
+# Bytes of a collective that takes as long as its start.
+_SMALL = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """A step of one micro-batch.
+  """A run's programs, and what it keeps on the chips beside them.
 
   Attributes:
-    chips: of the slice.
-    held: bytes of a chip by kind: parameters, reference, optimizer, gradients, batch.
-    reference_offload: the reference is on the chips only while it scores.
-    sampler: bytes of a chip that the embedded engine takes beside training; 0 if there is none.
+    chips: of the mesh.
+    held: bytes of a chip by kind: parameters, reference, optimizer, gradients, batch; and of the embedded
+      engine its weights and its pool.
     programs: by function.
-    scores: how often the step scores its micro-batch before it trains on it (reference, old policy).
-    tokens: of the micro-batch.
-    needed: FLOPs that forward and backward need at least, see `flops.needed`.
+    reference_offload: the reference is on the chips only while it scores.
+    remat, mu_dtype, param_dtype: of the config, for advice.
+    rows_a_shard: of a micro-batch.
+    mesh_hint: axis sizes that a mesh with all-reduces of padded weights should have; None: unknown.
   """
 
   chip: Chip
   chips: int
   held: Mapping[str, float]
-  sampler: float
   programs: Mapping[str, Program]
-  scores: int
-  tokens: int
-  needed: float
   reference_offload: bool = False
+  remat: str = "full"
+  mu_dtype: str = "float32"
+  param_dtype: str = "float32"
+  rows_a_shard: int = 1
+  mesh_hint: Mapping[str, int] | None = None
 
   def memory(self, function: str) -> dict[str, float]:
-    """Bytes of a chip while a function runs, by kind. Gradients come after scoring."""
+    """Bytes of a chip while a function runs, by kind. Gradients come after scoring, batches after
+    sampling."""
     held = {kind: size * (_BATCHES if kind == "batch" else 1) for kind, size in self.held.items()}
-    if function == "score":
-      del held["gradients"]
-    elif self.reference_offload:
+    if function in SAMPLER:
+      held.pop("batch")
+    if function in SAMPLER or function == "score":
+      held.pop("gradients")
+    if function != "score" and self.reference_offload:
       held.pop("reference", None)
     return held | {"temporaries": self.programs[function].temporaries}
 
@@ -53,118 +61,113 @@ class Report:
     return sum(self.memory(function).values())
 
   @property
+  def fullest(self) -> str:
+    """The function that needs most."""
+    return max(self.programs, key=self.total)
+
+  @property
   def excess(self) -> float:
-    """Bytes that training exceeds a chip by; negative: what is left."""
-    return max(map(self.total, self.programs)) - self.chip.hbm
-
-  def seconds(self, function: str) -> dict[str, float]:
-    """Least seconds of a function by what bounds it; empty if it was not compiled whole."""
-    program = self.programs[function]
-    if program.traffic is None:
-      return {}
-    return {"FLOPs": program.flops / (self.chips * self.chip.flops),
-            "HBM": program.traffic.hbm_bytes / self.chip.hbm_bandwidth,
-            "interconnect": sum(program.traffic.sent_bytes.values()) / self.chip.ici_bandwidth}
-
-  @property
-  def step_seconds(self) -> float | None:
-    """Every function at the roofline of its tightest bound; None if one did not compile."""
-    bounds = {name: self.seconds(name) for name in self.programs}
-    if not all(bounds.values()):
-      return None
-    return sum(max(seconds.values()) * (self.scores if name == "score" else 1)
-               for name, seconds in bounds.items())
-
-  @property
-  def mfu(self) -> float | None:
-    seconds = self.step_seconds
-    return seconds and self.needed / (seconds * self.chips * self.chip.flops)
-
-
-def largest_tokens(report: Report, multiple: int, other: Program | None = None, other_tokens: int = 0
-                   ) -> int:
-  """Most tokens of a micro-batch that fit, a multiple of `multiple`: temporaries and batch of
-  `accumulate` are taken as linear between two compiled sizes. 0 if nothing fits.
-
-  Args:
-    other: `accumulate` at another size of `other_tokens` tokens. Without it temporaries are taken as
-      proportional to the tokens: too many for a larger micro-batch than the compiled one, since some
-      of them are the parameters', so that at least the result fits.
-  """
-  here = report.programs["accumulate"].temporaries
-  there = other.temporaries if other else 0.0
-  slope = (there - here) / (other_tokens - report.tokens)
-  slope += _BATCHES * report.held["batch"] / report.tokens
-  room = report.chip.hbm - (report.total("accumulate") - slope * report.tokens)
-  return max(int(room / slope) // multiple, 0) * multiple
-
-
-def advice(report: Report, *, remat: str, mu_dtype: str, param_dtype: str, rows_a_shard: int
-           ) -> list[str]:
-  """What would make training fit, what saves most first; empty if it fits."""
-  if report.excess <= 0:
-    return []
-  held, temporaries = report.held, max(p.temporaries for p in report.programs.values())
-  state = sum(size for kind, size in held.items() if kind != "batch")
-  free = report.chip.hbm - temporaries - _BATCHES * held["batch"]
-  out = []
-  if free > 0:
-    out.append((state - free, f"at least {-(-int(report.chips * state) // int(free))} chips on fsdp or "
-                f"tensor, instead of {report.chips}"))
-  if remat != "full":
-    out.append((temporaries, "config.model.remat=full"))
-  if rows_a_shard > 1:
-    out.append((temporaries * (1 - 1 / rows_a_shard), "fewer config.batch.rows"))
-  else:
-    out.append((temporaries / 2, "a shorter config.batch.length, or a larger config.mesh.tensor"))
-  if mu_dtype == "float32":
-    out.append((held["optimizer"] / 4, "config.optimizer.mu_dtype=bfloat16"))
-  if param_dtype == "float32":
-    saved = (held["parameters"] + held.get("reference", 0.0)) / 2
-    out.append((saved, "config.model.param_dtype=bfloat16"))
-  if reference := held.get("reference", 0.0):
-    out.append((reference, "no reference policy: config.rl.loss.kl_coef=0"))
-    if not report.reference_offload:
-      out.append((min(reference, held["gradients"]), "config.rl.reference_offload=True"))
-  return [f"{text} (saves {_gib(saved)} GiB)" for saved, text in sorted(out, reverse=True)]
+    """Bytes that the run exceeds a chip by; negative: what is left."""
+    return self.total(self.fullest) - self.chip.memory
 
 
 def text(report: Report) -> str:
-  """Three tables in Markdown: memory, work and movement, least times."""
-  names = [name for name in FUNCTIONS if name in report.programs]
-  return "\n\n".join([
-    _table(["HBM of a chip, GiB", *names], _memory_rows(report, names)),
-    _table(["for one micro-batch", *names], _work_rows(report, names)),
-    _table(["least seconds by", *names], _seconds_rows(report, names)),
-  ])
+  """Two tables in Markdown, of memory and of work, and what they say."""
+  names = list(report.programs)
+  tables = [_table(["memory of a chip, GiB", *names], _memory_rows(report, names)),
+            _table(["one execution", *names], _work_rows(report, names))]
+  return "\n\n".join([*tables, *(padded for padded in [_padded(report)] if padded), verdict(report)])
+
+
+def verdict(report: Report) -> str:
+  """One line: whether the run fits; if not, by how much and what to change."""
+  function, need, chip = report.fullest, report.total(report.fullest), report.chip
+  of = f"{_gib(need)} of {_gib(chip.memory)} GiB a chip ({function})"
+  if report.excess > 0:
+    changes = "; or ".join(advice(report))
+    return f"**The run does not fit** by {_gib(report.excess)} GiB: {of}. Change: {changes}."
+  line = f"**The run fits**: at most {of}, {_gib(-report.excess)} to spare."
+  if need > chip.default_memory:
+    line += " Start it with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92: jax takes 0.75 by default."
+  return line
+
+
+def advice(report: Report) -> list[str]:
+  """What would make the run fit, what saves most first."""
+  memory = report.memory(report.fullest)
+  temporaries, out = memory["temporaries"], []
+  sampler = memory.get("engine's weights", 0.0) + memory.get("engine's pool", 0.0)
+  if sampler or report.fullest in SAMPLER:
+    saved = sampler + (temporaries if report.fullest in SAMPLER else 0.0)
+    out += [(saved, "config.rollout.engine=sglang"),
+            (saved - memory.get("engine's weights", 0.0), "fewer config.rollout.embedded.rows")]
+  if report.fullest not in SAMPLER:
+    batch = memory.get("batch", 0.0)
+    state = sum(memory.values()) - batch - temporaries
+    if (free := report.chip.memory - temporaries - batch) > 0:
+      chips = -(-int(report.chips * state) // int(free))
+      out.append((state - free, f"at least {chips} chips on fsdp or tensor instead of {report.chips}"))
+    if report.remat != "full":
+      out.append((temporaries, "config.model.remat=full"))
+    rows = report.rows_a_shard
+    out.append((temporaries * (1 - 1 / rows), "fewer config.batch.rows") if rows > 1 else
+               (temporaries / 2, "a shorter config.batch.length, or a larger config.mesh.tensor"))
+  if report.mu_dtype == "float32":
+    out.append((memory["optimizer"] / 4, "config.optimizer.mu_dtype=bfloat16"))
+  if report.param_dtype == "float32":
+    out.append((memory["parameters"] / 2, "config.model.param_dtype=bfloat16"))
+  if reference := memory.get("reference", 0.0):
+    out.append((reference, "no reference policy: config.rl.loss.kl_coef=0"))
+    if not report.reference_offload:
+      out.append((reference, "config.rl.reference_offload=True"))
+  return [f"{text} (saves {_gib(saved)})" for saved, text in sorted(out, reverse=True)]
+
+
+def _padded(report: Report) -> str:
+  """Which programs gather weights by all-reduces, and what to do about it. For small arrays, where bytes
+  do not count, that is a good choice."""
+  found = {name: [one for one in program.collectives or () if one.padded and one.sent > _SMALL]
+           for name, program in report.programs.items()}
+  listed = ", ".join(f"{name} {sum(one.times for one in padded):,} times, "
+                     f"{sum(one.total for one in padded) / 1e9:,.1f} GB"
+                     for name, padded in found.items() if padded)
+  if not listed:
+    return ""
+  better = " ".join(f"--config.mesh.{axis}={size}" for axis, size in (report.mesh_hint or {}).items())
+  return (f"**Slow collectives**: whole zero-padded weights are all-reduced ({listed}), which sends twice "
+          f"the bytes of the all-gathers that they replace. Try {better or 'another config.mesh'}.")
 
 
 def _memory_rows(report: Report, names: Sequence[str]) -> list[list[str]]:
   columns = [report.memory(name) for name in names]
   kinds = list(dict.fromkeys(kind for column in columns for kind in column))
+  kinds.sort(key=lambda kind: kind == "temporaries")
   rows = [[kind, *(_gib(column[kind]) if kind in column else "" for column in columns)]
           for kind in kinds]
   rows.append(["**together**", *(f"**{_gib(report.total(name))}**" for name in names)])
-  rows.append(["limit", *[_gib(report.chip.hbm)] * len(names)])
+  rows.append(["limit", *[_gib(report.chip.memory)] * len(names)])
   return rows
 
 
 def _work_rows(report: Report, names: Sequence[str]) -> list[list[str]]:
   programs = [report.programs[name] for name in names]
-  traffic = [program.traffic for program in programs]
-  rows = [["PFLOPs, all chips", *(f"{p.flops / 1e15:,.2f}" for p in programs)],
-          ["HBM traffic of a chip, GB", *(f"{t.hbm_bytes / 1e9:,.1f}" if t else "?" for t in traffic)]]
-  for kind in dict.fromkeys(kind for t in traffic if t for kind in t.sent_bytes):
-    rows.append([f"sent by a chip, {kind}, GB", *(
-      f"{t.sent_bytes.get(kind, 0) / 1e9:,.2f}" if t else "?" for t in traffic)])
-  rows.append(["core seconds to compile", *(f"{p.seconds:,.0f}" for p in programs)])
+  peak = report.chips * report.chip.flops
+  counts, sent = collections.defaultdict(dict), collections.defaultdict(dict)
+  for name, program in report.programs.items():
+    for one in program.collectives or ():
+      counts[one.kind][name] = counts[one.kind].get(name, 0) + one.times
+      sent[one.kind][name] = sent[one.kind].get(name, 0.0) + one.total
+  rows = [["PFLOP, all chips", *(f"{p.flops / 1e15:,.2f}" for p in programs)]]
+  rows += [[f"{kind}: times, GB sent by a chip", *(
+    f"{counts[kind].get(name, 0):,}, {sent[kind].get(name, 0.0) / 1e9:,.2f}" for name in names)]
+    for kind in sorted(counts)]
+  rows += [
+    ["least seconds by FLOPs", *(f"{p.flops / peak:.3f}" for p in programs)],
+    ["least seconds by collectives", *(
+      "?" if p.collectives is None else
+      f"{sum(one.total for one in p.collectives) / report.chip.link:.3f}" for p in programs)],
+    ["core seconds to compile", *(f"{p.seconds:,.0f}" for p in programs)]]
   return rows
-
-
-def _seconds_rows(report: Report, names: Sequence[str]) -> list[list[str]]:
-  bounds = [report.seconds(name) for name in names]
-  return [[kind, *(f"{b[kind]:.3f}" if b else "?" for b in bounds)]
-          for kind in ("FLOPs", "HBM", "interconnect")]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

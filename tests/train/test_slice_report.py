@@ -1,20 +1,25 @@
-"""What a step is said to need of a chip, by hand."""
+"""What a run is said to need of a chip, by hand."""
 
 import dataclasses
 
-from axpo_jax.train.aot import CHIPS, Program
-from axpo_jax.train.slice_report import Report, advice, largest_tokens
+import pytest
+
+from axpo_jax.train.aot import Program
+from axpo_jax.train.chips import CHIPS
+from axpo_jax.train.hlo import Collective
+from axpo_jax.train.slice_report import Report, advice, text, verdict
 
 GIB = 2.0**30
-PROGRAMS = {name: Program(size * GIB, 0.0, None, 0.0)
+PROGRAMS = {name: Program(size * GIB, 0.0, (), 0.0)
             for name, size in (("score", 2), ("accumulate", 3), ("apply", 1))}
 HELD = {kind: size * GIB for kind, size in
         (("parameters", 4), ("reference", 4), ("optimizer", 2), ("gradients", 4), ("batch", 0.5))}
-REPORT = Report(CHIPS["v5e"], 4, HELD, 0.0, PROGRAMS, 1, 1024, 0.0)
+REPORT = Report(CHIPS["v5e"], 4, HELD, PROGRAMS)
+ENGINE = {"engine's weights": 2 * GIB, "engine's pool": 6 * GIB}
 
 
 def together(report) -> dict[str, float]:
-  return {name: report.total(name) / GIB for name in PROGRAMS}
+  return {name: report.total(name) / GIB for name in report.programs}
 
 
 def test_memory_of_a_chip_by_function():
@@ -26,19 +31,41 @@ def test_memory_of_a_chip_by_function():
   assert offloaded.excess < 0
 
 
-def test_advice_names_what_is_not_done_yet():
-  options = {"remat": "full", "mu_dtype": "bfloat16", "param_dtype": "bfloat16", "rows_a_shard": 1}
-  assert any("reference_offload=True (saves 4.00" in line for line in advice(REPORT, **options))
-  small = dataclasses.replace(REPORT, chip=dataclasses.replace(CHIPS["v5e"], hbm=8 * GIB))
-  offloaded = dataclasses.replace(small, reference_offload=True)
-  assert advice(offloaded, **options)
-  assert not any("offload" in line for line in advice(offloaded, **options))
+def test_the_embedded_engine_stands_beside_training():
+  """Its weights and pool are there all the time; while it samples there are no gradients or batches."""
+  programs = PROGRAMS | {"decode": Program(5 * GIB, 0.0, (), 0.0)}
+  report = dataclasses.replace(REPORT, held=HELD | ENGINE, programs=programs)
+  assert together(report) == {"score": 21, "accumulate": 26, "apply": 24, "decode": 23}
+  assert "config.rollout.engine=sglang (saves 8.00)" in advice(report)
 
 
-def test_largest_micro_batch():
-  """14 of 15.75 GiB are taken, of which 4 go with the 1,024 tokens: 3 of temporaries, two batches."""
-  report = dataclasses.replace(REPORT, reference_offload=True)
-  assert largest_tokens(report, 64) == 5.75 / 4 * 1024
-  # A second size shows that 1 GiB of the temporaries stays: 3 GiB go with the tokens.
-  twice = dataclasses.replace(PROGRAMS["accumulate"], temporaries=5 * GIB)
-  assert largest_tokens(report, 64, twice, 2048) == 4.75 / 3 * 1024 // 64 * 64
+def test_the_verdict_is_one_line_with_the_fields_to_change():
+  assert verdict(REPORT) == (
+    "**The run does not fit** by 2.25 GiB: 18.00 of 15.75 GiB a chip (accumulate). Change: "
+    + "; or ".join(advice(REPORT)) + ".")
+  assert "config.rl.reference_offload=True (saves 4.00)" in advice(REPORT)
+  fits = dataclasses.replace(REPORT, reference_offload=True)
+  assert verdict(fits) == ("**The run fits**: at most 14.00 of 15.75 GiB a chip (accumulate), 1.75 to "
+                           "spare.")
+  assert not any("offload" in line for line in advice(fits))
+
+
+def test_a_gpu_that_needs_more_than_jax_takes_by_itself():
+  held = HELD | {"parameters": 50 * GIB}
+  fits = dataclasses.replace(REPORT, chip=CHIPS["h100"], held=held)
+  assert verdict(fits).startswith("**The run fits**: at most 64.00 of 72.78")
+  assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92" in verdict(fits)
+
+
+@pytest.mark.parametrize("hint, said", [
+  ({"data": 4, "fsdp": 16}, "Try --config.mesh.data=4 --config.mesh.fsdp=16."),
+  (None, "Try another config.mesh.")])
+def test_weights_gathered_by_all_reduce_are_said(hint, said):
+  small = Collective("all-reduce", 1e5, 36, padded=True)
+  programs = PROGRAMS | {"score": dataclasses.replace(PROGRAMS["score"], collectives=[small])}
+  assert "Slow" not in text(dataclasses.replace(REPORT, programs=programs))
+  padded = Collective("all-reduce", 1e9, 36, padded=True)
+  programs = PROGRAMS | {"score": dataclasses.replace(PROGRAMS["score"], collectives=[padded])}
+  found = text(dataclasses.replace(REPORT, programs=programs, mesh_hint=hint))
+  assert "(score 36 times, 36.0 GB)" in found and said in found
+  assert "| all-reduce: times, GB sent by a chip | 36, 36.00 |" in found
