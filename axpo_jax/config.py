@@ -21,6 +21,8 @@ PUBLIC_SETS = ("virl39k", "fvqa", "pyvision", "mmfinereason", "deepeyes", "visua
 FILE_SOURCES = ("jsonl", "parquet", *PUBLIC_SETS, *BENCHMARKS)
 DATA_SOURCES = ("miniworld", *FILE_SOURCES)
 ALGORITHMS = ("axpo", "grpo")
+OLD_LOGPROBS = ("current", "trainer")
+TOOLS = ("image_zoom_in", "python", "tavily-search", "image_search")
 SEARCH_BACKENDS = ("tavily", "local", "recorded", "miniworld")
 ENGINES = ("embedded", "sglang")
 # Limits of one episode that every sampling stage has: see `_agent`.

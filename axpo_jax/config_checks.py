@@ -1,10 +1,14 @@
-"""Checks of a configuration before anything is loaded, so that a run fails in its first second.
+"""Checks of a configuration before anything is loaded, so that a run fails in its first seconds.
 
 In: the whole tree of `config.base_config`. Out: nothing, or a `ConfigError` that names the field, its
-value and what to set it to.
+value and what to set it to. What needs no JAX is checked first; then every record of every stage is
+built once (`train.sections`), since a run builds some of them hours after its start.
 """
 
+import math
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -15,22 +19,59 @@ from axpo_jax.config import (
   ENGINES,
   FILE_SOURCES,
   LIMITS,
+  OLD_LOGPROBS,
   SEARCH_BACKENDS,
   SFT_SOURCES,
   STAGES,
   TEACHERS,
+  TOOLS,
   ConfigError,
   longest_episode,
   sampling_stages,
 )
 
+_DTYPES = ("float32", "bfloat16")
+_CHOICES = {
+  "model.export_dtype": _DTYPES, "rollout.embedded.dtype": _DTYPES, "rollout.sglang.push_dtype": _DTYPES,
+  "optimizer.mu_dtype": _DTYPES, "sft.optimizer.mu_dtype": _DTYPES, "rollout.engine": ENGINES,
+  "rollout.sidecar.device": ("cuda", "cpu"), "rl.algorithm": ALGORITHMS, "rl.old_logprobs": OLD_LOGPROBS,
+}
+# The least value of numbers that no record checks.
+_LEAST = {
+  **dict.fromkeys((
+    "rl.steps", "rl.questions", "rl.updates", "rl.max_lost_steps", "sft.steps", "sft.examples", "sft.max_length",
+    "teach.rollouts", "teach.shard", "teach.max_concurrent", "screen.rollouts", "screen.shard",
+    "eval.questions", "eval.rollouts", "eval.shard", "batch.rows", "batch.length", "batch.image_rows",
+    "batch.logprob_chunk", "checkpoint.every", "checkpoint.keep", "data.miniworld.train_size",
+    "agent.max_observation_tokens", "agent.python.timeout", "agent.search.max_concurrent",
+    "agent.image_search.max_results", "rollout.sidecar.tensor_parallel", "rollout.sidecar.max_running",
+    "images.min_pixels", "images.zoom_min_pixels"), 1),
+  **dict.fromkeys((
+    "teach.questions", "screen.questions", "log.dump_every", "rollout.staleness", "agent.max_images",
+    "agent.deadline", "agent.python.max_concurrent", "rollout.sidecar.servers",
+    "rollout.sidecar.max_total_tokens", "rollout.embedded.length", "rollout.sglang.length",
+    *(f"agent.{limits}.{name}" for limits in ("episode_limits", "run_limits")
+      for name in ("calls", "seconds", "bytes", "images")),
+    *(f"{section}.{name}" for section in ("optimizer", "sft.optimizer")
+      for name in ("learning_rate", "weight_decay", "clip_norm"))), 0),
+  # With one rollout a question nothing is there to compare it with: every advantage is 0.
+  "rl.num_rollouts": 2,
+  "eval.every": -1,
+}
+_SHARES = ("data.max_bad_share", "data.miniworld.large_share", "data.miniworld.easy_share",
+           "rl.filter.solved", "rl.filter.hopeless", "rollout.sidecar.mem_fraction")
+_NOT_BELOW = (  # (the smaller, the greater)
+  ("images.min_pixels", "images.max_pixels"), ("images.zoom_min_pixels", "images.zoom_max_pixels"),
+  ("agent.python.timeout", "agent.python.max_timeout"))
+
 
 def validate(config: ConfigDict) -> None:
-  """Checks what can be checked without loading anything, so that a run fails in its first second.
+  """Checks a whole config, so that a run fails in its first seconds.
 
   Raises:
     ConfigError: names the field and says what to set it to.
   """
+  _validate_values(config)
   model = config.model
   if bool(model.checkpoint) == bool(model.preset):
     raise ConfigError(
@@ -42,31 +83,74 @@ def validate(config: ConfigDict) -> None:
     raise ConfigError("config.model.preset brings no tokenizer: set config.model.tokenizer to a "
                       "folder with tokenizer and preprocessor_config.json")
   _require_folder("config.model.tokenizer", model.tokenizer)
-  if unknown := sorted(set(config.stages) - set(STAGES)):
-    raise ConfigError(f"config.stages names {unknown}; stages are {STAGES}")
+  _validate_mesh(config.mesh)
   _validate_data(config)
   _validate_stages(config)
   trained = config.agent.max_total_tokens
   if "rl" in config.stages and trained > config.batch.length:
     raise ConfigError(f"an episode of config.agent.max_total_tokens={trained} tokens does not fit a "
                       f"row of config.batch.length={config.batch.length}: raise the latter")
-  if config.rollout.engine not in ENGINES:
-    raise ConfigError(f"config.rollout.engine={config.rollout.engine!r}; choose one of {ENGINES}")
+  if "sft" in config.stages and config.sft.max_length > config.batch.length:
+    raise ConfigError(f"a trajectory of config.sft.max_length={config.sft.max_length} tokens does not fit "
+                      f"a row of config.batch.length={config.batch.length}: raise the latter")
   _validate_limits(config)
   if (config.rollout.engine == "sglang" and not config.rollout.urls and not model.checkpoint
       and not _begins_without_policy(config)):
     raise ConfigError("servers start from a checkpoint folder: set config.model.checkpoint, or name "
                       "running ones in config.rollout.urls")
-  if config.rollout.staleness < 0:
-    raise ConfigError(f"config.rollout.staleness={config.rollout.staleness} must be 0 or more")
+  if bad := [url for url in config.rollout.urls if not url.startswith(("http://", "https://"))]:
+    raise ConfigError(f"config.rollout.urls names {bad}: write http://host:port")
+  if "rl" in config.stages and config.rollout.temperature <= 0:
+    raise ConfigError(f"config.rollout.temperature={config.rollout.temperature} makes all rollouts of a "
+                      "question the same: set it above 0")
   if config.batch.length % 64:
     raise ConfigError(f"config.batch.length={config.batch.length} must be a multiple of 64")
   _validate_tools(config)
-  if config.rl.max_lost_steps < 1:
-    raise ConfigError(f"config.rl.max_lost_steps={config.rl.max_lost_steps} must be 1 or more: 1 stops "
-                      "the run at the first step whose rollouts all failed")
-  if config.rl.algorithm not in ALGORITHMS:
-    raise ConfigError(f"config.rl.algorithm={config.rl.algorithm!r}; choose one of {ALGORITHMS}")
+  from axpo_jax.train import sections  # loads JAX, which the checks above do not need
+  sections.check(config)
+
+
+def fields(config: ConfigDict, path: str = "") -> Iterator[tuple[str, Any]]:
+  """(dotted name, value) of every field of the tree."""
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from fields(value, f"{path}{name}.")
+    else:
+      yield path + name, value
+
+
+def _validate_values(config: ConfigDict) -> None:
+  """Single fields: finite, within their bounds, one of what there is."""
+  values = dict(fields(config))
+  for name, value in values.items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise ConfigError(f"config.{name}={value} is not a finite number")
+  for name, choices in _CHOICES.items():
+    if values[name] not in choices:
+      raise ConfigError(f"config.{name}={values[name]!r}; choose one of {choices}")
+  for name, least in _LEAST.items():
+    if values[name] < least:
+      raise ConfigError(f"config.{name}={values[name]} must be {least} or more")
+  for name in _SHARES:
+    if not 0 <= values[name] <= 1:
+      raise ConfigError(f"config.{name}={values[name]} is a share: give 0 to 1")
+  for low, high in _NOT_BELOW:
+    if values[low] > values[high]:
+      raise ConfigError(f"config.{low}={values[low]} is above config.{high}={values[high]}: swap them")
+  stages = tuple(config.stages)
+  if not stages:
+    raise ConfigError(f"config.stages is empty: name some of {STAGES}")
+  if unknown := sorted(set(stages) - set(STAGES)):
+    raise ConfigError(f"config.stages names {unknown}; stages are {STAGES}")
+  if len(set(stages)) < len(stages):
+    raise ConfigError(f"config.stages={stages} names a stage twice: each has one folder, so run them apart")
+
+
+def _validate_mesh(mesh: ConfigDict) -> None:
+  if bad := {axis: size for axis, size in mesh.items() if size == 0 or size < -1}:
+    raise ConfigError(f"config.mesh={bad}: sizes are 1 or more, or -1 for what is left")
+  if list(mesh.values()).count(-1) > 1:
+    raise ConfigError(f"config.mesh={dict(mesh)}: only one axis may be -1, which takes what is left")
 
 
 def _validate_limits(config: ConfigDict) -> None:
@@ -168,6 +252,9 @@ def _validate_benchmarks(section: ConfigDict) -> None:
 def _validate_tools(config: ConfigDict) -> None:
   agent = config.agent
   offered = {*agent.tools, *config.eval.extra_tools}
+  if unknown := sorted(name for name in offered if name not in TOOLS and ":" not in name):
+    raise ConfigError(f"config.agent.tools names {unknown}; there are {TOOLS}, and functions of yours as "
+                      "'module:name'")
   if agent.mcp:
     _require_file("config.agent.mcp", agent.mcp)
   if "image_search" in offered:

@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
   c.agent.system_prompt, c.agent.tools = "", ()
   c.batch.update(rows=16, length=192)
   c.data.miniworld.marks = (1, 4)  # one mark alone shows where it is before colours must be told apart
-  c.sft.update(steps=5000, examples=32)
+  c.sft.update(steps=5000, examples=32, max_length=192)
   c.sft.kinds = ConfigDict(dict(where=.25, what_at=.15, list=.20, read_crop=.20, read_large=.20))
   # AdamW stays on a plateau for tens of thousands of examples here; Muon leaves it within a few.
   c.sft.optimizer.update(name="muon", learning_rate=5e-3, warmup=0.01, b2=0.98)

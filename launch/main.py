@@ -21,9 +21,9 @@ from ml_collections import config_flags
 # Config files derive from each other (`from configs.axpo_tiny import ...`).
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from axpo_jax.config import ConfigError
 from axpo_jax.config_checks import validate
 from axpo_jax.train import machine
+from launch import command
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, such as configs/axpo_tiny.py.", lock_config=True)
@@ -46,15 +46,13 @@ def main(argv: list[str]) -> None:
   if not _WORKDIR.value:
     raise app.UsageError("--workdir=<folder> is needed: checkpoints and metrics go there.")
   logging.set_verbosity(logging.WARNING)  # libraries tell much of their own at INFO
-  try:
-    validate(_CONFIG.value)
-    machine.prepare(_CONFIG.value)
-    # Imported late: --help, a misspelt override and a bad field answer without waiting for JAX.
-    from axpo_jax.train import distributed, experiment
-    distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
-    experiment.run(_CONFIG.value, _WORKDIR.value)
-  except ConfigError as error:
-    sys.exit(f"configuration error: {error}")
+  os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install torch
+  validate(_CONFIG.value)
+  machine.prepare(_CONFIG.value)
+  # Imported late: --help, a misspelt override and a bad field answer without waiting for JAX.
+  from axpo_jax.train import distributed, experiment
+  distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
+  experiment.run(_CONFIG.value, _WORKDIR.value)
 
 
 def _with_huge_pages() -> None:
@@ -70,4 +68,4 @@ def _with_huge_pages() -> None:
 
 if __name__ == "__main__":
   _with_huge_pages()
-  app.run(main)
+  command.run(main)

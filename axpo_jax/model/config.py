@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -198,20 +198,28 @@ class ModelConfig:
 
     `options` are this class's own fields (dtype, param_dtype, remat, attention, ...).
 
-    Raises: UnsupportedConfig naming the field if the file is not a Qwen3-VL that we implement.
+    Raises:
+      UnsupportedConfig: the file is not a Qwen3-VL that we implement; names file and field.
+      FileNotFoundError: there is no such file.
     """
-    raw = dict(source) if isinstance(source, Mapping) else _read_json(Path(source))
+    if isinstance(source, Mapping):
+      return cls._from_raw(source, options)
+    path = Path(source) / "config.json" if Path(source).is_dir() else Path(source)
+    try:
+      return cls._from_raw(_read_json(path), options)
+    except UnsupportedConfig as error:
+      raise UnsupportedConfig(f"{path}: {error}") from error
+
+  @classmethod
+  def _from_raw(cls, raw: Mapping[str, Any], options: Mapping[str, Any]) -> ModelConfig:
     if raw.get("model_type") != "qwen3_vl":
       raise UnsupportedConfig(
         f"model_type={raw.get('model_type')!r}; only 'qwen3_vl' (dense Qwen3-VL) is implemented"
       )
-    tied = raw.get("tie_word_embeddings", raw["text_config"].get("tie_word_embeddings", False))
+    text, vision = (_section(raw, name) for name in ("text_config", "vision_config"))
+    tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     ids = {k: raw[k] for k in _TOKEN_ID_FIELDS if k in raw}
-    return cls(
-      text=_text_from_hf(raw["text_config"], tied),
-      vision=_vision_from_hf(raw["vision_config"]),
-      **{**ids, **options},
-    )
+    return cls(text=_text_from_hf(text, tied), vision=_vision_from_hf(vision), **{**ids, **options})
 
   def to_hf(self) -> dict[str, Any]:
     """The `config.json` of a Hugging Face checkpoint of this model (the released files' layout)."""
@@ -287,8 +295,10 @@ def _text_from_hf(raw: Mapping[str, Any], tied: bool) -> TextConfig:
     )
   if theta is None:
     raise UnsupportedConfig("text_config gives no rope_theta; Qwen3-VL's is 5000000")
+  # Files may leave the size of a head out; transformers then takes this one, whatever the widths are.
+  raw = {"head_dim": TextConfig.head_dim, **raw}
   return TextConfig(
-    **{ours: raw[hf] for ours, hf in _TEXT_FIELDS.items()},
+    **_sizes("text_config", raw, _TEXT_FIELDS),
     rope_theta=float(theta),
     mrope_section=tuple(rope.get("mrope_section", (24, 20, 20))),
     tie_word_embeddings=bool(tied),
@@ -297,10 +307,28 @@ def _text_from_hf(raw: Mapping[str, Any], tied: bool) -> TextConfig:
 
 def _vision_from_hf(raw: Mapping[str, Any]) -> VisionConfig:
   _check_fixed("vision_config", raw, _VISION_FIXED)
-  return VisionConfig(
-    **{ours: raw[hf] for ours, hf in _VISION_FIELDS.items()},
-    deepstack_layers=tuple(raw["deepstack_visual_indexes"]),
-  )
+  taps = raw.get("deepstack_visual_indexes")
+  if not isinstance(taps, Sequence):
+    raise UnsupportedConfig(
+      f"vision_config.deepstack_visual_indexes={taps!r}: write the list of the checkpoint's blocks, such "
+      "as [8, 16, 24]"
+    )
+  return VisionConfig(**_sizes("vision_config", raw, _VISION_FIELDS), deepstack_layers=tuple(taps))
+
+
+def _section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+  if not isinstance(raw.get(name), Mapping):
+    raise UnsupportedConfig(f"{name} is missing: take the config.json of the model that this folder is "
+                            "based on")
+  return raw[name]
+
+
+def _sizes(where: str, raw: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+  """Our fields from Hugging Face's, which must be numbers."""
+  for name in fields.values():
+    if not isinstance(raw.get(name), (int, float)):
+      raise UnsupportedConfig(f"{where}.{name}={raw.get(name)!r} is not a number")
+  return {ours: raw[hf] for ours, hf in fields.items()}
 
 
 def _check_fixed(where: str, raw: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
@@ -309,9 +337,17 @@ def _check_fixed(where: str, raw: Mapping[str, Any], fixed: Mapping[str, Any]) -
       raise UnsupportedConfig(f"{where}.{key}={raw[key]!r}; only {value!r} is implemented")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-  path = path / "config.json" if path.is_dir() else path
-  return json.loads(path.read_text())
+def _read_json(path: Path) -> Mapping[str, Any]:
+  if not path.is_file():
+    raise FileNotFoundError(f"{path} is missing: name a folder with a checkpoint's config.json, "
+                            "*.safetensors and tokenizer")
+  try:
+    raw = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise UnsupportedConfig(f"not JSON: {error}") from error
+  if not isinstance(raw, Mapping):
+    raise UnsupportedConfig(f"not a JSON object but {type(raw).__name__}")
+  return raw
 
 
 def _preset(hidden, layers, heads, mlp, tied, vision) -> ModelConfig:

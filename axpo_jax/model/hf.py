@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from axpo_jax.model import sharding
@@ -49,7 +49,11 @@ _COMPANIONS = (
 Path_ = tuple[str, ...]
 
 
-class CheckpointMismatch(ValueError):
+class CheckpointError(ValueError):
+  """A file of a checkpoint that is damaged or does not fit the others; the message names it."""
+
+
+class CheckpointMismatch(CheckpointError):
   """A checkpoint's tensors are not those of the config; the message lists every one."""
 
 
@@ -108,8 +112,10 @@ def load_params(
   Parameters get config.param_dtype and, with a mesh, the sharding that their logical axes ask for
   (else they stand uncommitted on the default device). Merge them with the graph of any `Qwen3VL(config)`.
 
-  Raises: CheckpointMismatch listing all unknown, missing and misshapen tensors, before anything
-    is read; FileNotFoundError if the folder holds no safetensors.
+  Raises:
+    CheckpointMismatch: lists all unknown, missing and misshapen tensors, before anything is read.
+    CheckpointError: a file is cut or damaged.
+    FileNotFoundError: the folder holds no safetensors.
   """
   abstract = abstract_params(config)
   trees = [abstract]
@@ -126,6 +132,12 @@ def load_params(
       return _load_leaf(reader.read, entries[_names(path)], leaf, target)
 
     return jax.tree_util.tree_map_with_path(load, *trees)
+
+
+def check_checkpoint(path: str | os.PathLike, config: ModelConfig) -> None:
+  """Reads the headers of a folder's files alone. Raises: what `load_params` raises."""
+  with _Reader(Path(path)) as reader:
+    _check(reader.shapes(), name_table(config), tied=config.text.tie_word_embeddings)
 
 
 def save_checkpoint_hf(
@@ -254,7 +266,10 @@ class _Reader(contextlib.ExitStack):
     super().__init__()
     self._files = {}
     for file in _safetensors_files(folder):
-      handle = self.enter_context(safe_open(file, framework="numpy"))
+      try:
+        handle = self.enter_context(safe_open(file, framework="numpy"))
+      except SafetensorError as error:
+        raise CheckpointError(f"{file} is cut or damaged ({error}): copy it again") from error
       self._files.update(dict.fromkeys(handle.keys(), handle))
 
   def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -266,8 +281,12 @@ class _Reader(contextlib.ExitStack):
 
 def _safetensors_files(folder: Path) -> list[Path]:
   if (folder / INDEX_FILE).exists():
-    index = json.loads((folder / INDEX_FILE).read_text())
-    files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+    try:
+      names = set(json.loads((folder / INDEX_FILE).read_bytes())["weight_map"].values())
+      files = [folder / name for name in sorted(names)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise CheckpointError(f"{folder / INDEX_FILE} is no index with a weight_map of tensors to files "
+                            f"({type(error).__name__}: {error}): copy it again") from error
   else:
     files = [folder / SINGLE_FILE]
   if lost := [str(f) for f in files if not f.exists()]:

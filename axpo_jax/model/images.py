@@ -20,10 +20,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-  Qwen2VLImageProcessorPil,
-  smart_resize,
-)
 
 MAX_ASPECT_RATIO = 200  # the processor's own limit
 
@@ -147,6 +143,7 @@ class ProcessedImage:
 @functools.lru_cache
 def _levels(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
   """float32 [channels, 256]: what the processor makes of every value that a pixel can have."""
+  from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
   processor = Qwen2VLImageProcessorPil()
   pixels = np.tile(np.arange(256, dtype=np.uint8), (len(mean), 1, 1))
   scaled = processor.rescale(pixels, processor.rescale_factor)
@@ -170,6 +167,8 @@ def fitted_size(width: int, height: int, factor: int, limits: ImageLimits) -> tu
       f"{MAX_ASPECT_RATIO} times the other; crop it or pad it"
     )
   for least in (limits.min_pixels, 1):  # enlarging rounds up, perhaps beyond max_pixels
+    # Loads slowly where torch is installed, and checks of a config need none of it.
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
     new_height, new_width = smart_resize(height, width, factor, least, limits.max_pixels)
     if new_height * new_width <= limits.max_pixels:
       return new_width, new_height

@@ -21,9 +21,8 @@ from axpo_jax.agent.episode import EpisodeLimits
 from axpo_jax.agent.prompts import SHORT_SYSTEM_PROMPT, SYSTEM_PROMPT
 from axpo_jax.agent.rollout import Rollout
 from axpo_jax.agent.transcript import Transcript
-from axpo_jax.config import ConfigError, engine_length, limits
+from axpo_jax.config import ConfigError, limits
 from axpo_jax.data import adapters, filters, pipeline, readers
-from axpo_jax.data.miniworld import perception, reasoning, world
 from axpo_jax.data.miniworld.habits import TeacherConfig
 from axpo_jax.data.question import Question
 from axpo_jax.model import hf, sharding
@@ -31,18 +30,18 @@ from axpo_jax.model.chat import Chat
 from axpo_jax.model.config import PRESETS, LoraConfig, ModelConfig
 from axpo_jax.model.images import ImageLimits, ImageProcessor
 from axpo_jax.model.qwen3_vl import Qwen3VL
-from axpo_jax.rollout.embedded import EmbeddedConfig, EmbeddedEngine
-from axpo_jax.rollout.engine import Engine, SamplingParams
-from axpo_jax.rollout.fleet import FleetConfig
-from axpo_jax.rollout.sglang_engine import SGLangConfig, SGLangEngine
-from axpo_jax.rollout.sidecar.spec import API_KEY_VARIABLE, SidecarError, SidecarSpec
+from axpo_jax.rollout.embedded import EmbeddedEngine
+from axpo_jax.rollout.engine import Engine
+from axpo_jax.rollout.sglang_engine import SGLangEngine
+from axpo_jax.rollout.sidecar.spec import API_KEY_VARIABLE, SidecarError
 from axpo_jax.rollout.sidecar.supervisor import Sidecar
 from axpo_jax.rollout.teacher_engine import TeacherEngine
-from axpo_jax.rollout.weight_push import PushConfig, PushFolder
-from axpo_jax.train import distributed, examples, lora, seeds, selection, toolbox
+from axpo_jax.rollout.weight_push import PushFolder
+from axpo_jax.train import distributed, examples, lora, sections, seeds, selection, toolbox
 from axpo_jax.train.batch import Batch, batch_shards
 from axpo_jax.train.collect import Actor
 from axpo_jax.train.packing import Example, PackingError, check_example, pack
+from axpo_jax.train.sections import computed_as
 from axpo_jax.train.state import Optimizer, OptimizerConfig, init_params, make_optimizer
 
 # Trajectories in a row that SFT may leave out before it gives up.
@@ -95,12 +94,6 @@ def _model_config(config: ConfigDict, chat: Chat) -> ModelConfig:
   return computed_as(base, m)
 
 
-def computed_as(base: ModelConfig, section: ConfigDict) -> ModelConfig:
-  """A model of these sizes, computed as the section `model` says."""
-  return dataclasses.replace(base, **{name: section[name] for name in (
-    "dtype", "param_dtype", "remat", "attention", "attention_chunk")})
-
-
 def _with_tokenizer(base: ModelConfig, chat: Chat) -> ModelConfig:
   """The tiny preset takes its vocabulary from whatever tokenizer it is trained with."""
   return dataclasses.replace(
@@ -126,18 +119,16 @@ def trained_params(bench: Workbench, checkpoint: str | pathlib.Path, seed: int) 
 
 def actor(config: ConfigDict, bench: Workbench, engine: Engine, stage: str = "rl") -> Actor:
   """The policy at work: engine, tools, limits and sampling of a stage."""
-  agent, drawn = config.agent, config.eval if stage == "eval" else config.rollout
+  agent, own = config.agent, limits(config, stage)
   tools = toolbox.toolbox(config, bench.chat, bench.processor.factor, evaluation=stage == "eval",
                           folder=bench.folder)
-  own = limits(config, stage)
   episode_limits = EpisodeLimits(
     max_turns=own.max_turns, max_new_tokens_per_turn=own.max_new_tokens,
     max_response_tokens=own.max_response_tokens, max_total_tokens=own.max_total_tokens,
-    max_images=agent.max_images, max_image_pixels=config.images.zoom_max_pixels, deadline=agent.deadline or None)
-  sampling = SamplingParams(
-    max_new_tokens=own.max_new_tokens, temperature=drawn.temperature, top_p=drawn.top_p,
-    top_k=drawn.top_k, presence_penalty=drawn.presence_penalty, stop_ids=bench.chat.stop_ids,
-    banned_ids=bench.chat.banned_ids)
+    max_images=agent.max_images, max_image_pixels=config.images.zoom_max_pixels,
+    deadline=agent.deadline or None)
+  sampling = sections.sampling(config, stage, stop_ids=bench.chat.stop_ids,
+                               banned_ids=bench.chat.banned_ids)
   return Actor(
     engine=engine, chat=bench.chat, processor=bench.processor, toolbox=tools,
     limits=episode_limits, sampling=sampling,
@@ -179,11 +170,9 @@ def servers(config: ConfigDict, policy: str, folder: pathlib.Path) -> Iterator[t
     return
   with contextlib.ExitStack() as stack:
     try:
-      spec = SidecarSpec(model=str(policy), port=0, context_length=engine_length(config) + 16,
-                         # A server that loads weights does not answer: it does not hang.
-                         hang_after=max(section.sglang.load_s, 300.0),
-                         api_key=os.environ.get(API_KEY_VARIABLE, ""),
-                         **{**section.sidecar, "servers": section.sidecar.servers or 1})
+      # A server that loads weights does not answer: it does not hang.
+      spec = sections.sidecar(config, str(policy), hang_after=max(section.sglang.load_s, 300.0),
+                              api_key=os.environ.get(API_KEY_VARIABLE, ""))
       sidecar = stack.enter_context(Sidecar(spec, folder / "sidecar"))
     except SidecarError as error:
       raise ConfigError(f"config.rollout.sidecar: {error}") from error
@@ -203,16 +192,13 @@ def engine(config: ConfigDict, bench: Workbench, params: nnx.State, urls: Sequen
   """
   if config.rollout.engine == "embedded":
     return _embedded(config, bench, params)
-  s = config.rollout.sglang
-  push = PushConfig(folder=os.path.abspath(s.push_folder or folder / "push"), dtype=s.push_dtype,
-                    delta=s.push_delta, skip_vision=vision_stands(config, bench.lora),
-                    shard_bytes=s.push_shard_bytes, writers=s.push_writers)
+  made = sections.sglang(
+    config, os.path.abspath(config.rollout.sglang.push_folder or folder / "push"),
+    skip_vision=vision_stands(config, bench.lora))
   if not distributed.is_main():
-    return distributed.Follower(PushFolder(push, bench.model_config).write)
-  return SGLangEngine(urls, bench.model_config, SGLangConfig(
-    push=push, length=engine_length(config), fleet=FleetConfig(**s.fleet), request_s=s.request_s,
-    attempts=s.attempts, drain_s=s.drain_s, load_s=s.load_s, verify=s.verify,
-    image_folder=s.image_folder, router_url=s.router_url, api_key=os.environ.get(API_KEY_VARIABLE, "")))
+    return distributed.Follower(PushFolder(made.push, bench.model_config).write)
+  return SGLangEngine(urls, bench.model_config, dataclasses.replace(
+    made, api_key=os.environ.get(API_KEY_VARIABLE, "")))
 
 
 def vision_stands(config: ConfigDict, adapters: LoraConfig | None) -> bool:
@@ -222,8 +208,7 @@ def vision_stands(config: ConfigDict, adapters: LoraConfig | None) -> bool:
 
 def _embedded(config: ConfigDict, bench: Workbench, params: nnx.State) -> Engine:
   args = bench.model_config, bench.graphdef, params
-  sizes = EmbeddedConfig(**{**config.rollout.embedded, "length": engine_length(config)})
-  options = {"config": sizes, "rules": bench.rules}
+  options = {"config": sections.embedded(config), "rules": bench.rules}
   if jax.process_count() == 1:
     return EmbeddedEngine(*args, mesh=bench.mesh, **options)
   if distributed.is_main():
@@ -298,32 +283,17 @@ def eval_questions(config: ConfigDict) -> list[Question]:
 def _questions(config: ConfigDict, split: str, path: str) -> pipeline.Source[Question]:
   if config.data.source == "miniworld":
     size = config.eval.questions if split == "eval" else config.data.miniworld.train_size
-    return pipeline.MiniWorldSource(size, config.data.miniworld.seed, split, _world(
+    return pipeline.MiniWorldSource(size, config.data.miniworld.seed, split, sections.world_config(
       config, config.data.miniworld.kinds))
   return list(_read(config, path, config.data.eval_source if split == "eval" else ""))
 
 
 def _read(config: ConfigDict, path: str, source: str = "") -> Iterator[Question]:
-  data, source = config.data, source or config.data.source
-  how = readers.ReaderConfig(image_cache=data.image_cache, max_bad_share=data.max_bad_share)
-  if source == data.source:  # the columns and the folder are that source's
-    how = dataclasses.replace(how, columns=readers.Columns(**data.columns),
-                              image_folder=data.image_folder)
+  source = source or config.data.source
+  how = sections.reader(config, source)
   if source in adapters.LAYOUTS:
     return adapters.read(source, path, how)
   return readers.read_questions(path, how)
-
-
-def _world(config: ConfigDict, kinds: ConfigDict) -> world.WorldConfig:
-  """The miniature world, whose readable crops must be what the zoom tool makes."""
-  mini, mixes = config.data.miniworld, world.kinds_by_family(kinds)
-  canvas = perception.PerceptionConfig(
-    mix=mixes["perception"], marks=tuple(mini.marks), large_share=mini.large_share,
-    crop_min_pixels=config.images.zoom_min_pixels, crop_max_pixels=config.images.zoom_max_pixels)
-  return world.WorldConfig(
-    families=tuple(mini.families.items()), perception=canvas, search_mix=mixes["search"],
-    reasoning=reasoning.ReasoningConfig(
-      mix=mixes["reasoning"], easy_share=mini.easy_share, canvas=canvas))
 
 
 class SftBatches:
@@ -364,7 +334,7 @@ def sft_batches(config: ConfigDict, bench: Workbench) -> SftBatches:
   sft, tally = config.sft, None
   if sft.source == "teacher":
     source = pipeline.MiniWorldSource(config.data.miniworld.train_size, config.data.miniworld.seed,
-                                      "train", _world(config, sft.kinds))
+                                      "train", sections.world_config(config, sft.kinds))
     transform = _teacher(config, bench)
   else:
     source, tally = selection.trajectories(config.sft, bench.processor, bench.folder)

@@ -28,37 +28,16 @@ from axpo_jax.eval import evaluate
 from axpo_jax.model.chat import Chat
 from axpo_jax.rl import census, credit, recipes, weights
 from axpo_jax.rl.acting import acting_census
-from axpo_jax.rl.losses import LossConfig
-from axpo_jax.rl.resample import ResampleConfig, prefix_budget
+from axpo_jax.rl.resample import prefix_budget
 from axpo_jax.train import build, collect, distributed, examples, lora, seeds, selection
 from axpo_jax.train.ahead import Ahead
 from axpo_jax.train.batch import Batch, packing_metrics, sums_by_example, weigh
 from axpo_jax.train.checkpoint import Checkpoints
 from axpo_jax.train.collect import Group
 from axpo_jax.train.metrics import read_metrics
+from axpo_jax.train.sections import Recipe
 from axpo_jax.train.state import TrainState, copy_params, move_params
 from axpo_jax.train.step import Learner, policy_objective, whole
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-  """The RL section of a config as the records that the mathematics takes."""
-
-  resample: ResampleConfig
-  credit: credit.CreditConfig
-  loss: LossConfig
-  shaping: recipes.ShapingConfig
-
-  @classmethod
-  def from_config(cls, rl: ConfigDict) -> "Recipe":
-    """Raises ValueError for values or combinations that cannot work."""
-    resample = ResampleConfig(**rl.resample)
-    if rl.algorithm == "grpo":
-      resample = dataclasses.replace(resample, ratio=0.0)
-    recipe = cls(resample, credit.CreditConfig(**rl.credit), LossConfig(**rl.loss),
-                 recipes.ShapingConfig(**rl.shaping))
-    recipes.check(recipe.resample, recipe.credit)
-    return recipe
 
 
 @dataclasses.dataclass(frozen=True)

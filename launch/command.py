@@ -1,0 +1,119 @@
+"""Command lines with a config: whatever is wrong in one is one line on stderr, and exit code 1.
+
+In: the arguments of a program with the flag --config (a file) and overrides --config.<field>=<value>.
+Out: parsed flags. A misspelt field is answered with the nearest ones.
+"""
+
+import difflib
+import os
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from axpo_jax.config import ConfigError
+from axpo_jax.config_checks import fields
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+  """`app.run(main)`; what a user can mend ends with one line instead of a traceback."""
+  def guarded(argv: list[str]) -> None:
+    try:
+      main(argv)
+    except (app.UsageError, ConfigError) as error:
+      _end(error)
+  app.run(guarded, flags_parser=_parse)
+
+
+def _end(error: Exception) -> None:
+  kind = "configuration error" if isinstance(error, ConfigError) else pathlib.Path(sys.argv[0]).name
+  sys.exit(f"{kind}: {one_line(error)}")
+
+
+def one_line(error: Exception) -> str:
+  """Its message; libraries write several lines."""
+  return " ".join(str(error).split())
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    check_config_flags(argv[1:])
+    return flags.FLAGS(argv)
+  except (flags.Error, ConfigError, ValueError, TypeError) as error:
+    _end(error)
+
+
+def check_config_flags(arguments: Sequence[str]) -> None:
+  """Raises ConfigError for a config file that cannot be loaded and for overrides of no field of it."""
+  file = _config_file(arguments)
+  if file is None:
+    return
+  known = [name for name, _ in fields(read_config([f"--config={file}"]))]
+  for argument in arguments:
+    if argument == "--":
+      return
+    name, _, _ = argument.lstrip("-").partition("=")
+    if not (argument.startswith("-") and name.startswith("config.")):
+      continue
+    name = name.removeprefix("config.")
+    if name in known or name.removesuffix("!") in known:
+      continue
+    if any(other.startswith(f"{name}.") for other in known):
+      raise ConfigError(f"--config.{name} is a section: set one of its fields, such as "
+                        f"--config.{next(k for k in known if k.startswith(f'{name}.'))}")
+    raise ConfigError(f"--config.{name}: there is no such field{_nearest(name, known)}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+  last = name.rpartition(".")[2]
+  near = [*difflib.get_close_matches(name, known, 2),
+          *(other for other in known if other.rpartition(".")[2] == last)]
+  return f"; did you mean {' or '.join(f'--config.{other}' for other in dict.fromkeys(near))}?" if near else ""
+
+
+def _config_file(arguments: Sequence[str]) -> str | None:
+  for place, argument in enumerate(arguments):
+    name, equals, value = argument.lstrip("-").partition("=")
+    if argument.startswith("-") and name == "config":
+      return value if equals else (arguments[place + 1:] or [None])[0]
+  return None
+
+
+def read_config(arguments: Sequence[str]) -> ConfigDict:
+  """The config of arguments such as --config=configs/axpo_tiny.py --config.seed=1; others are not allowed.
+
+  Raises:
+    ConfigError: the file cannot be loaded.
+    flags.Error, ValueError, TypeError: an override does not fit its field.
+  """
+  file = (_config_file(arguments) or "").partition(":")[0]
+  if not os.path.isfile(file):
+    raise ConfigError(f"--config={file}: there is no such file")
+  values = flags.FlagValues()
+  holder = config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values)
+  before, sys.argv = sys.argv, [sys.argv[0], *arguments]  # where config_flags looks for overrides
+  try:
+    values(sys.argv)
+    config = holder.value
+    config.is_locked  # noqa: B018 - a file that failed to load says so now
+    return config
+  except (flags.Error, ConfigError):
+    raise
+  except Exception as error:
+    raise ConfigError(_in_file(error, file)) from error
+  finally:
+    sys.argv = before
+
+
+def _in_file(error: BaseException, file: str) -> str:
+  """The message of what went wrong in a config file, and the line."""
+  cause = error
+  while cause.__cause__ or cause.__context__:
+    cause = cause.__cause__ or cause.__context__
+  lines = [frame.lineno for frame in traceback.extract_tb(cause.__traceback__)
+           if os.path.abspath(frame.filename) == os.path.abspath(file)]
+  where = f"{file}, line {lines[-1]}" if lines else file
+  return f"--config={where}: {type(cause).__name__}: {one_line(cause)}"
