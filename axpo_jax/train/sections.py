@@ -130,7 +130,7 @@ def _records(config: ConfigDict) -> Iterator[tuple[str, Callable[[], Any]]]:
 def _model(config: ConfigDict) -> ModelConfig:
   if not config.model.checkpoint:
     return computed_as(PRESETS[config.model.preset], config.model)
-  with _named(f"checkpoint={config.model.checkpoint!r}: "):
+  with _named(f"config.model.checkpoint={config.model.checkpoint!r}: "):
     base = ModelConfig.from_hf(config.model.checkpoint)
   return computed_as(base, config.model)
 

@@ -148,7 +148,7 @@ def test_a_tool_without_its_package_names_the_extra(config, chat, monkeypatch, t
     ({"agent.mcp": "/nowhere.json"}, "agent.mcp"),
 ])
 def test_what_can_be_checked_is_checked_at_once(config, tmp_path, changes, field):
-  config.model.checkpoint = str(tmp_path)
+  config.model.update(preset="2b", tokenizer=str(ASSETS / "practised"))
   (tmp_path / "q.jsonl").touch()
   config.data.path = config.data.eval_path = str(tmp_path / "q.jsonl")
   validate(config)
