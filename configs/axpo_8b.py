@@ -26,4 +26,6 @@ def get_config() -> ConfigDict:
   # At this size samplers have devices of their own. Without config.rollout.urls the run starts servers
   # on half of this machine's GPUs and trains on the others.
   c.rollout.engine = "sglang"
+  # A row for each of four GPUs, since two do not fit 80 GB (docs/performance.md); more devices get one each.
+  c.batch.rows = 4
   return c
