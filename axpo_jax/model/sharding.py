@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -72,14 +71,12 @@ DEFAULT_RULES: Rules = MappingProxyType({
 # Axes of parameters that are split to be stored, and whole where the parameter is used.
 _STORED_SPLIT = ("embed", "vision_embed")
 
-_log = logging.getLogger(__name__)
 _context: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar(
   "axpo_sharding", default=None)
-_warned: set[tuple] = set()
 
 
 class ShardingError(ValueError):
-  """A rules table, a mesh shape or a tensor's names that do not fit together."""
+  """A rules table, a mesh, and a tensor's names or sizes that do not fit together."""
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -190,25 +187,26 @@ def sharding_for(names: Names, shape: Sequence[int], mesh: Mesh, rules: Rules | 
                  *, label: str = "") -> NamedSharding:
   """The NamedSharding of one tensor of `shape`.
 
-  A dimension that its mesh axes do not divide keeps the leading axes that do, else is replicated;
-  a warning names the tensor (`label`, default its axis names), once.
+  Args:
+    label: what an error calls the tensor; default its axis names.
 
   Raises:
-    ShardingError: the number of names is not the number of dimensions, or see `spec`.
+    ShardingError: mesh axes that do not divide a dimension. Replicating it instead would make every
+      device compute and hold all of it, and only a profile would tell. Or the number of names is
+      not the number of dimensions, or see `spec`.
   """
+  label = label or str(tuple(names))
   if len(names) != len(shape):
-    raise ShardingError(f"{label or 'tensor'}: names {tuple(names)} for shape {tuple(shape)}")
-  entries = []
-  for dim, size in enumerate(shape):
-    axes = _as_tuple(spec(names, rules)[dim])
-    kept = axes
-    while kept and size % math.prod(mesh.shape[a] for a in kept):
-      kept = kept[:-1]
-    # Axes of size 1 split nothing: losing them is no loss, so no warning.
-    if math.prod(mesh.shape[a] for a in axes) > math.prod(mesh.shape[a] for a in kept):
-      _warn_once(label or str(tuple(names)), dim, size, axes, kept, mesh)
-    entries.append(kept[0] if len(kept) == 1 else (kept or None))
-  return NamedSharding(mesh, PartitionSpec(*entries))
+    raise ShardingError(f"{label}: names {tuple(names)} for shape {tuple(shape)}")
+  entries = spec(names, rules)
+  for name, size, axes in zip(names, shape, entries, strict=True):
+    sizes = {axis: mesh.shape[axis] for axis in _as_tuple(axes) if mesh.shape[axis] > 1}
+    if size % (parts := math.prod(sizes.values())):
+      split = " x ".join(f"{axis}={count}" for axis, count in sizes.items())
+      raise ShardingError(
+        f"{label}: the axis {name!r} of size {size} cannot be split into the {parts} parts of the "
+        f"mesh axes {split}; set config.mesh to sizes that divide {size}")
+  return NamedSharding(mesh, entries)
 
 
 def constrain(x: jax.Array, names: Names) -> jax.Array:
@@ -311,12 +309,3 @@ def _as_tuple(axes: MeshAxes) -> tuple[str, ...]:
   if axes is None:
     return ()
   return (axes,) if isinstance(axes, str) else tuple(axes)
-
-
-def _warn_once(label, dim, size, axes, kept, mesh) -> None:
-  key = (label, dim, size, axes)
-  if key not in _warned:
-    _warned.add(key)
-    sizes = {axis: mesh.shape[axis] for axis in axes}
-    _log.warning("%s: dimension %d of size %d is not divided by %s; sharded over %s instead",
-                 label, dim, size, sizes, kept or "nothing (replicated)")

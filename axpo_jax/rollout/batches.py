@@ -29,14 +29,18 @@ class Buckets:
   """Static sizes: `least`, doubled until `most`, which is always the last.
 
   fine: half steps between them as well, where padding costs more than another program.
+  multiple: all sizes are multiples of it: each is rounded up to one.
   """
 
-  def __init__(self, least: int, most: int, *, fine: bool = False):
+  def __init__(self, least: int, most: int, *, fine: bool = False, multiple: int = 1):
+    least, most = (-(-size // multiple) * multiple for size in (least, most))
+    self.multiple = multiple
     sizes = []
     while least < most:
       sizes += [least, least * 3 // 2] if fine else [least]
       least *= 2
-    self.sizes = (*(size for size in sizes if size < most), most)
+    sizes = (-(-size // multiple) * multiple for size in sizes)
+    self.sizes = (*(size for size in dict.fromkeys(sizes) if size < most), most)
 
   def __call__(self, value: int) -> int:
     """The smallest size that holds `value`."""
@@ -136,18 +140,30 @@ Job = tuple[Prompt, Move]
 
 
 def wave_images(
+<<<<<<< HEAD
   jobs: Sequence[Job], config: ModelConfig, patch_lengths: Sequence[int] = PATCH_BUCKETS
 ) -> tuple[VisionInputs | None, Mapping[str, int]]:
   """The distinct images that the wave computes: packed, and each key's first merged token.
 
   patch_lengths: of rows of patches, see `pack_images`.
+=======
+  jobs: Sequence[Job], config: ModelConfig, shards: int = 1
+) -> tuple[VisionInputs | None, Mapping[str, int]]:
+  """The distinct images that the wave computes: packed, and each key's first merged token.
+
+  shards: devices that share the packed rows.
+>>>>>>> 931252b (Sharding: what a mesh does not divide is an error with the numbers, and rows are padded; before, it was replicated with a warning)
   """
   images = {
     image.key: image for prompt, move in jobs for image in prompt.images_from(move.cached)
   }
   if not images:
     return None, {}
+<<<<<<< HEAD
   vision, offsets = pack_images(list(images.values()), config.vision, patch_buckets=patch_lengths)
+=======
+  vision, offsets = pack_images(list(images.values()), config.vision, rows_multiple_of=shards)
+>>>>>>> 931252b (Sharding: what a mesh does not divide is an error with the numbers, and rows are padded; before, it was replicated with a warning)
   return vision, dict(zip(images, offsets.tolist(), strict=True))
 
 
@@ -190,6 +206,7 @@ def prefill_batches(
       # A bucket that pads beyond the budget would defeat it: a full call is its own bucket.
       # So is a prompt alone: after new weights, the one whose beginning all others wait for.
       padded = min(batch(len(part)), max(most, len(part))) if len(part) > 1 else 1
+      padded = -(-padded // batch.multiple) * batch.multiple
       yield _prefill_inputs(part, place, padded, size, rows), slots(
         max(prompt.length - 1 for prompt, _ in part)
       )

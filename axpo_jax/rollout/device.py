@@ -140,11 +140,17 @@ class Device:
     rules: sharding.Rules | None = None,
   ):
     self._config, self._dtype = config, jnp.dtype(dtype)
-    self._rows, self._length, self._mesh, self._rules = rows, length, mesh, rules
+    self._rows, self._length, self._mesh = rows, length, mesh
+    self._rules = None if mesh is None else engine_rules(rules)
     self._params: Any = None
     self._pool: Pool | None = None
     self._shapes: set[tuple] = set()
-    self._run = _programs(graphdef, mesh, None if rules is None else tuple(rules.items()))
+    self._run = _programs(graphdef, mesh, self._rules and tuple(self._rules.items()))
+
+  @property
+  def shards(self) -> int:
+    """Into how many parts the rows of a call are split: their number is a multiple of it."""
+    return 1 if self._mesh is None else sharding.parts("batch", self._mesh, self._rules)
 
   @property
   def compilations(self) -> int:
@@ -223,6 +229,13 @@ class Device:
   def _met(self, name: str, args: Any) -> None:
     shapes = tuple(getattr(leaf, "shape", leaf) for leaf in jax.tree.leaves(args))
     self._shapes.add((name, shapes, jax.tree.structure(args)))
+
+
+def engine_rules(rules: sharding.Rules | None = None) -> sharding.Rules:
+  """The training rules, as sampling needs them: a decoded token cannot be split along the length, so
+  the devices that share a row's tokens in training take rows of their own."""
+  rules = sharding.DEFAULT_RULES if rules is None else rules
+  return {**rules, "batch": rules["vision_rows"], "length": None}
 
 
 @dataclasses.dataclass(frozen=True)

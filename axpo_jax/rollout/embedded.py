@@ -129,7 +129,8 @@ class EmbeddedEngine:
     self._device.install(params)
     self._device.reset_pool()
     self._pool = PrefixPool(config.rows, config.length)
-    self._batch_buckets = Buckets(config.min_batch, config.max_running)
+    self._batch_buckets = Buckets(config.min_batch, config.max_running,
+                                  multiple=self._device.shards)
     self._token_buckets = Buckets(config.min_tokens, config.length)
     self._slot_buckets = Buckets(config.min_slots, config.length, fine=True)
     # An unanswered sequence is in exactly one of these two lists.
@@ -334,7 +335,11 @@ class EmbeddedEngine:
   def _start(self, wave: Sequence[tuple[TokenSequence, Move]]) -> None:
     """Computes the prompts; what it changes besides rows of its own is changed at the end."""
     jobs = [(sequence.prompt, move) for sequence, move in wave]
+<<<<<<< HEAD
     vision, place = wave_images(jobs, self._model, self.config.patch_lengths)
+=======
+    vision, place = wave_images(jobs, self._model, self._device.shards)
+>>>>>>> 931252b (Sharding: what a mesh does not divide is an error with the numbers, and rows are padded; before, it was replicated with a warning)
     features = None if vision is None else self._device.encode(vision)
     for batch in copy_batches(jobs, self._batch_buckets, self._slot_buckets, self.config.rows):
       self._device.copy(*batch)

@@ -77,10 +77,19 @@ def workbench(config: ConfigDict, folder: pathlib.Path | None = None) -> Workben
   files = config.model.tokenizer or config.model.checkpoint
   chat = Chat.from_pretrained(files)
   model_config = _model_config(config, chat)
-  model = nnx.eval_shape(lambda: Qwen3VL(model_config, rngs=nnx.Rngs(0)))
-  return Workbench(model_config, nnx.split(model)[0], chat, ImageProcessor.from_checkpoint(files),
-                   sharding.make_mesh(dict(config.mesh)), sharding.DEFAULT_RULES, folder,
-                   lora.from_config(config))
+  graphdef, params = nnx.split(nnx.eval_shape(lambda: Qwen3VL(model_config, rngs=nnx.Rngs(0))))
+  return Workbench(model_config, graphdef, chat, ImageProcessor.from_checkpoint(files),
+                   _mesh(config, params), sharding.DEFAULT_RULES, folder, lora.from_config(config))
+
+
+def _mesh(config: ConfigDict, params: nnx.State) -> jax.sharding.Mesh:
+  """The mesh, which must divide the model's sizes."""
+  try:
+    mesh = sharding.make_mesh(dict(config.mesh))
+    sharding.param_shardings(params, mesh)
+  except sharding.ShardingError as error:
+    raise ConfigError(f"config.mesh={dict(config.mesh)}: {error}") from error
+  return mesh
 
 
 def _model_config(config: ConfigDict, chat: Chat) -> ModelConfig:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from axpo_jax.model import sharding
 from axpo_jax.model.sharding import constrain
 
 
@@ -56,6 +57,8 @@ def token_logprobs(
   rows, length = targets_BxT.shape
   # Chunks are cut along the length: every chunk keeps all rows, so the rows' sharding holds.
   size = min(max(chunk // rows, 1), length)
+  # Where the length is split too, every device takes an equal part of a chunk.
+  size = -(-size // sharding.parts("length")) * sharding.parts("length")
   # One gather of the fsdp shards for all chunks; the vocabulary stays split.
   unembed_VxD = constrain(unembed_VxD, ("vocab", "act_embed"))
 

@@ -98,7 +98,8 @@ def pack(
     share_prefixes: equal beginnings (ids, positions, images) of examples are computed once a row.
       The result is the same without.
     banned_ids: ids that a target may not have, since the softmax leaves them out.
-    rows_multiple_of: the number of rows is a multiple of it if `rows` is; see `batch.batch_shards`.
+    rows_multiple_of: the number of rows is a multiple of it, and `rows` is rounded up to one: a
+      shard holds at least one row. See `batch.batch_shards`.
     image_rows_multiple_of: the number of vision rows is one of it; default `rows_multiple_of`.
     block: tokens of a block of attention; None: as suits the row.
     row_buckets, patch_buckets: shapes of the vision tower, see `pack_images`.
@@ -183,6 +184,7 @@ def _tables(examples: Sequence[Example]) -> list[np.ndarray]:
 
 def _height(used: int, rows: int, multiple: int) -> int:
   """Rows of a micro-batch: the last should not be empty, and the shapes should be few."""
+  rows = -(-rows // multiple) * multiple
   quarter = -(-rows // (4 * multiple)) * multiple
   even = -(-used // max(-(-used // rows), 1))
   return min(max(-(-even // quarter), 1) * quarter, rows)

@@ -23,7 +23,7 @@ from axpo_jax.model.vision_inputs import VisionInputs, mrope_positions, pack_ima
 
 CONFIG = ModelConfig(
   text=TextConfig(
-    vocab_size=139, hidden_size=72, intermediate_size=90, num_layers=5, num_heads=6,
+    vocab_size=140, hidden_size=72, intermediate_size=90, num_layers=5, num_heads=6,
     num_kv_heads=2, head_dim=32, mrope_section=(8, 4, 4), rope_theta=10_000.0,
     tie_word_embeddings=False, max_positions=4096,
   ),

@@ -120,7 +120,7 @@ def test_all_problems_in_one_error(untied, tmp_path):
   lines = str(error.value).splitlines()
   assert lines[0].startswith("5 tensors")
   assert lines[1:] == [
-    "  missing: lm_head.weight [139, 72]",
+    "  missing: lm_head.weight [140, 72]",
     "  missing: model.language_model.layers.1.mlp.up_proj.weight [90, 72]",
     "  unknown: model.language_model.layers.0.self_attn.q_proj.bias [3]",
     "  unknown: model.language_model.layers.99.mlp.up_proj.weight [2, 2]",

@@ -1,6 +1,4 @@
-"""Sharding rules: names to mesh axes, fallbacks, collisions, and the context."""
-
-import logging
+"""Sharding rules: names to mesh axes, sizes that do not divide, collisions, and the context."""
 
 import jax
 import jax.numpy as jnp
@@ -46,13 +44,16 @@ def test_rules_may_not_name_a_mesh_axis_that_is_not_there(mesh):
     pass
 
 
-def test_indivisible_dimensions_fall_back_and_say_so(mesh, caplog):
-  with caplog.at_level(logging.WARNING):
-    result = sharding.sharding_for(("vocab", "embed"), (7, 4), mesh, label="text/embedding")
-  assert result.spec == P(None, "fsdp")
-  assert "text/embedding" in caplog.text and "size 7" in caplog.text
-  # Two rows over data x fsdp = 4: the leading axis still divides.
-  assert sharding.sharding_for(("batch", "length"), (2, 8), mesh).spec == P("data", "context")
+def test_a_dimension_that_the_mesh_does_not_divide_is_an_error(mesh):
+  """Never replicated in silence: the message has the tensor, the axis, its size and the mesh's."""
+  with pytest.raises(ShardingError, match=(
+      r"text/embedding: the axis 'vocab' of size 7 .* 2 parts .* tensor=2; set config.mesh .* 7")):
+    sharding.sharding_for(("vocab", "embed"), (7, 4), mesh, label="text/embedding")
+  with pytest.raises(ShardingError, match=r"size 2 .* 4 parts of the mesh axes data=2 x fsdp=2"):
+    sharding.sharding_for(("batch", "length"), (2, 8), mesh)
+  assert sharding.sharding_for(("batch", "vocab"), (8, 4), mesh).spec == P(("data", "fsdp"), "tensor")
+  one = sharding.make_mesh({}, devices=jax.devices()[:1])  # splits nothing, so any size will do
+  assert sharding.sharding_for(("vocab", "embed"), (7, 3), one).spec == P("tensor", "fsdp")
   with pytest.raises(ShardingError, match="names"):
     sharding.sharding_for(("vocab",), (7, 4), mesh)
 

@@ -43,7 +43,7 @@ BANNED = (PAD, 3)  # no policy may draw image or video pads
 LENGTH = 96  # tokens a row of the engine holds
 CONFIG = ModelConfig(
   text=TextConfig(
-    vocab_size=91, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2,
+    vocab_size=92, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2,
     head_dim=16, mrope_section=(4, 2, 2), rope_theta=10_000.0, tie_word_embeddings=True,
     max_positions=1024,
   ),

@@ -176,8 +176,8 @@ def test_ids_outside_the_vocabulary_never_leave(spoilt, ask):
   """One of them ends a real server's process."""
   engine, between = spoilt
   calls = len(between.seen["/generate"])
-  for request in (ask((5, 91)), ask((5, -1)), ask((5, 6), banned_ids=(91,)), ask((5,), stop_ids=(99,))):
-    with pytest.raises(RequestError, match="outside the vocabulary of 91"):
+  for request in (ask((5, 92)), ask((5, -1)), ask((5, 6), banned_ids=(92,)), ask((5,), stop_ids=(99,))):
+    with pytest.raises(RequestError, match="outside the vocabulary of 92"):
       run(engine, request)
   assert len(between.seen["/generate"]) == calls
 

@@ -203,7 +203,8 @@ def test_all_micro_batches_have_one_shape(make_example, make_image, options):
   examples = [make_example(i, 12, [make_image(i)] if i < 3 else []) for i in range(6)]
   batches = pack(examples, **(options | {"rows": 1, "rows_multiple_of": 2}))
   shapes = {tuple(x.shape for x in jax.tree.leaves(b)) for b in batches}
-  assert len(batches) == 6 and len(shapes) == 1
+  assert len(batches) == 3 and len(shapes) == 1  # of two rows, one a shard
+  assert batches[0].tokens_BxT.shape[0] == 2
   assert batches[0].vision.segments_RxP.shape[0] % 2 == 0
   assert all(b.vision is None and b.image_index_BxT is None for b in pack(examples[3:], **options))
 
