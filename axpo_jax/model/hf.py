@@ -95,6 +95,16 @@ def load_config(path: str | os.PathLike, **options) -> ModelConfig:
   return ModelConfig.from_hf(path, **options)
 
 
+def stored_dtype(path: str | os.PathLike) -> str | None:
+  """"bfloat16" if all tensors of a checkpoint folder are: parameters then lose nothing in it. Else
+  None.
+
+  Raises: FileNotFoundError if the folder holds no safetensors.
+  """
+  with _Reader(Path(path)) as reader:
+    return "bfloat16" if reader.dtypes() == {"BF16"} else None
+
+
 def abstract_params(config: ModelConfig) -> nnx.State:
   """Shapes, dtypes and logical axes of the parameters, without making any."""
   return nnx.eval_shape(lambda: nnx.state(Qwen3VL(config, rngs=nnx.Rngs(0)), nnx.Param))
@@ -274,6 +284,9 @@ class _Reader(contextlib.ExitStack):
 
   def shapes(self) -> dict[str, tuple[int, ...]]:
     return {n: tuple(f.get_slice(n).get_shape()) for n, f in self._files.items()}
+
+  def dtypes(self) -> set[str]:
+    return {f.get_slice(n).get_dtype() for n, f in self._files.items()}
 
   def read(self, name: str) -> np.ndarray:
     return self._files[name].get_tensor(name)

@@ -140,30 +140,21 @@ Job = tuple[Prompt, Move]
 
 
 def wave_images(
-<<<<<<< HEAD
-  jobs: Sequence[Job], config: ModelConfig, patch_lengths: Sequence[int] = PATCH_BUCKETS
+  jobs: Sequence[Job], config: ModelConfig, patch_lengths: Sequence[int] = PATCH_BUCKETS,
+  shards: int = 1,
 ) -> tuple[VisionInputs | None, Mapping[str, int]]:
   """The distinct images that the wave computes: packed, and each key's first merged token.
 
   patch_lengths: of rows of patches, see `pack_images`.
-=======
-  jobs: Sequence[Job], config: ModelConfig, shards: int = 1
-) -> tuple[VisionInputs | None, Mapping[str, int]]:
-  """The distinct images that the wave computes: packed, and each key's first merged token.
-
   shards: devices that share the packed rows.
->>>>>>> 931252b (Sharding: what a mesh does not divide is an error with the numbers, and rows are padded; before, it was replicated with a warning)
   """
   images = {
     image.key: image for prompt, move in jobs for image in prompt.images_from(move.cached)
   }
   if not images:
     return None, {}
-<<<<<<< HEAD
-  vision, offsets = pack_images(list(images.values()), config.vision, patch_buckets=patch_lengths)
-=======
-  vision, offsets = pack_images(list(images.values()), config.vision, rows_multiple_of=shards)
->>>>>>> 931252b (Sharding: what a mesh does not divide is an error with the numbers, and rows are padded; before, it was replicated with a warning)
+  vision, offsets = pack_images(list(images.values()), config.vision, patch_buckets=patch_lengths,
+                                rows_multiple_of=shards)
   return vision, dict(zip(images, offsets.tolist(), strict=True))
 
 

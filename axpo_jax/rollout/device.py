@@ -161,7 +161,7 @@ class Device:
     """Takes a private copy of `params`: a trainer donates its buffers on its next step.
 
     Matrices are cast to the engine's dtype, as the model would cast them on use; what belongs to a
-    norm is computed in float32 and keeps its precision.
+    norm is computed in float32 and stands in it.
 
     Raises:
       ValueError: shapes or names differ from those of the parameters before.
@@ -176,8 +176,10 @@ class Device:
   def _own(self, leaf: Any) -> Any:
     value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
     names = sharding.names_of(leaf) if isinstance(leaf, nnx.Variable) else None
-    keep = (names or ())[-1:] == ("norm",) or not jnp.issubdtype(value.dtype, jnp.floating)
-    copy = jnp.array(value, dtype=value.dtype if keep else self._dtype, copy=True)
+    dtype = jnp.dtype(jnp.float32) if (names or ())[-1:] == ("norm",) else self._dtype
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+      dtype = value.dtype
+    copy = jnp.array(value, dtype=dtype, copy=True)
     return leaf.replace(copy) if isinstance(leaf, nnx.Variable) else copy
 
   def reset_pool(self) -> None:

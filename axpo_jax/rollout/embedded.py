@@ -335,11 +335,7 @@ class EmbeddedEngine:
   def _start(self, wave: Sequence[tuple[TokenSequence, Move]]) -> None:
     """Computes the prompts; what it changes besides rows of its own is changed at the end."""
     jobs = [(sequence.prompt, move) for sequence, move in wave]
-<<<<<<< HEAD
-    vision, place = wave_images(jobs, self._model, self.config.patch_lengths)
-=======
-    vision, place = wave_images(jobs, self._model, self._device.shards)
->>>>>>> 931252b (Sharding: what a mesh does not divide is an error with the numbers, and rows are padded; before, it was replicated with a warning)
+    vision, place = wave_images(jobs, self._model, self.config.patch_lengths, self._device.shards)
     features = None if vision is None else self._device.encode(vision)
     for batch in copy_batches(jobs, self._batch_buckets, self._slot_buckets, self.config.rows):
       self._device.copy(*batch)

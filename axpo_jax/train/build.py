@@ -111,10 +111,19 @@ def _with_tokenizer(base: ModelConfig, chat: Chat) -> ModelConfig:
     vision_start_token_id=chat.vision_start_id, vision_end_token_id=chat.vision_end_id)
 
 
+def frozen_dtype(bench: Workbench, checkpoint: str | pathlib.Path) -> str:
+  """Of parameters that nothing trains: bfloat16 where the checkpoint is, which loses nothing and
+  takes half of float32's memory; else that of all parameters."""
+  own = bench.model_config.param_dtype
+  return (hf.stored_dtype(checkpoint) or own) if checkpoint else own
+
+
 def load_params(bench: Workbench, checkpoint: str | pathlib.Path, seed: int) -> nnx.State:
-  """Parameters from a checkpoint folder, or random ones where `checkpoint` is empty; sharded."""
+  """Parameters from a checkpoint folder, in `frozen_dtype`, or random ones where `checkpoint` is
+  empty; sharded. A learner casts what it trains."""
   if checkpoint:
-    return hf.load_params(checkpoint, bench.model_config, mesh=bench.mesh, rules=bench.rules)
+    stored = dataclasses.replace(bench.model_config, param_dtype=frozen_dtype(bench, checkpoint))
+    return hf.load_params(checkpoint, stored, mesh=bench.mesh, rules=bench.rules)
   return init_params(bench.model_config, seed, bench.mesh, bench.rules)
 
 

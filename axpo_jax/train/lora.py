@@ -60,8 +60,8 @@ def switched_off(params: nnx.State) -> nnx.State:
 def merge(params: nnx.State, config: LoraConfig | None) -> nnx.State:
   """A policy without adapters that computes the same up to rounding: products added to kernels.
 
-  Sums are float32, then rounded to the kernel's dtype. Other parameters stand in the buffers that
-  they have. Without a config `params` themselves.
+  Sums are float32, then rounded to the adapters' dtype: a frozen kernel may have a narrower one.
+  Other parameters stand in the buffers that they have. Without a config `params` themselves.
   """
   if config is None:
     return params
@@ -89,7 +89,7 @@ def _add_product(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, st
                  where: jax.sharding.Sharding) -> jax.Array:
   def one(kernel, a, b):
     product = jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)
-    return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
+    return (kernel.astype(jnp.float32) + scale * product).astype(a.dtype)
 
   return jax.lax.with_sharding_constraint((jax.vmap(one) if stacked else one)(kernel, a, b), where)
 

@@ -36,7 +36,7 @@ from axpo_jax.train.checkpoint import Checkpoints
 from axpo_jax.train.collect import Group
 from axpo_jax.train.metrics import read_metrics
 from axpo_jax.train.sections import Recipe
-from axpo_jax.train.state import TrainState, copy_params, move_params
+from axpo_jax.train.state import TrainState, move_params
 from axpo_jax.train.step import Learner, policy_objective, whole
 
 
@@ -64,7 +64,7 @@ class Loop:
                                             config.model.freeze_vision, bench.lora),
       policy_objective(self.recipe.loss, config.rollout.staleness), bench.mesh, bench.rules,
       banned_ids=bench.chat.banned_ids, temperature=config.rollout.temperature,
-      chunk=config.batch.logprob_chunk)
+      chunk=config.batch.logprob_chunk, frozen_dtype=build.frozen_dtype(bench, policy))
     self.reference = build.load_params(bench, policy, config.seed)
     self.questions = build.question_batches(config, bench.folder)
     self.engine = build.engine(config, bench, self.reference, urls, workdir)
@@ -81,7 +81,7 @@ class Loop:
     is and is both."""
     config, bench, params = self.config, self.bench, self.reference
     if bench.lora is None:
-      return self.learner.init(copy_params(params), config.seed)
+      return self.learner.init(self.learner.own_copy(params), config.seed)
     self.reference = None
     return self.learner.init(
       lora.attach(params, bench.trained_config, config.seed, bench.mesh, bench.rules), config.seed)

@@ -29,7 +29,7 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
   learner = Learner(
     bench.trained_config, build.optimizer(sft.optimizer, sft.steps, sft.freeze_vision, bench.lora),
     supervised_objective(), bench.mesh, bench.rules, banned_ids=bench.chat.banned_ids,
-    chunk=config.batch.logprob_chunk)
+    chunk=config.batch.logprob_chunk, frozen_dtype=build.frozen_dtype(bench, policy))
   data = build.sft_batches(config, bench)
   distributed.on_main(selection.tell, data.tally, workdir)
   with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:

@@ -111,6 +111,12 @@ class Optimizer:
     """(trained, frozen) parameters."""
     return nnx.split_state(params, self._trains, ...)
 
+  def with_frozen_dtype(self, params: nnx.State, dtype: str) -> nnx.State:
+    """Abstract parameters, of which the frozen ones have another dtype."""
+    trained, frozen = self.split(params)
+    frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), frozen)
+    return nnx.merge_state(trained, frozen)
+
   def init(self, params: nnx.State) -> Any:
     return self.transform.init(_as_float32(self.split(params)[0]))
 
@@ -239,10 +245,14 @@ def state_shardings(params: nnx.State, optimizer: Optimizer, mesh: jax.sharding.
   return sharding.param_shardings(_state_shapes(params, optimizer), mesh, rules)
 
 
-def copy_params(params: nnx.State, dtype: str | None = None) -> nnx.State:
-  """Parameters in buffers of their own with the same shardings, optionally in another dtype."""
+def copy_params(params: nnx.State, like: nnx.State | None = None) -> nnx.State:
+  """Parameters in buffers of their own with the same shardings.
+
+  like: a tree whose dtypes they take; None: they keep theirs.
+  """
   return jax.tree.map(
-    lambda x: jnp.array(x, dtype=dtype and jnp.dtype(dtype), copy=True, device=x.sharding), params)
+    lambda x, as_: jnp.array(x, dtype=as_.dtype, copy=True, device=x.sharding), params,
+    params if like is None else like)
 
 
 def move_params(params: nnx.State, memory: str) -> nnx.State:

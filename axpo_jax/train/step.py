@@ -35,7 +35,14 @@ from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.rl import losses
 from axpo_jax.train.batch import Batch, batch_shards, place, save_batch
 from axpo_jax.train.logprobs import token_logprobs
-from axpo_jax.train.state import Optimizer, TrainState, abstract_state, init_state, state_shardings
+from axpo_jax.train.state import (
+  Optimizer,
+  TrainState,
+  abstract_state,
+  copy_params,
+  init_state,
+  state_shardings,
+)
 
 # Micro-batches on their way to the devices at once: one computes, one is being copied.
 _IN_FLIGHT = 2
@@ -129,17 +136,21 @@ class Learner:
     banned_ids: ids that the sampler cannot draw; left out of the softmax.
     temperature: the sampler's.
     chunk: tokens of a device whose logits exist there at once.
+    frozen_dtype: of the parameters that the optimizer leaves alone; default the config's param_dtype.
+      A checkpoint's own is enough for what never changes.
   """
 
   def __init__(self, config: ModelConfig, optimizer: Optimizer, objective: Objective,
                mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None, *,
-               banned_ids: Sequence[int] = (), temperature: float = 1.0, chunk: int = 2048):
+               banned_ids: Sequence[int] = (), temperature: float = 1.0, chunk: int = 2048,
+               frozen_dtype: str | None = None):
     self.optimizer, self.objective, self.mesh, self.rules = optimizer, objective, mesh, rules
     self._logprobs = functools.partial(
       token_logprobs, banned_ids=tuple(banned_ids), temperature=temperature,
       chunk=chunk * batch_shards(mesh, rules))
     model = nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0)))
-    self._graphdef, self._abstract_params = nnx.split(model)
+    self._graphdef, params = nnx.split(model)
+    self._abstract_params = optimizer.with_frozen_dtype(params, frozen_dtype or config.param_dtype)
     self._compile()
 
   def _compile(self) -> None:
@@ -156,8 +167,14 @@ class Learner:
     self._score = jax.jit(self._forward, in_shardings=(state.params, None))
 
   def init(self, params: nnx.State, seed: int) -> TrainState:
-    """A state at step 0. It owns `params`: the first update donates their buffers."""
+    """A state at step 0. It owns `params`: the first update donates their buffers. Those of another
+    dtype than the state's are cast."""
+    params = jax.tree.map(lambda x, as_: x.astype(as_.dtype), params, self._abstract_params)
     return init_state(params, self.optimizer, seed, self.mesh, self.rules)
+
+  def own_copy(self, params: nnx.State) -> nnx.State:
+    """A copy of parameters, for `init`, in the dtypes of the state."""
+    return copy_params(params, self._abstract_params)
 
   def abstract_state(self) -> TrainState:
     """Shapes and shardings of the state."""

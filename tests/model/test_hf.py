@@ -58,6 +58,7 @@ def test_round_trip_is_bit_identical(bf16_folder, tmp_path, param_dtype):
     tmp_path / "ours", params, config, dtype="bfloat16", max_shard_bytes=150_000
   )
   assert_same_bits(tensors_of(tmp_path / "ours"), tensors_of(bf16_folder))
+  assert hf.stored_dtype(tmp_path / "ours") == hf.stored_dtype(bf16_folder) == "bfloat16"
   index = json.loads((tmp_path / "ours" / hf.INDEX_FILE).read_text())
   assert index["weight_map"].keys() == tensors_of(bf16_folder).keys()
   files = {f.name for f in (tmp_path / "ours").glob("*.safetensors")}
@@ -133,6 +134,7 @@ def test_a_second_copy_of_the_tied_head_is_ignored(tied, untied, tmp_path):
   tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"]
   _write(tmp_path / "twice", tensors, tied.config)
   hf.load_params(tmp_path / "twice", tied.config)
+  assert hf.stored_dtype(tmp_path / "twice") is None  # they are float32
   # Untied, it is a parameter; and a tied checkpoint lacks it.
   with pytest.raises(hf.CheckpointMismatch, match=r"missing: lm_head\.weight"):
     hf.load_params(tied.folder, untied.config)

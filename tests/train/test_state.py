@@ -140,7 +140,8 @@ def test_moments_lie_where_their_parameters_lie(host_params):
 
 def test_a_copy_outlives_a_donated_original(host_params):
   params = jax.device_put(host_params, jax.devices()[0])
-  copy, half = copy_params(params), copy_params(params, "bfloat16")
+  copy, half = copy_params(params), copy_params(
+    params, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params))
   consume = jax.jit(lambda p: jax.tree.map(lambda x: x + 1, p), donate_argnums=0)
   consume(params)
   for got, want in zip(jax.tree.leaves(copy), jax.tree.leaves(host_params), strict=True):

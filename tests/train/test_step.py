@@ -294,3 +294,25 @@ def test_an_update_without_targets_changes_nothing(supervised, pack_with, host_p
   jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state, state.step), before)
   with pytest.raises(ValueError, match="divisor of an update must be positive, got 0"):
     supervised.update(state, batches, 0.0)
+
+
+def test_what_never_changes_may_stand_in_bfloat16(config, host_params, pack_with):
+  """A bfloat16 checkpoint's reference and frozen vision tower, against the same values in float32."""
+  half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), host_params)
+  found = {}
+  for dtype in ("float32", "bfloat16"):
+    learner = Learner(
+      config, make_optimizer(dataclasses.replace(OPTIMIZER, freeze_vision=True)),
+      policy_objective(LossConfig(kl_coef=0.1)), _mesh(data=1), banned_ids=BANNED, chunk=16,
+      frozen_dtype=dtype)
+    reference = _put(jax.tree.map(lambda x: x.astype(dtype), half), learner)
+    state = learner.init(learner.own_copy(reference), 0)
+    batches = learner.annotate(pack_with(), reference=reference)
+    state, _ = learner.update(state, batches, 1.0)
+    assert {x.dtype for x in jax.tree.leaves(state.params["vision"])} == {jnp.dtype(dtype)}
+    assert {x.dtype for x in jax.tree.leaves(state.params["text"])} == {jnp.dtype("float32")}
+    wanted = learner.abstract_state()
+    assert [x.dtype for x in jax.tree.leaves(state)] == [x.dtype for x in jax.tree.leaves(wanted)]
+    found[dtype] = [*(b.ref_logp_BxG for b in batches), *jax.tree.leaves(state)]
+  for got, want in zip(found["bfloat16"], found["float32"], strict=True):
+    np.testing.assert_array_equal(np.asarray(got).astype(want.dtype), want)
