@@ -63,6 +63,9 @@ def base_config() -> ConfigDict:
     for name in LIMITS:
       c[stage][name] = c.agent.get_oneway_ref(name)
 
+  # Folder or object store's URL where compiled programs are kept for later runs; "" = nowhere. If it
+  # is set, the environment's JAX_COMPILATION_CACHE_DIR is used instead.
+  c.compilation_cache = "~/.cache/axpo_jax/compiled"
   # Steps between checkpoints, and how many to keep.
   c.checkpoint = ConfigDict(dict(every=10, keep=2))
   c.log = ConfigDict(dict(
@@ -370,7 +373,7 @@ def _batch() -> ConfigDict:
     # Compute what trajectories have in common (prompt, images, frozen prefix) once a row. False
     # gives the same result at a higher cost.
     share_prefixes=True,
-    image_rows=8,             # least rows of packed patches; more in steps of a quarter
+    image_rows=8,             # least rows of packed patches; more by doubling
     logprob_chunk=2048,       # tokens of a device whose logits exist there at once
   ))
 

@@ -79,8 +79,7 @@ def row_visibility(ends_BxT: jax.Array, chunk: int, key_blocks_BxCxN: jax.Array 
   tags, parts = Tags(order_BxT, ends_BxT), sharding.parts("length")
   if backend != "xla":
     return Visibility(tags, (tags,), None, None, chunk, parts, backend)
-  # Lists are of blocks in the order of the row, which a split row is not taken in.
-  lists = key_blocks_BxCxN if parts == 1 else None
+  lists = key_blocks_BxCxN if parts == 1 else None  # see `reads_key_blocks`
   return dataclasses.replace(visibility(tags, [tags], chunk, lists), parts=parts)
 
 
@@ -101,6 +100,14 @@ def choose_backend(asked: str, length: int, heads: int, kv_heads: int, head_dim:
       f"model.attention={asked!r} does not take {length} tokens over {parts} devices with {heads} "
       f"heads of {head_dim} over {kv_heads}: use 'auto' or 'xla', or see docs/pods.md for sizes")
   return asked
+
+
+def reads_key_blocks(asked: str, length: int, heads: int, kv_heads: int, head_dim: int) -> bool:
+  """Whether rows of this length are attended to by lists of `key_blocks`; kernels find their tiles by
+  themselves. Arguments as of `choose_backend`, on the mesh of the innermost `sharding.use`."""
+  # Lists are of blocks in the order of the row, which a split row is not taken in.
+  return sharding.parts("length") == 1 and choose_backend(
+    asked, length, heads, kv_heads, head_dim) == "xla"
 
 
 class AttentionError(ValueError):
@@ -130,11 +137,11 @@ def key_blocks(end_BxT: np.ndarray, queries: int) -> np.ndarray | None:
   """Which blocks of keys each block of `queries` may see, where a token's order is its index.
 
   On the host, from the ends alone: queries see a key of an earlier block if that key ends behind the
-  first of them. A block of keys has as many tokens as one of queries, at most `KEYS`. N is rounded
-  up, so that few shapes are compiled.
+  first of them. A block of keys has as many tokens as one of queries, at most `KEYS`.
 
   Returns: int32 [B, C, N], ascending, -1 behind the last; None if it would save less than a quarter,
-    since taking blocks costs something too.
+    since taking blocks costs something too. N is one, two or three quarters of the row's blocks: each
+    N is a program of its own, and `attend` takes shorter lists as they are.
   """
   rows, length = end_BxT.shape
   size = min(queries, KEYS)
@@ -143,10 +150,10 @@ def key_blocks(end_BxT: np.ndarray, queries: int) -> np.ndarray | None:
   sees_BxCxS = last_BxS[:, None, :] > first_C[:, None]
   sees_BxCxS &= key_S < first_C[:, None] + queries
   most = max(int(sees_BxCxS.sum(-1).max(initial=0)), 1)
-  step = 1 << max((most - 1).bit_length() - 4, 0)  # few shapes, at most an eighth longer
-  most = -(-most // step) * step
-  if 4 * most > 3 * len(key_S):
+  quarters = -(-4 * most // len(key_S))
+  if quarters > 3:
     return None
+  most = -(-quarters * len(key_S) // 4)
   taken_BxCxN = np.argsort(~sees_BxCxS, axis=-1, kind="stable")[..., :most]
   seen_BxCxN = np.take_along_axis(sees_BxCxS, taken_BxCxN, -1)
   return np.where(seen_BxCxN, taken_BxCxN, -1).astype(np.int32)

@@ -22,6 +22,22 @@ from axpo_jax.model.config import VisionConfig
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 PATCH_BUCKETS = (64, 128, 256, 1024, 4096, 16384)
+_PATCH_UNIT = 16
+
+
+def patch_lengths(usual: int, largest: int) -> tuple[int, ...]:
+  """Lengths of rows of patches for a run's images: few, since each is a program of its own.
+
+  One for images of up to `usual` patches, then twice as much, and so on up to that of the `largest`.
+  A smaller image shares its row with others, and its attention costs the masked part of it.
+  """
+  def rounded(patches):
+    return -(-patches // _PATCH_UNIT) * _PATCH_UNIT
+
+  lengths = [rounded(usual)]
+  while lengths[-1] < largest:
+    lengths.append(rounded(min(2 * lengths[-1], largest)))
+  return tuple(lengths)
 
 
 class ImageTooLarge(ValueError):

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from axpo_jax.model import sharding
+from axpo_jax.model import programs, sharding
 from axpo_jax.model.cache import DecodeCache, KVCache, write_slots
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.qwen3_vl import VisionFeatures
@@ -144,7 +144,7 @@ class Device:
     self._rules = None if mesh is None else engine_rules(rules)
     self._params: Any = None
     self._pool: Pool | None = None
-    self._shapes: set[tuple] = set()
+    self._compiled = programs.Compiled()
     self._run = _programs(graphdef, mesh, self._rules and tuple(self._rules.items()))
 
   @property
@@ -155,7 +155,7 @@ class Device:
   @property
   def compilations(self) -> int:
     """Distinct programs met so far."""
-    return len(self._shapes)
+    return len(self._compiled)
 
   def install(self, params: Any) -> None:
     """Takes a private copy of `params`: a trainer donates its buffers on its next step.
@@ -209,28 +209,26 @@ class Device:
 
   def encode(self, vision: VisionInputs) -> VisionFeatures:
     """Features of packed images, to be passed to `prefill`."""
-    self._met("encode", vision)
-    return self._run.encode(self._params, vision)
+    return self._call("encode", vision, self._params, vision)
 
   def copy(self, source_B: np.ndarray, row_B: np.ndarray, slots: int) -> None:
     """Copies the first `slots` slots of rows to rows."""
-    self._met("copy", (source_B, slots))
-    self._pool = self._run.copy(self._pool, source_B, row_B, slots=slots)
+    self._pool = self._call("copy", source_B, self._pool, source_B, row_B, slots=slots)
 
   def prefill(self, inputs: PrefillInputs, features: VisionFeatures | None, slots: int) -> None:
     """Computes prompt tokens. `slots` holds every row's start and new tokens."""
-    self._met("prefill", (inputs, features, slots))
-    self._pool = self._run.prefill(self._params, self._pool, inputs, features, slots=slots)
+    self._pool = self._call("prefill", (inputs, features), self._params, self._pool, inputs, features,
+                            slots=slots)
 
   def decode(self, inputs: DecodeInputs, *, slots: int, block: int) -> DecodeOutputs:
     """Draws up to `block` tokens a row; waits for them and returns NumPy arrays."""
-    self._met("decode", (inputs, slots, block))
-    self._pool, out = self._run.decode(self._params, self._pool, inputs, slots=slots, block=block)
+    self._pool, out = self._call("decode", inputs, self._params, self._pool, inputs, slots=slots,
+                                 block=block)
     return jax.device_get(out)
 
-  def _met(self, name: str, args: Any) -> None:
-    shapes = tuple(getattr(leaf, "shape", leaf) for leaf in jax.tree.leaves(args))
-    self._shapes.add((name, shapes, jax.tree.structure(args)))
+  def _call(self, name: str, varying: Any, *args: Any, **sizes: int) -> Any:
+    """One of `_Programs`; which one is compiled is decided by the shapes of `varying` and `sizes`."""
+    return self._compiled(name, _shape_of(varying, sizes), getattr(self._run, name), *args, **sizes)
 
 
 def engine_rules(rules: sharding.Rules | None = None) -> sharding.Rules:
@@ -332,6 +330,12 @@ def _decode_block(model, cache, inputs, block):
   start = (0, cache, inputs.pending_B, inputs.limit_B > 0, seen_BxV, empty)
   state = jax.lax.while_loop(lambda s: (s[0] < block) & jnp.any(s[3]), step, start)
   return state[1], state[-1]
+
+
+def _shape_of(tree: Any, sizes: dict[str, int]) -> str:
+  shapes = [f"{sharding.path_name(path)} {'x'.join(map(str, leaf.shape))}"
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+  return ", ".join([*shapes, *(f"{size} {name}" for name, size in sizes.items())])
 
 
 def _check_same_shapes(old: Any, new: Any) -> None:

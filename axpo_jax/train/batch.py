@@ -87,6 +87,19 @@ def batch_shards(mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None) -
   return sharding.parts("batch", mesh, rules)
 
 
+def shape_of(batch: Batch) -> str:
+  """What decides which compiled program takes the batch: sizes, and which fields there are."""
+  rows, length = batch.tokens_BxT.shape
+  parts = [f"{rows} x {length} tokens", f"{batch.targets_BxG.shape[1]} targets"]
+  if batch.key_blocks_BxCxN is not None:
+    parts.append("lists of {1} x {2} blocks".format(*batch.key_blocks_BxCxN.shape))
+  if batch.vision is not None:
+    parts.append("{} x {} patches".format(*batch.vision.segments_RxP.shape))
+  parts += [name for name, logp in (("old", batch.old_logp_BxG), ("reference", batch.ref_logp_BxG))
+            if logp is not None]
+  return ", ".join(parts)
+
+
 def weigh(batches: Sequence[Batch], weights_S: np.ndarray) -> list[Batch]:
   """The batches with the weight `weights_S[s]` on every target of example s; see `rl.weights`."""
   padded = np.append(np.asarray(weights_S, np.float32), np.float32(0))  # -1 picks the last

@@ -10,6 +10,7 @@ import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import grain
 import jax
@@ -26,10 +27,12 @@ from axpo_jax.data import adapters, filters, pipeline, readers
 from axpo_jax.data.miniworld.habits import TeacherConfig
 from axpo_jax.data.question import Question
 from axpo_jax.model import hf, sharding
+from axpo_jax.model.attention import reads_key_blocks
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.config import PRESETS, LoraConfig, ModelConfig
 from axpo_jax.model.images import ImageLimits, ImageProcessor
 from axpo_jax.model.qwen3_vl import Qwen3VL
+from axpo_jax.model.vision_inputs import patch_lengths
 from axpo_jax.rollout.embedded import EmbeddedEngine
 from axpo_jax.rollout.engine import Engine
 from axpo_jax.rollout.sglang_engine import SGLangEngine
@@ -246,13 +249,26 @@ def optimizer(section: ConfigDict, total_steps: int, freeze_vision: bool,
 
 def pack_examples(config: ConfigDict, bench: Workbench, batch: list[Example]) -> list[Batch]:
   """Micro-batches in the shapes that the config fixes, so that few programs are compiled."""
-  return pack(
-    batch, rows=config.batch.rows, length=config.batch.length,
-    vision_config=bench.model_config.vision, share_prefixes=config.batch.share_prefixes,
-    banned_ids=bench.chat.banned_ids, rows_multiple_of=batch_shards(bench.mesh, bench.rules),
-    image_rows_multiple_of=sharding.parts("vision_rows", bench.mesh, bench.rules),
-    row_buckets=[(config.batch.image_rows * quarters << doubled) // 4
-                 for doubled in range(16) for quarters in (4, 5, 6, 7)])
+  return pack(batch, banned_ids=bench.chat.banned_ids,
+              **pack_options(config, bench.model_config, bench.mesh, bench.rules))
+
+
+def pack_options(config: ConfigDict, model: ModelConfig, mesh: jax.sharding.Mesh,
+                 rules: sharding.Rules | None = None) -> dict[str, Any]:
+  """The options of `pack` that decide about shapes: all that a run can meet come from them
+  (benchmarks/programs.py counts them)."""
+  text, section, images = model.text, config.batch, config.images
+  with sharding.use(mesh, rules):
+    list_blocks = reads_key_blocks(model.attention, section.length, text.num_heads,
+                                   text.num_kv_heads, text.head_dim)
+  patches = [pixels // model.vision.patch_size**2
+             for pixels in (images.max_pixels, max(images.max_pixels, images.zoom_max_pixels))]
+  return dict(
+    rows=section.rows, length=section.length, share_prefixes=section.share_prefixes,
+    vision_config=model.vision, list_blocks=list_blocks, patch_buckets=patch_lengths(*patches),
+    rows_multiple_of=batch_shards(mesh, rules),
+    image_rows_multiple_of=sharding.parts("vision_rows", mesh, rules),
+    row_buckets=[section.image_rows << doubled for doubled in range(16)])
 
 
 def export(params: nnx.State, config: ConfigDict, bench: Workbench, policy: str | pathlib.Path,

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from axpo_jax.config import ConfigError
 from axpo_jax.eval import sampling, summary
+from axpo_jax.model import programs
 from axpo_jax.train import build, distributed, machine, rl, sft
 from axpo_jax.train.metrics import read_metrics
 
@@ -29,6 +30,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   root = pathlib.Path(workdir)
   machine.check_processes(config, jax.process_count())
   distributed.on_main(_claim, root, config)
+  programs.use_cache(config.compilation_cache)
   bench = build.workbench(config, root)
   policy, first_step = config.model.checkpoint, 0
   for stage in config.stages:

@@ -88,11 +88,12 @@ def pack(
   block: int | None = None,
   row_buckets: Sequence[int] = ROW_BUCKETS,
   patch_buckets: Sequence[int] = PATCH_BUCKETS,
+  list_blocks: bool = True,
 ) -> list[Batch]:
   """Packs examples into micro-batches of at most [rows, length].
 
-  Deterministic. Micro-batches are evenly filled, and their number of rows is `rows` or one, two or
-  three quarters of it. Every target weighs 1: `batch.weigh` says otherwise.
+  Deterministic. Micro-batches have `rows` rows or, where that leaves fewer of them empty, half as
+  many. Every target weighs 1: `batch.weigh` says otherwise.
 
   Args:
     share_prefixes: equal beginnings (ids, positions, images) of examples are computed once a row.
@@ -103,6 +104,8 @@ def pack(
     image_rows_multiple_of: the number of vision rows is one of it; default `rows_multiple_of`.
     block: tokens of a block of attention; None: as suits the row.
     row_buckets, patch_buckets: shapes of the vision tower, see `pack_images`.
+    list_blocks: with `key_blocks_BxCxN`, for attention that reads it (`attention.reads_key_blocks`).
+      Elsewhere it would make for more compiled programs and do nothing.
 
   Raises:
     PackingError: an example that is longer than a row, has arrays of unequal length, an image that is
@@ -120,7 +123,7 @@ def pack(
   height = _height(len(pieces_R), rows, rows_multiple_of)
   # Whole micro-batches, at least one: examples without any target still make a step.
   pieces_R += [[]] * (-len(pieces_R) % height or (0 if pieces_R else height))
-  whole = _fill(pieces_R, examples, length, block)
+  whole = _fill(pieces_R, examples, length, block if list_blocks else None)
   cuts = [slice(at, at + height) for at in range(0, len(pieces_R), height)]
   batches = [Batch(**{name: array[cut] for name, array in whole.items()}) for cut in cuts]
   if any(example.images for example in examples):
@@ -183,14 +186,14 @@ def _tables(examples: Sequence[Example]) -> list[np.ndarray]:
 
 
 def _height(used: int, rows: int, multiple: int) -> int:
-  """Rows of a micro-batch: the last should not be empty, and the shapes should be few."""
-  rows = -(-rows // multiple) * multiple
-  quarter = -(-rows // (4 * multiple)) * multiple
-  even = -(-used // max(-(-used // rows), 1))
-  return min(max(-(-even // quarter), 1) * quarter, rows)
+  """Rows of a micro-batch: all, or half of them where that saves an eighth of the step's places.
+  More heights would be more programs, and of no use to steps of many micro-batches."""
+  rows, half = (-(-size // multiple) * multiple for size in (rows, -(-rows // 2)))
+  padded, padded_half = (-(-used // height) * height for height in (rows, half))
+  return half if 8 * padded_half < 7 * padded else rows
 
 
-def _fill(rows_R, examples, length: int, block: int) -> dict[str, np.ndarray]:
+def _fill(rows_R, examples, length: int, block: int | None) -> dict[str, np.ndarray]:
   """The fields of all rows, without images."""
   shape = (len(rows_R), length)
   tokens_RxT, ends_RxT = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -207,7 +210,7 @@ def _fill(rows_R, examples, length: int, block: int) -> dict[str, np.ndarray]:
       scored.append(_targets(example, where_T, placed.number))
     scored_R.append([np.concatenate(column) for column in zip(*scored)])
   fields = {"tokens_BxT": tokens_RxT, "positions_BxTx3": positions_RxTx3, "ends_BxT": ends_RxT}
-  if (lists := key_blocks(ends_RxT, block)) is not None:
+  if block and (lists := key_blocks(ends_RxT, block)) is not None:
     fields["key_blocks_BxCxN"] = lists
   return fields | _target_fields(scored_R, length)
 
@@ -232,9 +235,12 @@ def _targets(example: Example, where_T: np.ndarray, number: int) -> tuple[np.nda
 
 
 def _target_fields(scored_R: Sequence[Sequence[np.ndarray]], length: int) -> dict[str, np.ndarray]:
-  """Targets of all rows; their number is rounded up to half a row, so that few shapes compile."""
-  most, step = max((len(s[0]) for s in scored_R if s), default=0), max(length // 2, 1)
-  shape = (len(scored_R), max(-(-most // step), 1) * step)
+  """Targets of all rows: as many places as tokens, or twice, four times as many. Padding costs a
+  share of the output head, a program for every number of targets would cost more."""
+  most, width = max((len(s[0]) for s in scored_R if s), default=0), max(length, 1)
+  while width < most:
+    width *= 2
+  shape = (len(scored_R), width)
   fields = {name: np.full(shape, -1 if name == "example_BxG" else 0, dtype)
             for name, dtype in _TARGET_FIELDS.items()}
   for row, scored in enumerate(scored_R):

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from axpo_jax.agent.dump import dump_rollouts
 from axpo_jax.eval import evaluate
+from axpo_jax.model import programs
 from axpo_jax.model.chat import Chat
 from axpo_jax.rl import census, credit, recipes, weights
 from axpo_jax.rl.acting import acting_census
@@ -131,7 +132,7 @@ class Loop:
       # In a thread, so that episodes of the steps ahead go on.
       metrics |= await asyncio.to_thread(self.update, batch.groups)
     self.steps_done += 1
-    metrics |= clock.metrics() | {"time/step_s": time.perf_counter() - start}
+    metrics |= clock.metrics() | programs.metrics() | {"time/step_s": time.perf_counter() - start}
     metrics["time/trained_tokens_per_s"] = metrics["pack/tokens_plain"] / clock.seconds["update"]
     return batch, metrics
 

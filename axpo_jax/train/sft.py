@@ -11,6 +11,7 @@ import time
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from axpo_jax.model import programs
 from axpo_jax.train import build, distributed, selection
 from axpo_jax.train.batch import packing_metrics, targets
 from axpo_jax.train.checkpoint import Checkpoints
@@ -51,7 +52,7 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
         loaded = time.perf_counter()
         state, result = learner.update(state, batches, targets(batches))
         metrics = learner.metrics(result, batches, workdir / "nonfinite")
-        metrics |= packing_metrics(batches, examples) | counts
+        metrics |= packing_metrics(batches, examples) | counts | programs.metrics()
         metrics |= {"time/load_s": loaded - start, "time/update_s": time.perf_counter() - loaded}
         writer.write(first_step + done, {
           name.replace("train/", "sft/"): value for name, value in metrics.items()})

@@ -29,11 +29,11 @@ import optax
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from axpo_jax.model import sharding
+from axpo_jax.model import programs, sharding
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.rl import losses
-from axpo_jax.train.batch import Batch, batch_shards, place, save_batch
+from axpo_jax.train.batch import Batch, batch_shards, place, save_batch, shape_of
 from axpo_jax.train.logprobs import token_logprobs
 from axpo_jax.train.state import (
   Optimizer,
@@ -151,6 +151,7 @@ class Learner:
     model = nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0)))
     self._graphdef, params = nnx.split(model)
     self._abstract_params = optimizer.with_frozen_dtype(params, frozen_dtype or config.param_dtype)
+    self._compiled = programs.Compiled()
     self._compile()
 
   def _compile(self) -> None:
@@ -247,16 +248,20 @@ class Learner:
   def accumulate(self, params: nnx.State, grads: nnx.State, batch: Batch
                  ) -> tuple[nnx.State, dict[str, jax.Array]]:
     """Adds one micro-batch's gradient sums to `grads` (donated); also its metric sums."""
-    return self._accumulate(params, grads, self._place(batch))
+    return self._compiled("accumulate", shape_of(batch), self._accumulate, params, grads,
+                          self._place(batch))
 
   def apply(self, state: TrainState, grads: nnx.State, divisor: float
             ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The optimizer update by grads / divisor; none if the divisor is infinite. Donates `state`."""
-    return self._apply(state, grads, np.float32(divisor))
+    return self._compiled("apply", "the optimizer", self._apply, state, grads, np.float32(divisor))
 
   def score(self, params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(logp_BxG, entropy_BxG) float32 of the targets under any parameters."""
-    return self._score(params, self._place(_unscored(batch)))
+    batch = _unscored(batch)
+    dtypes = sorted({x.dtype.name for x in jax.tree.leaves(params)})
+    return self._compiled("score", f"{shape_of(batch)}, parameters {' and '.join(dtypes)}",
+                          self._score, params, self._place(batch))
 
   def annotate(self, batches: Iterable[Batch], *, old: nnx.State | None = None,
                reference: nnx.State | None = None) -> list[Batch]:

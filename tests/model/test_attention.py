@@ -106,8 +106,18 @@ def test_key_blocks_by_hand():
 def test_key_blocks_that_are_shorter_than_those_of_queries(monkeypatch):
   monkeypatch.setattr(attention, "KEYS", 2)
   ends = np.asarray([[10] * 3 + [7] * 4 + [10] * 3 + [12] * 2 + [0] * 20])
-  assert key_blocks(ends, 4)[0].tolist() == [
-    [0, 1, -1, -1, -1], [0, 1, 2, 3, -1], [0, 1, 3, 4, 5], *[[-1] * 5] * 5]
+  assert key_blocks(ends, 4)[0].tolist() == [  # 5 of 16 blocks: half of them
+    [0, 1, *[-1] * 6], [0, 1, 2, 3, *[-1] * 4], [0, 1, 3, 4, 5, *[-1] * 3], *[[-1] * 8] * 5]
+
+
+def test_few_lengths_of_lists():
+  """Whatever is packed: each length is a program of its own."""
+  found = set()
+  for size in range(64, 1024, 64):  # sequences of one length that fill a row
+    ends = np.asarray([[min((t // size + 1) * size, 1024) for t in range(1024)]])
+    lists = key_blocks(ends, 64)
+    found.add(None if lists is None else lists.shape[2])
+  assert found == {4, 8, 12, None}
 
 
 @pytest.mark.parametrize("chunk", [0, 5])

@@ -305,7 +305,7 @@ def test_what_never_changes_may_stand_in_bfloat16(config, host_params, pack_with
       config, make_optimizer(dataclasses.replace(OPTIMIZER, freeze_vision=True)),
       policy_objective(LossConfig(kl_coef=0.1)), _mesh(data=1), banned_ids=BANNED, chunk=16,
       frozen_dtype=dtype)
-    reference = _put(jax.tree.map(lambda x: x.astype(dtype), half), learner)
+    reference = _put(jax.tree.map(lambda x, to=dtype: x.astype(to), half), learner)
     state = learner.init(learner.own_copy(reference), 0)
     batches = learner.annotate(pack_with(), reference=reference)
     state, _ = learner.update(state, batches, 1.0)
