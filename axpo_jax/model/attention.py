@@ -140,8 +140,8 @@ def key_blocks(end_BxT: np.ndarray, queries: int) -> np.ndarray | None:
   first of them. A block of keys has as many tokens as one of queries, at most `KEYS`.
 
   Returns: int32 [B, C, N], ascending, -1 behind the last; None if it would save less than a quarter,
-    since taking blocks costs something too. N is one, two or three quarters of the row's blocks: each
-    N is a program of its own, and `attend` takes shorter lists as they are.
+    since taking blocks costs something too. N is one or three quarters of the row's blocks: each N is
+    a program of its own, and within one `attend` takes shorter lists as they are.
   """
   rows, length = end_BxT.shape
   size = min(queries, KEYS)
@@ -150,10 +150,11 @@ def key_blocks(end_BxT: np.ndarray, queries: int) -> np.ndarray | None:
   sees_BxCxS = last_BxS[:, None, :] > first_C[:, None]
   sees_BxCxS &= key_S < first_C[:, None] + queries
   most = max(int(sees_BxCxS.sum(-1).max(initial=0)), 1)
-  quarters = -(-4 * most // len(key_S))
-  if quarters > 3:
+  widths = [width for quarters in (1, 3)
+            if most <= (width := -(-quarters * len(key_S) // 4)) < len(key_S)]
+  if not widths:
     return None
-  most = -(-quarters * len(key_S) // 4)
+  most = widths[0]
   taken_BxCxN = np.argsort(~sees_BxCxS, axis=-1, kind="stable")[..., :most]
   seen_BxCxN = np.take_along_axis(sees_BxCxS, taken_BxCxN, -1)
   return np.where(seen_BxCxN, taken_BxCxN, -1).astype(np.int32)

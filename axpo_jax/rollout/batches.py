@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeVar
 
+import jax
 import numpy as np
 
 from axpo_jax.model.config import ModelConfig, VisionConfig
@@ -22,25 +24,23 @@ from axpo_jax.model.vision_inputs import (
 from axpo_jax.rollout import sampling
 from axpo_jax.rollout.device import DecodeInputs, PrefillInputs
 from axpo_jax.rollout.engine import RequestError, SampleRequest, SamplingParams
-from axpo_jax.rollout.prefix_pool import Move, content_keys
+from axpo_jax.rollout.prefix_pool import Layout, Move, content_keys
+
+T = TypeVar("T")
 
 
 class Buckets:
   """Static sizes: `least`, doubled until `most`, which is always the last.
 
   fine: half steps between them as well, where padding costs more than another program.
-  multiple: all sizes are multiples of it: each is rounded up to one.
   """
 
-  def __init__(self, least: int, most: int, *, fine: bool = False, multiple: int = 1):
-    least, most = (-(-size // multiple) * multiple for size in (least, most))
-    self.multiple = multiple
+  def __init__(self, least: int, most: int, *, fine: bool = False):
     sizes = []
     while least < most:
       sizes += [least, least * 3 // 2] if fine else [least]
       least *= 2
-    sizes = (-(-size // multiple) * multiple for size in sizes)
-    self.sizes = (*(size for size in dict.fromkeys(sizes) if size < most), most)
+    self.sizes = (*(size for size in sizes if size < most), most)
 
   def __call__(self, value: int) -> int:
     """The smallest size that holds `value`."""
@@ -159,13 +159,18 @@ def wave_images(
 
 
 def copy_batches(
-  jobs: Sequence[Job], batch: Buckets, slots: Buckets, rows: int
+  jobs: Sequence[Job], batch: Buckets, slots: Buckets, layout: Layout
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-  """(source rows, target rows, slots) for the sequences that lack nothing but their own row."""
-  moves = [m for prompt, m in jobs if _lacking(prompt, m) == 0 and m.source != m.row]
+  """(source rows, target rows, slots) for the sequences that lack nothing but their own row, or
+  whose prefix is on another device: a prefill reads rows of its own device alone.
+
+  batch: sizes of a call.
+  """
+  moves = [m for prompt, m in jobs if m.cached and m.source != m.row and (
+    _lacking(prompt, m) == 0 or _is_apart(m, layout))]
   for start in range(0, len(moves), batch.sizes[-1]):
     part = moves[start : start + batch.sizes[-1]]
-    source_B, row_B = np.full((2, batch(len(part))), rows, np.int32)
+    source_B, row_B = np.full((2, batch(len(part))), layout.rows, np.int32)
     source_B[: len(part)] = [move.source for move in part]
     row_B[: len(part)] = [move.row for move in part]
     yield source_B, row_B, slots(max(move.cached for move in part))
@@ -178,34 +183,42 @@ def prefill_batches(
   tokens: Buckets,
   slots: Buckets,
   *,
-  rows: int,
+  layout: Layout,
   most_tokens: int,
 ) -> Iterator[tuple[PrefillInputs, int]]:
   """Groups the sequences that lack tokens by padded length; yields inputs and their slots.
 
   Args:
     place: from `wave_images`.
-    rows: of the pool; also the number that marks padding.
-    most_tokens: padded tokens in one call, unless a single sequence has more.
+    batch: rows that a device has of a call.
+    layout: of the pool's rows, whose number marks padding.
+    most_tokens: padded tokens in one call, unless a single sequence of a device has more.
   """
   lacking = [job for job in jobs if _lacking(*job)]
   for size in tokens.sizes:
     group = [job for job in lacking if tokens(_lacking(*job)) == size]
-    most = max(1, min(batch.sizes[-1], most_tokens // size))
-    for start in range(0, len(group), most):
-      part = group[start : start + most]
+    most = max(1, min(batch.sizes[-1], most_tokens // (size * layout.shards)))
+    by_shard = [[job for job in group if layout.shard(job[1].row) == shard]
+                for shard in range(layout.shards)]
+    for start in range(0, max(map(len, by_shard)), most):
+      part = [job for jobs in by_shard for job in jobs[start : start + most]]
+      fullest = layout.most(move.row for _, move in part)
       # A bucket that pads beyond the budget would defeat it: a full call is its own bucket.
       # So is a prompt alone: after new weights, the one whose beginning all others wait for.
-      padded = min(batch(len(part)), max(most, len(part))) if len(part) > 1 else 1
-      padded = -(-padded // batch.multiple) * batch.multiple
-      yield _prefill_inputs(part, place, padded, size, rows), slots(
+      each = min(batch(fullest), max(most, fullest)) if fullest > 1 else 1
+      yield _prefill_inputs(part, place, each, size, layout), slots(
         max(prompt.length - 1 for prompt, _ in part)
       )
 
 
+def _is_apart(move: Move, layout: Layout) -> bool:
+  return layout.shard(move.source) != layout.shard(move.row)
+
+
 def _prefill_inputs(
-  jobs: Sequence[Job], place: Mapping[str, int], batch: int, length: int, rows: int
+  jobs: Sequence[Job], place: Mapping[str, int], each: int, length: int, layout: Layout
 ) -> PrefillInputs:
+  batch, rows = each * layout.shards, layout.rows
   out = PrefillInputs(
     source_B=np.full(batch, rows, np.int32),
     row_B=np.full(batch, rows, np.int32),
@@ -217,14 +230,24 @@ def _prefill_inputs(
   )
   for b, (prompt, move) in enumerate(jobs):
     new, count = slice(move.cached, prompt.length - 1), _lacking(prompt, move)
-    out.source_B[b], out.row_B[b], out.start_B[b] = move.source, move.row, move.cached
+    source = move.row if _is_apart(move, layout) else move.source  # has been copied
+    out.source_B[b], out.row_B[b], out.start_B[b] = source, move.row, move.cached
     out.tokens_BxT[b, :count] = prompt.tokens_T[new]
     out.positions_BxTx3[b, :count] = prompt.positions_Tx3[new]
     out.real_BxT[b, :count] = 1
     out.image_index_BxT[b, :count] = _image_index(prompt, new, place)
   if (out.image_index_BxT < 0).all():
-    return dataclasses.replace(out, image_index_BxT=None)
-  return out
+    out = dataclasses.replace(out, image_index_BxT=None)
+  return arranged(out, [move.row for _, move in jobs], each, layout)
+
+
+def arranged(inputs: T, rows: Sequence[int], each: int, layout: Layout) -> T:
+  """A call's arrays, whose first len(rows) lines are of sequences in these rows and whose others are
+  padding, in the order that gives every device `each` lines, of its own rows."""
+  if layout.shards == 1:
+    return inputs
+  order_B = layout.spread(rows, each)
+  return jax.tree.map(lambda x: x[order_B], inputs)
 
 
 def _image_index(prompt: Prompt, new: slice, place: Mapping[str, int]) -> np.ndarray:
@@ -246,17 +269,19 @@ def decode_inputs(
   batch: Buckets,
   *,
   block: int,
-  rows: int,
+  layout: Layout,
   length: int,
 ) -> DecodeInputs:
-  """State of the sequences that run, for a block of `block` tokens.
+  """State of the sequences that run, for a block of `block` tokens; each device has its own rows'.
 
   Args:
     valid: computed tokens in the row of each.
-    rows: of the pool; also the number that marks padding.
+    batch: rows that a device has of a call.
+    layout: of the pool's rows, whose number marks padding.
     length: tokens of a row.
   """
-  size = batch(len(running))
+  each = batch(layout.most(s.row for s in running))
+  size = each * layout.shards
 
   def column(values, fill=0):
     out = np.full(size, fill, np.int32)
@@ -267,8 +292,8 @@ def decode_inputs(
   generated = None
   if any(p.presence_penalty for p in params):
     generated = _padded_lists([s.ids for s in running], size)
-  return DecodeInputs(
-    row_B=column([s.row for s in running], rows),
+  inputs = DecodeInputs(
+    row_B=column([s.row for s in running], layout.rows),
     length_B=column(valid),
     pending_B=column([s.ids[-1] if s.ids else s.prompt.tokens_T[-1] for s in running]),
     position_B=column([s.prompt.last_position + len(s.ids) for s in running]),
@@ -279,6 +304,7 @@ def decode_inputs(
     ),
     generated_BxG=generated,
   )
+  return arranged(inputs, [s.row for s in running], each, layout)
 
 
 def _padded_lists(lists: Sequence[Sequence[int]], rows: int) -> np.ndarray:

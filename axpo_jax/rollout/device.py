@@ -9,6 +9,10 @@ Every array shape comes from a bucket, so the number of compiled programs is sma
 depend on the data. Row numbers equal to the number of rows are padding: reads of them are clamped,
 writes are dropped.
 
+On several devices the pool's rows are split over all axes of the mesh but `tensor`, which splits the kv
+heads. A row's keys and values never leave their device, except by `copy`: a call's rows are arranged so that
+each device computes for rows of its own (`prefix_pool.Layout`), so no program ever gathers the pool.
+
 Legend: L layers, R rows of the pool, S slots, K kv heads, H head size; B rows of one call, T tokens,
 V vocabulary, G ids generated before, M merged image tokens.
 """
@@ -32,8 +36,8 @@ from axpo_jax.model.qwen3_vl import VisionFeatures
 from axpo_jax.model.vision_inputs import VisionInputs
 from axpo_jax.rollout import sampling
 
-_KEY_AXES = ("layers", None, "act_kv_heads", None, "length")
-_VALUE_AXES = ("layers", None, "act_kv_heads", "length", None)
+# Of keys and of values alike, in the pool and in a call's cache.
+_ROWS = ("layers", "batch", "act_kv_heads", None, None)
 
 
 @jax.tree_util.register_dataclass
@@ -46,39 +50,108 @@ class Pool:
 
   def read(self, rows_B: jax.Array, lengths_B: jax.Array, slots: int) -> KVCache:
     """The first `slots` slots of the given rows, as a cache that the model takes."""
-    layers, rows = self.k_LxRxKxHxS.shape[:2]
-    rows_B = jnp.minimum(rows_B, rows - 1)
-    # One gather over (layer, row) pairs: one over rows alone comes out rows-first on CPU, and is
-    # then copied once more to stand layers-first.
-    pairs = (jnp.arange(layers)[:, None] * rows + rows_B).reshape(-1)
 
-    def take(x):
-      taken = x.reshape(layers * rows, *x.shape[2:]).at[pairs].get(mode="promise_in_bounds")
-      return taken.reshape(layers, len(rows_B), *taken.shape[1:])
+    def take(own_B, k_LxRxKxHxS, v_LxRxKxSxH):
+      layers, rows = k_LxRxKxHxS.shape[:2]
+      # One gather over (layer, row) pairs: one over rows alone comes out rows-first on CPU, and is
+      # then copied once more to stand layers-first.
+      pairs = (jnp.arange(layers)[:, None] * rows + jnp.minimum(own_B, rows - 1)).reshape(-1)
 
-    return KVCache(take(self.k_LxRxKxHxS[..., :slots]), take(self.v_LxRxKxSxH[..., :slots, :]),
-                   lengths_B)
+      def taken(x):
+        out = x.reshape(layers * rows, *x.shape[2:]).at[pairs].get(mode="promise_in_bounds")
+        return out.reshape(layers, len(own_B), *out.shape[1:])
+
+      return taken(k_LxRxKxHxS[..., :slots]), taken(v_LxRxKxSxH[..., :slots, :])
+
+    return KVCache(*self._on_own_rows(take, rows_B), lengths_B)
 
   def write(self, rows_B: jax.Array, cache: KVCache) -> Pool:
     """Writes whole rows back, as many slots as the cache has."""
-    slots = cache.v_LxBxKxSxH.shape[3]
-    k = self.k_LxRxKxHxS.at[:, rows_B, :, :, :slots].set(cache.k_LxBxKxHxS, mode="drop")
-    v = self.v_LxRxKxSxH.at[:, rows_B, :, :slots].set(cache.v_LxBxKxSxH, mode="drop")
-    return Pool._constrained(k, v)
+
+    def put(own_B, k_LxRxKxHxS, v_LxRxKxSxH, new_k, new_v):
+      slots = new_v.shape[3]
+      return (k_LxRxKxHxS.at[:, own_B, :, :, :slots].set(new_k, mode="drop"),
+              v_LxRxKxSxH.at[:, own_B, :, :slots].set(new_v, mode="drop"))
+
+    return Pool(*self._on_own_rows(put, rows_B, (cache.k_LxBxKxHxS, _ROWS),
+                                   (cache.v_LxBxKxSxH, _ROWS)))
 
   def write_recent(self, rows_B: jax.Array, cache: DecodeCache, count_B: jax.Array) -> Pool:
     """Writes the first `count_B` tokens decoded in a block behind each row's past."""
     slot_T = jnp.arange(cache.recent_v_LxBxKxTxH.shape[3])
     at_BxT = cache.past.lengths_B[:, None] + slot_T
     at_BxT = jnp.where(slot_T < count_B[:, None], at_BxT, self.v_LxRxKxSxH.shape[3])  # or dropped
-    to = (rows_B[:, None], at_BxT)
-    return Pool._constrained(
-      write_slots(self.k_LxRxKxHxS, *to, cache.recent_k_LxBxKxHxT, slots_axis=4),
-      write_slots(self.v_LxRxKxSxH, *to, cache.recent_v_LxBxKxTxH, slots_axis=3))
 
-  @classmethod
-  def _constrained(cls, k, v) -> Pool:
-    return cls(sharding.constrain(k, _KEY_AXES), sharding.constrain(v, _VALUE_AXES))
+    def put(own_B, k_LxRxKxHxS, v_LxRxKxSxH, at_BxT, new_k, new_v):
+      to = (own_B[:, None], at_BxT)
+      return (write_slots(k_LxRxKxHxS, *to, new_k, slots_axis=4),
+              write_slots(v_LxRxKxSxH, *to, new_v, slots_axis=3))
+
+    return Pool(*self._on_own_rows(
+      put, rows_B, (at_BxT, ("batch", None)), (cache.recent_k_LxBxKxHxT, _ROWS),
+      (cache.recent_v_LxBxKxTxH, _ROWS)))
+
+  def _on_own_rows(self, function: Callable[..., tuple[jax.Array, jax.Array]], rows_B: jax.Array,
+                   *more: tuple[jax.Array, sharding.Names]) -> tuple[jax.Array, jax.Array]:
+    """function(rows_B, keys, values, *more), run by every device on its part of the rows.
+
+    There `rows_B` counts from the device's first row; numbers of padding are beyond its last.
+    """
+    given = [(rows_B, ("batch",)), (self.k_LxRxKxHxS, _ROWS), (self.v_LxRxKxSxH, _ROWS), *more]
+    arrays, names = zip(*given, strict=True)
+    if sharding.parts("batch") == 1:
+      return tuple(sharding.constrain(x, _ROWS) for x in function(*arrays))
+    mesh, rules = sharding.current()
+
+    def own(rows_B, keys, *rest):
+      own_B = rows_B - jax.lax.axis_index(rules["batch"]) * keys.shape[1]
+      return function(jnp.where(own_B < 0, keys.shape[1], own_B), keys, *rest)
+
+    specs = tuple(sharding.sharding_for(n, x.shape, mesh, rules).spec
+                  for x, n in zip(arrays, names, strict=True))
+    return jax.shard_map(own, mesh=mesh, in_specs=specs, out_specs=(sharding.spec(_ROWS, rules),) * 2,
+                         check_vma=False)(*arrays)
+
+  def copy(self, source_B: jax.Array, row_B: jax.Array, slots: int) -> Pool:
+    """Copies the first `slots` slots of rows to rows, from whatever device to whatever device.
+
+    On several devices one row's layer after the other: each goes to all devices, and one keeps it.
+    """
+    if sharding.parts("batch") == 1:
+      return self.write(row_B, self.read(source_B, jnp.zeros_like(source_B), slots))
+    mesh, rules = sharding.current()
+    axes, all_rows = rules["batch"], self.k_LxRxKxHxS.shape[1]
+
+    def moved(pool, slots_axis, layer, source, row):
+      own_rows = pool.shape[1]
+      first = jax.lax.axis_index(axes) * own_rows
+      sizes = [1, 1, *pool.shape[2:]]
+      sizes[slots_axis] = slots
+
+      def start(row):
+        return layer, jnp.clip(row - first, 0, own_rows - 1), 0, 0, 0
+
+      def is_own(row):
+        return (first <= row) & (row < first + own_rows)
+
+      found = jax.lax.dynamic_slice(pool, start(source), sizes)
+      found = jax.lax.psum(jnp.where(is_own(source), found, 0), axes)
+      kept = jax.lax.dynamic_slice(pool, start(row), sizes)
+      return jax.lax.dynamic_update_slice(pool, jnp.where(is_own(row), found, kept), start(row))
+
+    def all_moved(k, v, source_B, row_B):
+      layers = k.shape[0]
+
+      def one(i, pool):
+        place = i % layers, source_B[i // layers], row_B[i // layers]
+        return moved(pool[0], 4, *place), moved(pool[1], 3, *place)
+
+      return jax.lax.fori_loop(0, (row_B < all_rows).sum() * layers, one, (k, v))
+
+    rows, whole = sharding.spec(_ROWS, rules), jax.sharding.PartitionSpec()
+    return Pool(*jax.shard_map(
+      all_moved, mesh=mesh, in_specs=(rows, rows, whole, whole), out_specs=(rows, rows),
+      check_vma=False)(self.k_LxRxKxHxS, self.v_LxRxKxSxH, source_B, row_B))
 
 
 @jax.tree_util.register_dataclass
@@ -125,7 +198,11 @@ class Device:
 
   Args:
     graphdef: of the Qwen3VL that `params` belong to.
+    rows: of the pool, rounded up to a multiple of `shards`.
     dtype: of the pool and of the parameters' copy.
+
+  Attributes:
+    shards: parts into which the pool's rows are split, and those of every call.
   """
 
   def __init__(
@@ -140,17 +217,14 @@ class Device:
     rules: sharding.Rules | None = None,
   ):
     self._config, self._dtype = config, jnp.dtype(dtype)
-    self._rows, self._length, self._mesh = rows, length, mesh
+    self._length, self._mesh = length, mesh
     self._rules = None if mesh is None else engine_rules(rules)
+    self.shards = 1 if mesh is None else sharding.parts("batch", mesh, self._rules)
+    self.rows = -(-rows // self.shards) * self.shards
     self._params: Any = None
     self._pool: Pool | None = None
     self._compiled = programs.Compiled()
     self._run = _programs(graphdef, mesh, self._rules and tuple(self._rules.items()))
-
-  @property
-  def shards(self) -> int:
-    """Into how many parts the rows of a call are split: their number is a multiple of it."""
-    return 1 if self._mesh is None else sharding.parts("batch", self._mesh, self._rules)
 
   @property
   def compilations(self) -> int:
@@ -186,17 +260,16 @@ class Device:
     """Allocates the pool anew (its content is lost): at the start, and after a failed call."""
     self._pool = None
     text = self._config.text
-    heads = (text.num_layers, self._rows, text.num_kv_heads)
+    heads = (text.num_layers, self.rows, text.num_kv_heads)
 
-    def empty(axes, *shape):
+    def empty(*shape):
       place = None
       if self._mesh is not None:
         place = sharding.sharding_for(
-          axes, (*heads, *shape), self._mesh, self._rules, label="rollout KV pool")
+          _ROWS, (*heads, *shape), self._mesh, self._rules, label="rollout KV pool")
       return jnp.zeros((*heads, *shape), self._dtype, device=place)
 
-    self._pool = Pool(empty(_KEY_AXES, text.head_dim, self._length),
-                      empty(_VALUE_AXES, self._length, text.head_dim))
+    self._pool = Pool(empty(text.head_dim, self._length), empty(self._length, text.head_dim))
 
   @property
   def pool_lost(self) -> bool:
@@ -209,22 +282,36 @@ class Device:
 
   def encode(self, vision: VisionInputs) -> VisionFeatures:
     """Features of packed images, to be passed to `prefill`."""
+    vision = self._placed(vision)
     return self._call("encode", vision, self._params, vision)
 
   def copy(self, source_B: np.ndarray, row_B: np.ndarray, slots: int) -> None:
-    """Copies the first `slots` slots of rows to rows."""
+    """Copies the first `slots` slots of rows to rows, whatever devices they are on."""
     self._pool = self._call("copy", source_B, self._pool, source_B, row_B, slots=slots)
 
   def prefill(self, inputs: PrefillInputs, features: VisionFeatures | None, slots: int) -> None:
-    """Computes prompt tokens. `slots` holds every row's start and new tokens."""
+    """Computes prompt tokens. `slots` holds every row's start and new tokens.
+
+    Each device's part of the call's rows must come from and go to rows of that device.
+    """
+    inputs = self._placed(inputs)
     self._pool = self._call("prefill", (inputs, features), self._params, self._pool, inputs, features,
                             slots=slots)
 
   def decode(self, inputs: DecodeInputs, *, slots: int, block: int) -> DecodeOutputs:
-    """Draws up to `block` tokens a row; waits for them and returns NumPy arrays."""
+    """Draws up to `block` tokens a row; waits for them and returns NumPy arrays. The rows are arranged
+    by devices, as for `prefill`."""
+    inputs = self._placed(inputs)
     self._pool, out = self._call("decode", inputs, self._params, self._pool, inputs, slots=slots,
                                  block=block)
     return jax.device_get(out)
+
+  def _placed(self, inputs: Any) -> Any:
+    """Arrays whose first axis is a call's rows, each device's part on it."""
+    if self.shards == 1:
+      return inputs
+    return jax.tree.map(lambda x: jax.device_put(x, sharding.sharding_for(
+      ("batch", *(None,) * (np.ndim(x) - 1)), np.shape(x), self._mesh, self._rules)), inputs)
 
   def _call(self, name: str, varying: Any, *args: Any, **sizes: int) -> Any:
     """One of `_Programs`; which one is compiled is decided by the shapes of `varying` and `sizes`."""
@@ -261,7 +348,7 @@ def _programs(
 
   def copy(pool, source_B, row_B, *, slots):
     with sharding.use(mesh, rules):
-      return pool.write(row_B, pool.read(source_B, jnp.zeros_like(source_B), slots))
+      return pool.copy(source_B, row_B, slots)
 
   def prefill(params, pool, inputs, features, *, slots):
     with sharding.use(mesh, rules):

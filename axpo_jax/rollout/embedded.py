@@ -128,9 +128,11 @@ class EmbeddedEngine:
     )  # fmt: skip
     self._device.install(params)
     self._device.reset_pool()
-    self._pool = PrefixPool(config.rows, config.length)
-    self._batch_buckets = Buckets(config.min_batch, config.max_running,
-                                  multiple=self._device.shards)
+    shards = self._device.shards
+    most_each = -(-config.max_running // shards)
+    self._pool = PrefixPool(self._device.rows, config.length, shards, most_each)
+    self._batch_buckets = Buckets(-(-config.min_batch // shards), most_each)  # of one device
+    self._copy_buckets = Buckets(config.min_batch, config.max_running)
     self._token_buckets = Buckets(config.min_tokens, config.length)
     self._slot_buckets = Buckets(config.min_slots, config.length, fine=True)
     # An unanswered sequence is in exactly one of these two lists.
@@ -337,11 +339,12 @@ class EmbeddedEngine:
     jobs = [(sequence.prompt, move) for sequence, move in wave]
     vision, place = wave_images(jobs, self._model, self.config.patch_lengths, self._device.shards)
     features = None if vision is None else self._device.encode(vision)
-    for batch in copy_batches(jobs, self._batch_buckets, self._slot_buckets, self.config.rows):
+    layout = self._pool.layout
+    for batch in copy_batches(jobs, self._copy_buckets, self._slot_buckets, layout):
       self._device.copy(*batch)
     for inputs, slots in prefill_batches(
       jobs, place, self._batch_buckets, self._token_buckets, self._slot_buckets,
-      rows=self.config.rows, most_tokens=self.config.prefill_tokens,
+      layout=layout, most_tokens=self.config.prefill_tokens,
     ):  # fmt: skip
       shown = None if inputs.image_index_BxT is None else features
       self._device.prefill(inputs, shown, slots)
@@ -369,15 +372,17 @@ class EmbeddedEngine:
     block = self.config.decode_block
     inputs = decode_inputs(
       self._running, [self._pool.valid(s.row) for s in self._running], self._batch_buckets,
-      block=block, rows=self.config.rows, length=self.config.length,
+      block=block, layout=self._pool.layout, length=self.config.length,
     )  # fmt: skip
     longest = max(self._pool.valid(s.row) for s in self._running) + block
     slots = self._slot_buckets(min(longest, self.config.length))
     out = self._device.decode(inputs, slots=slots, block=block)
     ids_BxT, logprobs_BxT = out.tokens_TxB.T.tolist(), out.logprobs_TxB.T.tolist()
     counts = out.count_B.tolist()
+    place_of = {row: place for place, row in enumerate(inputs.row_B.tolist())}
     still = []
-    for place, sequence in enumerate(self._running):
+    for sequence in self._running:
+      place = place_of[sequence.row]
       count = counts[place]
       self._take(sequence, ids_BxT[place][:count], logprobs_BxT[place][:count])
       if not self._resolve_if_finished(sequence):

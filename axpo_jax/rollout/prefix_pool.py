@@ -14,6 +14,7 @@ Legend: R rows, S slots in a row, T tokens of a sequence.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 from collections.abc import Collection, Hashable, Iterable, Sequence
@@ -44,6 +45,32 @@ class Move:
   cached: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Which device a row is on: `rows` are split evenly into `shards`, in their order."""
+
+  rows: int
+  shards: int = 1
+
+  def shard(self, row: int) -> int:
+    return row * self.shards // self.rows
+
+  def most(self, rows: Iterable[int]) -> int:
+    """The largest number of `rows` that one device has."""
+    return max(collections.Counter(map(self.shard, rows)).values(), default=0)
+
+  def spread(self, rows: Sequence[int], each: int) -> np.ndarray:
+    """The order in which a call takes sequences that are in `rows`, so that each device gets those in
+    its own rows: int [shards * each] of indices into `rows`; padding has the index behind the last.
+    """
+    order, taken = np.full((self.shards, each), len(rows)), [0] * self.shards
+    for index, row in enumerate(rows):
+      shard = self.shard(row)
+      order[shard, taken[shard]] = index
+      taken[shard] += 1
+    return order.reshape(-1)
+
+
 def content_keys(ids_T: np.ndarray, image_T: np.ndarray, image_keys: Sequence[str]) -> np.ndarray:
   """int64 [T]: the id where image_T is -1, else a negative hash of that image's key."""
   keys_T = np.asarray(ids_T, np.int64).copy()
@@ -68,7 +95,10 @@ class PrefixPool:
   kept as a cache entry until evicted).
   """
 
-  def __init__(self, rows: int, length: int):
+  def __init__(self, rows: int, length: int, shards: int = 1, most_busy: int | None = None):
+    """most_busy: running sequences of one shard, at most; new ones go where the fewest run."""
+    self.layout, self._most_busy = Layout(rows, shards), most_busy or rows
+    self._shard_R = np.asarray([self.layout.shard(row) for row in range(rows)])
     self._keys_RxS = np.zeros((rows, length), np.int64)
     self._valid_R = np.zeros(rows, np.int64)
     self._busy_R = np.zeros(rows, bool)
@@ -125,10 +155,11 @@ class PrefixPool:
       wanted: rows that waiting sequences would start from: evicted only if there is no other.
     """
     source, cached = match.row, match.length
-    if source >= 0 and not self._busy_R[source] and cached == self._valid_R[source]:
+    exact = source >= 0 and not self._busy_R[source] and cached == self._valid_R[source]
+    if exact and self._running(source) < self._most_busy:
       row = source
     else:
-      row = self._evictable({*wanted, source})
+      row = self._evictable({*wanted, source}, source)
       if row is None:
         return None
     in_place = row == source
@@ -141,9 +172,19 @@ class PrefixPool:
     self._touch(row)
     return Move(row, source if source >= 0 else row, cached)
 
-  def _evictable(self, wanted: Collection[int]) -> int | None:
-    idle = [row for row in np.flatnonzero(~self._busy_R).tolist() if row not in self._pinned]
-    return min(idle, key=lambda row: (row in wanted, self._used_R[row], row), default=None)
+  def _running(self, row: int) -> int:
+    """Running sequences of the row's shard."""
+    return int(self._busy_R[self._shard_R == self._shard_R[row]].sum())
+
+  def _evictable(self, wanted: Collection[int], source: int) -> int | None:
+    """Shards take turns: a call lasts as long as that of the shard with the most rows. Among equals a
+    copy within the source's shard is cheapest."""
+    running_S = np.bincount(self._shard_R[self._busy_R], minlength=self.layout.shards)
+    home = self._shard_R[source] if source >= 0 else -1
+    idle = [row for row in np.flatnonzero(~self._busy_R).tolist() if row not in self._pinned
+            and running_S[self._shard_R[row]] < self._most_busy]
+    return min(idle, default=None, key=lambda row: (
+      row in wanted, running_S[self._shard_R[row]], self._shard_R[row] != home, self._used_R[row], row))
 
   def _touch(self, row: int) -> None:
     self._used_R[row] = self._clock

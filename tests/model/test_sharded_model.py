@@ -16,8 +16,8 @@ LONG = {"fsdp": 2, "context": 2, "tensor": 2}
 
 @pytest.fixture(scope="module")
 def rows(make_case):
-  """Eight rows over one set of images that fills two vision rows."""
-  case = make_case([(8, 6), (4, 8)], seed=2)
+  """Eight rows over one set of images that fills two vision rows of four."""
+  case = make_case([(8, 6), (4, 8)], seed=2, rows_multiple_of=4)
   length = len(case.ids_T)
   assert length % 2 == 0  # two devices may share a row
   tokens = np.tile(case.ids_T, (8, 1))

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from axpo_jax.rollout.batches import Buckets, Prompt, copy_batches, prefill_batches, wave_images
-from axpo_jax.rollout.prefix_pool import Move
+from axpo_jax.rollout.prefix_pool import Layout, Move
 
+ONE_DEVICE = Layout(9)
 BATCH, TOKENS, SLOTS = Buckets(2, 4), Buckets(4, 32), Buckets(16, 96)
 
 
@@ -14,9 +15,9 @@ def prompt(model_config, ask):
   return lambda ids, images=(): Prompt.of(ask(ids, images), model_config)
 
 
-def _prefills(jobs, place=None, most_tokens=1000):
+def _prefills(jobs, place=None, most_tokens=1000, layout=ONE_DEVICE):
   return list(prefill_batches(
-    jobs, place or {}, BATCH, TOKENS, SLOTS, rows=9, most_tokens=most_tokens
+    jobs, place or {}, BATCH, TOKENS, SLOTS, layout=layout, most_tokens=most_tokens
   ))  # fmt: skip
 
 
@@ -43,7 +44,7 @@ def test_a_prompt_expands_its_pictures(prompt, picture, image):
 def test_only_what_lacks_tokens_is_prefilled_and_only_what_moves_is_copied(prompt):
   whole, part = prompt(range(10, 20)), prompt(range(20, 27))
   jobs = [(whole, Move(1, 3, 9)), (whole, Move(2, 2, 9)), (part, Move(4, 5, 2))]
-  ((source, row, slots),) = copy_batches(jobs, BATCH, SLOTS, 9)
+  ((source, row, slots),) = copy_batches(jobs, BATCH, SLOTS, ONE_DEVICE)
   assert (source.tolist(), row.tolist(), slots) == ([3, 9], [1, 9], 16)
   ((inputs, slots),) = _prefills(jobs)
   # Alone, so without padding rows.
@@ -60,6 +61,22 @@ def test_prefills_are_grouped_by_length_within_the_budget(prompt):
   shapes = [inputs.tokens_BxT.shape for inputs, _ in _prefills(jobs)]
   assert shapes == [(4, 4), (2, 4), (1, 8)]
   assert [i.tokens_BxT.shape for i, _ in _prefills(jobs, most_tokens=4)] == [(1, 4)] * 6 + [(1, 8)]
+
+
+def test_each_device_computes_for_rows_of_its_own(prompt):
+  """Two devices with the rows 0 to 3 and 4 to 7. What is cached on the other one is copied first."""
+  layout = Layout(8, shards=2)
+  jobs = [(prompt(range(10, 10 + n)), move) for n, move in (
+    (4, Move(5, 5, 0)), (4, Move(1, 1, 0)), (3, Move(6, 5, 1)), (4, Move(7, 2, 2)), (5, Move(2, 3, 4)))]
+  copies = [(source.tolist(), row.tolist()) for source, row, _ in
+            copy_batches(jobs, BATCH, SLOTS, layout)]
+  assert copies == [([2, 3], [7, 2])]  # the last lacks nothing but its row
+  ((inputs, _),) = _prefills(jobs, layout=layout)
+  assert inputs.row_B.tolist() == [1, 8, 8, 8, 5, 6, 7, 8]  # 8 is padding
+  assert inputs.source_B.tolist() == [1, 8, 8, 8, 5, 5, 7, 8]
+  assert inputs.start_B.tolist() == [0, 0, 0, 0, 0, 1, 2, 0]
+  rows = [i.row_B.tolist() for i, _ in _prefills(jobs, layout=layout, most_tokens=8)]
+  assert rows == [[1, 5], [8, 6], [8, 7]]  # four tokens a device
 
 
 def test_each_distinct_picture_is_packed_once(prompt, model_config, picture, image):

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -254,20 +255,54 @@ def test_bfloat16_copies_keep_norms_exact(embedded, ask, text, reference):
 
 @the_embedded
 def test_on_a_mesh_of_devices(subject, ask, text, image):
-  mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
-  config, reference = subject.engine.config, subject.reference
+  """Four devices share the rows of the pool and two its heads. The samples are those of one device, and
+  no program moves a device's part of the pool, or holds it twice."""
+  mesh = sharding.make_mesh({"fsdp": 2, "context": 2, "tensor": 2})
+  reference = subject.reference
   params = jax.device_put(reference.params, sharding.param_shardings(reference.params, mesh))
   engine = EmbeddedEngine(
-    subject.engine._model, reference.graphdef, params, config=config, mesh=mesh
+    subject.engine._model, reference.graphdef, params, config=subject.engine.config, mesh=mesh
   )
+  device = engine._device
+  assert device.shards == 4 and device.rows == 16
+  own = jax.tree.map(lambda x: x.sharding.shard_shape(x.shape), device._pool)
+  assert own.k_LxRxKxHxS == (3, 4, 1, 16, 96) and own.v_LxRxKxSxH == (3, 4, 1, 96, 16)
+  programs = {}
+
+  def noting(name, varying, *args, **sizes):
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+                          if isinstance(x, jax.Array) else x, args)
+    programs[name] = getattr(device._run, name).lower(*shapes, **sizes).compile()
+    return call(name, varying, *args, **sizes)
+
+  call, device._call = device._call, noting
   spread = dataclasses.replace(subject, engine=engine)
   ids, images = text(0, 9) + subject.picture + text(1, 3), (image(0),)
-  (samples,) = spread.run(ask(ids, images, 6, seeds=range(3)))
-  for sample in samples:
-    np.testing.assert_allclose(
-      sample.logprobs, reference.logprobs(ids, images, sample.ids), atol=1e-4
-    )
-  assert sorted(s.cached_tokens for s in samples) == [0, 19, 19]
+  requests = [ask(ids, images, 6, seeds=range(3)), ask(text(2, 30), seeds=(7,)),
+              ask(text(3, 12), max_new=10, seeds=(8, 9))]
+  for samples, wanted in zip(spread.run(*requests), subject.run(*requests), strict=True):
+    for sample, want in zip(samples, wanted, strict=True):
+      assert (sample.ids, sample.cached_tokens) == (want.ids, want.cached_tokens)
+      np.testing.assert_allclose(sample.logprobs, want.logprobs, atol=1e-4)
+  assert programs.keys() == {"encode", "copy", "prefill", "decode"}
+  part = 4 * np.prod(own.k_LxRxKxHxS)
+  for name in ("copy", "prefill", "decode"):
+    moved = [_bytes(line) for line in programs[name].as_text().splitlines() if COLLECTIVE.search(line)]
+    assert moved and max(moved) < part / 2, name
+    memory = programs[name].memory_analysis()
+    assert memory.alias_size_in_bytes >= 2 * part  # updated in place
+    assert memory.temp_size_in_bytes < 3 * part
+
+
+COLLECTIVE = re.compile(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[(-]")
+
+
+def _bytes(line: str) -> int:
+  """Of the result of an operation of a compiled program."""
+  sizes = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
+  shapes = re.findall(r"(\w+)\[([\d,]*)\]", line.partition(" = ")[2].partition("(%")[0])
+  return sum(sizes[kind] * int(np.prod([int(n) for n in shape.split(",") if n]))
+             for kind, shape in shapes if kind in sizes)
 
 
 @pytest.mark.parametrize(

@@ -219,3 +219,18 @@ def test_content_keys_tell_pictures_apart():
 @pytest.mark.parametrize("a,b,length", [((1, 2), (1, 2, 3), 2), ((), (1,), 0), ((1, 2), (3, 2), 0)])
 def test_common_prefix(a, b, length):
   assert common_prefix(_keys(*a), _keys(*b)) == length
+
+
+def test_devices_share_the_running_sequences():
+  """Four devices of two rows each, which run one sequence each."""
+  pool = PrefixPool(8, LENGTH, shards=4, most_busy=1)
+  moves = [pool.acquire(_keys(n, n + 1, 9), NO_MATCH) for n in range(5)]
+  assert [move.row for move in moves[:4]] == [0, 2, 4, 6] and moves[4] is None
+  pool.commit([(move, 2) for move in moves[:4]])
+  pool.release(4)
+  # Row 0 holds the prefix, but its device is full: a copy to the one that is free.
+  asked = _keys(0, 1, 5)
+  assert pool.acquire(asked, pool.match(asked[:-1])) == Move(5, 0, 2)
+  pool.clear()
+  assert pool.layout.spread([6, 0, 7], 2).tolist() == [1, 3, 3, 3, 3, 3, 0, 2]
+  assert pool.layout.most([6, 0, 7]) == 2

@@ -48,9 +48,9 @@ def examples(make_example, make_image):
 @pytest.fixture(scope="module")
 def pack_with(config, examples):
   """Two micro-batches of rows=2 (with rows that hold several trajectories), or one of rows=4."""
-  def run(chosen=examples, rows=2, **options):
+  def run(chosen=examples, rows=2, rows_multiple_of=2):
     return pack(chosen, rows=rows, length=16, block=4, vision_config=config.vision,
-                patch_buckets=(16,), row_buckets=(2,), **options)
+                patch_buckets=(16,), row_buckets=(2,), rows_multiple_of=rows_multiple_of)
 
   return run
 
