@@ -300,6 +300,12 @@ def param_shardings(abstract_state: Any, mesh: Mesh, rules: Rules | None = None)
     of, abstract_state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+def local_bytes(tree: Any, dtype: Any = None) -> float:
+  """Bytes of one device's part of (abstract) arrays with shardings, of their own dtype or another."""
+  return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * jax.numpy.dtype(dtype or x.dtype).itemsize
+                   for x in jax.tree.leaves(tree)))
+
+
 def path_name(path: Sequence[Any]) -> str:
   """A jax key path as `a/b/c`."""
   return jax.tree_util.keystr(tuple(path), simple=True, separator="/")

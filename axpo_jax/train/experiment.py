@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from axpo_jax.config import ConfigError
 from axpo_jax.eval import sampling, summary
 from axpo_jax.model import programs
-from axpo_jax.train import build, distributed, machine, rl, sft
+from axpo_jax.train import build, devices, distributed, machine, rl, sft
 from axpo_jax.train.metrics import read_metrics
 
 _STAGES = {"teach": sampling.teach, "sft": sft.run, "screen": sampling.screen, "rl": rl.run,
@@ -32,6 +32,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   distributed.on_main(_claim, root, config)
   programs.use_cache(config.compilation_cache)
   bench = build.workbench(config, root)
+  distributed.on_main(devices.check, config, bench)
   policy, first_step = config.model.checkpoint, 0
   for stage in config.stages:
     folder = root / stage / "policy"
