@@ -30,7 +30,7 @@ def test_the_embedded_sampler_must_fit(config):
 def test_collecting_ahead_needs_devices_of_its_own(config):
   """Two threads would start programs with collectives on the same devices."""
   config.rollout.staleness = 1
-  with pytest.raises(ConfigError, match=r"staleness=1 .* mesh has 8: set staleness=0, or .*sglang"):
+  with pytest.raises(ConfigError, match=r"staleness=1 .* config\.mesh has 8: set staleness=0, or .*sglang"):
     devices.check(config, build.workbench(config))
   config.rollout.engine = "sglang"
   devices.check(config, build.workbench(config))
