@@ -71,6 +71,23 @@ def use_cache(path: str) -> None:
     jax.config.update("jax_compilation_cache_dir", path if "://" in path else os.path.expanduser(path))
 
 
+def compiler_options(mesh: jax.sharding.Mesh | None, *dtypes: Any) -> dict[str, str] | None:
+  """Options of `jax.jit` for a program over the stack of layers; None: XLA's own.
+
+  XLA's CPU backend computes bfloat16 in float32. Its loop-invariant code motion moves the conversion of
+  the weights out of the scan over layers, so that a float32 copy of the whole stack exists during every
+  call: 7 GB for a 2B model, written anew each time. Left inside, one layer is converted at a time.
+
+  Args:
+    mesh: where the program runs; None is the default backend.
+    dtypes: of its parameters and its activations; None: no further one.
+  """
+  platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+  if platform != "cpu" or "bfloat16" not in map(str, dtypes):
+    return None
+  return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+
+
 def _note(program: Program) -> None:
   with _lock:
     _met.append(program)

@@ -224,7 +224,9 @@ class Device:
     self._params: Any = None
     self._pool: Pool | None = None
     self._compiled = programs.Compiled()
-    self._run = _programs(graphdef, mesh, self._rules and tuple(self._rules.items()))
+    options = programs.compiler_options(mesh, dtype, config.dtype)
+    self._run = _programs(graphdef, mesh, self._rules and tuple(self._rules.items()),
+                          options and tuple(options.items()))
 
   @property
   def compilations(self) -> int:
@@ -337,10 +339,12 @@ class _Programs:
 
 @functools.lru_cache(maxsize=4)
 def _programs(
-  graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh | None, rules: tuple | None
+  graphdef: nnx.GraphDef, mesh: jax.sharding.Mesh | None, rules: tuple | None,
+  options: tuple | None = None,
 ) -> _Programs:
   """One set per model and mesh, so that a second engine in the process compiles nothing anew."""
   rules = None if rules is None else dict(rules)
+  jit = functools.partial(jax.jit, compiler_options=options and dict(options))
 
   def encode(params, vision):
     with sharding.use(mesh, rules):
@@ -370,10 +374,10 @@ def _programs(
       return pool.write_recent(inputs.row_B, cache, out.count_B), out
 
   return _Programs(
-    encode=jax.jit(encode),
-    copy=jax.jit(copy, static_argnames="slots", donate_argnums=0),
-    prefill=jax.jit(prefill, static_argnames="slots", donate_argnums=1),
-    decode=jax.jit(decode, static_argnames=("slots", "block"), donate_argnums=1),
+    encode=jit(encode),
+    copy=jit(copy, static_argnames="slots", donate_argnums=0),
+    prefill=jit(prefill, static_argnames="slots", donate_argnums=1),
+    decode=jit(decode, static_argnames=("slots", "block"), donate_argnums=1),
   )
 
 

@@ -152,20 +152,21 @@ class Learner:
     self._graphdef, params = nnx.split(model)
     self._abstract_params = optimizer.with_frozen_dtype(params, frozen_dtype or config.param_dtype)
     self._compiled = programs.Compiled()
-    self._compile()
+    self._compile(programs.compiler_options(mesh, config.dtype, config.param_dtype, frozen_dtype))
 
-  def _compile(self) -> None:
+  def _compile(self, options: dict[str, str] | None) -> None:
     """Batches come placed (`place`), so their shardings are taken from the arguments."""
     state = state_shardings(self._abstract_params, self.optimizer, self.mesh, self.rules)
     grads = self.optimizer.split(state.params)[0]
     self._zeros = jax.jit(self._zeros_fn, out_shardings=grads)
     self._accumulate = jax.jit(
       self._accumulate_fn, in_shardings=(state.params, grads, None), out_shardings=(grads, None),
-      donate_argnums=1)
+      donate_argnums=1, compiler_options=options)
     self._apply = jax.jit(
       self._apply_fn, in_shardings=(state, grads, None), out_shardings=(state, None),
       donate_argnums=0)
-    self._score = jax.jit(self._forward, in_shardings=(state.params, None))
+    self._score = jax.jit(self._forward, in_shardings=(state.params, None),
+                          compiler_options=options)
 
   def init(self, params: nnx.State, seed: int) -> TrainState:
     """A state at step 0. It owns `params`: the first update donates their buffers. Those of another

@@ -1,10 +1,19 @@
-"""Compiled programs are counted once each, and kept where the config says."""
+"""Compiled programs are counted once each, kept where the config says, and hold no second copy of the
+weights."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
-from axpo_jax.model import programs
+from axpo_jax.model import programs, sharding
+from axpo_jax.model.config import PRESETS
+from axpo_jax.model.qwen3_vl import Qwen3VL
+from axpo_jax.train import aot
+from axpo_jax.train.state import OptimizerConfig, make_optimizer
+from axpo_jax.train.step import Learner, supervised_objective
 
 
 def test_each_shape_is_met_once():
@@ -35,3 +44,24 @@ def test_where_compiled_programs_are_kept(monkeypatch, tmp_path):
     programs.use_cache(path)
   assert set_to == [("jax_compilation_cache_dir", "/home/somebody/compiled"),
                     ("jax_compilation_cache_dir", "gs://bucket/compiled")]
+
+
+def test_weights_are_converted_one_layer_at_a_time():
+  tiny = PRESETS["tiny"]
+  text = dataclasses.replace(tiny.text, vocab_size=256, hidden_size=256, intermediate_size=1024,
+                             num_layers=12)
+  config = dataclasses.replace(
+    tiny, text=text, vision=dataclasses.replace(tiny.vision, out_hidden_size=256),
+    dtype="bfloat16", param_dtype="bfloat16")
+  mesh = sharding.make_mesh({"fsdp": 1}, jax.devices()[:1])
+  learner = Learner(config, make_optimizer(OptimizerConfig(1e-3, 1)), supervised_objective(), mesh)
+  batch = aot.abstract_batch(mesh, config.vision, rows=1, length=64, image_pixels=4096,
+                             image_share=0.0, scored=False)
+  memory = learner.trace(batch)["score"].lower().compile().memory_analysis()
+  model = nnx.eval_shape(lambda: nnx.state(Qwen3VL(config, rngs=nnx.Rngs(0)), nnx.Param))
+  stack = sum(x.size for x in jax.tree.leaves(model["text"]["layers"]))
+  assert memory.temp_size_in_bytes < stack  # in float32 they are four times as many bytes
+
+
+def test_xla_is_left_alone_where_it_does_well():
+  assert programs.compiler_options(None, "float32", jnp.dtype("float32")) is None
