@@ -187,7 +187,8 @@ def _validate_data(config: ConfigDict) -> None:
                       "leave it empty for that of config.data.source")
   if {"teach", "screen", "rl"} & stages:
     _require_data("config.data.path", data.path, data.source)
-  if "rl" in stages or ("eval" in stages and not config.eval.benchmarks):
+  if ("rl" in stages and config.eval.every >= 0) or (
+      "eval" in stages and not config.eval.benchmarks):
     _require_data("config.data.eval_path", data.eval_path, data.eval_source or data.source)
   _require_folder("config.data.image_folder", data.image_folder)
 
