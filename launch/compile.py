@@ -27,6 +27,8 @@ _LAYERS = flags.DEFINE_integer(
   "layers", 0, "Text layers, if fewer than the model's: to see what does not depend on them.")
 _IMAGES = flags.DEFINE_float(
   "image_share", 0.25, "Share of the tokens that show an image.", lower_bound=0, upper_bound=1)
+_LARGEST = flags.DEFINE_bool(
+  "largest_image", False, "With a crop of config.images.zoom_max_pixels in every row of the vision tower.")
 _FUNCTIONS = flags.DEFINE_list(
   "functions", ["score", "accumulate", "apply", "prefill", "decode"],
   "Which of the run's functions to compile; the last two are the embedded engine's.")
@@ -49,7 +51,7 @@ def main(argv: list[str]) -> None:
 def _report(config: ConfigDict) -> None:
   from axpo_jax.train import slice_plan, slice_report
   plan = slice_plan.Plan.from_config(config, _TOPOLOGY.value, layers=_LAYERS.value,
-                                     image_share=_IMAGES.value)
+                                     image_share=_IMAGES.value, largest=_LARGEST.value)
   print(f"{pathlib.Path(sys.argv[0]).name}: {plan.describe()}\n", flush=True)
   print(slice_report.text(plan.report(_FUNCTIONS.value)))
 

@@ -92,6 +92,8 @@ class DeepStack:
 
 def gather_image(features_MxD: jax.Array, index_BxT: jax.Array, otherwise_BxTxD) -> jax.Array:
   """features[index] where index >= 0, else `otherwise`: [B, T, D]."""
+  # In two steps: left to itself, the compiler collects all features whole where `data` is split too.
+  features_MxD = constrain(features_MxD, ("lookup_batch", "lookup_embed"))
   features_MxD = constrain(features_MxD, (None, "lookup_embed"))
   taken_BxTxD = constrain(features_MxD[jnp.maximum(index_BxT, 0)], _LOOKUP)
   taken_BxTxD = constrain(taken_BxTxD, ("batch", "length", "act_embed"))

@@ -251,27 +251,44 @@ class Device:
 
   def _own(self, leaf: Any) -> Any:
     value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-    names = sharding.names_of(leaf) if isinstance(leaf, nnx.Variable) else None
-    dtype = jnp.dtype(jnp.float32) if (names or ())[-1:] == ("norm",) else self._dtype
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-      dtype = value.dtype
-    copy = jnp.array(value, dtype=dtype, copy=True)
+    copy = jnp.array(value, dtype=self._dtype_of(leaf, value), copy=True)
     return leaf.replace(copy) if isinstance(leaf, nnx.Variable) else copy
+
+  def _dtype_of(self, leaf: Any, value: Any) -> Any:
+    names = sharding.names_of(leaf) if isinstance(leaf, nnx.Variable) else None
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+      return value.dtype
+    return jnp.dtype(jnp.float32) if (names or ())[-1:] == ("norm",) else self._dtype
 
   def reset_pool(self) -> None:
     """Allocates the pool anew (its content is lost): at the start, and after a failed call."""
     self._pool = None
+    self._pool = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding),
+                              self.abstract_pool())
+
+  def abstract_pool(self) -> Pool:
+    """Shapes and shardings of the pool."""
     text = self._config.text
     heads = (text.num_layers, self.rows, text.num_kv_heads)
 
-    def empty(*shape):
+    def of(*shape):
       place = None
       if self._mesh is not None:
         place = sharding.sharding_for(
           _ROWS, (*heads, *shape), self._mesh, self._rules, label="rollout KV pool")
-      return jnp.zeros((*heads, *shape), self._dtype, device=place)
+      return jax.ShapeDtypeStruct((*heads, *shape), self._dtype, sharding=place)
 
-    self._pool = Pool(empty(text.head_dim, self._length), empty(self._length, text.head_dim))
+    return Pool(of(text.head_dim, self._length), of(self._length, text.head_dim))
+
+  def abstract_params(self, params: nnx.State) -> nnx.State:
+    """Shapes and shardings of the engine's copy of (abstract) parameters."""
+    def own(leaf, place):
+      value = leaf.get_value()
+      return leaf.replace(jax.ShapeDtypeStruct(value.shape, self._dtype_of(leaf, value),
+                                               sharding=place.get_value()))
+
+    return jax.tree.map(own, params, sharding.param_shardings(params, self._mesh, self._rules),
+                        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
   @property
   def pool_lost(self) -> bool:
@@ -308,12 +325,28 @@ class Device:
                                  block=block)
     return jax.device_get(out)
 
+  def trace(self, params: nnx.State, prompts: PrefillInputs, running: DecodeInputs, block: int
+            ) -> dict[str, jax.stages.Traced]:
+    """`prefill` and `decode` at full length over abstract parameters, to compile ahead of time.
+
+    prompts, running: arrays of the sizes of a call; their values do not matter.
+    """
+    params, pool, length = self.abstract_params(params), self.abstract_pool(), self._length
+    prompts, running = (jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._row_sharding(x)), inputs)
+      for inputs in (prompts, running))
+    return {"prefill": self._run.prefill.trace(params, pool, prompts, None, slots=length),
+            "decode": self._run.decode.trace(params, pool, running, slots=length, block=block)}
+
   def _placed(self, inputs: Any) -> Any:
     """Arrays whose first axis is a call's rows, each device's part on it."""
     if self.shards == 1:
       return inputs
-    return jax.tree.map(lambda x: jax.device_put(x, sharding.sharding_for(
-      ("batch", *(None,) * (np.ndim(x) - 1)), np.shape(x), self._mesh, self._rules)), inputs)
+    return jax.tree.map(lambda x: jax.device_put(x, self._row_sharding(x)), inputs)
+
+  def _row_sharding(self, x: Any) -> jax.sharding.NamedSharding | None:
+    return self._mesh and sharding.sharding_for(
+      ("batch", *(None,) * (np.ndim(x) - 1)), np.shape(x), self._mesh, self._rules)
 
   def _call(self, name: str, varying: Any, *args: Any, **sizes: int) -> Any:
     """One of `_Programs`; which one is compiled is decided by the shapes of `varying` and `sizes`."""

@@ -11,18 +11,23 @@ collectives. Nothing is allocated.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
 from axpo_jax.model import sharding
-from axpo_jax.model.config import VisionConfig
-from axpo_jax.model.vision_inputs import PATCH_BUCKETS, VisionInputs
+from axpo_jax.model.config import ModelConfig
+from axpo_jax.model.qwen3_vl import Qwen3VL
+from axpo_jax.model.vision_inputs import VisionInputs
+from axpo_jax.rollout import sampling
+from axpo_jax.rollout.device import DecodeInputs, Device, PrefillInputs
+from axpo_jax.rollout.embedded import EmbeddedConfig
 from axpo_jax.train import flops
 from axpo_jax.train.batch import Batch, shardings
 from axpo_jax.train.hlo import Collective, collectives
@@ -50,29 +55,32 @@ class Program:
     flops: matrix products, all chips together.
     collectives: None if the function alone exceeds the chip: then the compiler tells only by how much.
     seconds: of one core, to compile.
+    chips: that run it together.
   """
 
   temporaries: float
   flops: float
   collectives: Sequence[Collective] | None
   seconds: float
+  chips: int = 1
 
 
-def abstract_batch(mesh: jax.sharding.Mesh, vision: VisionConfig, *, rows: int, length: int,
-                   image_pixels: int, image_share: float, scored: bool,
-                   rules: sharding.Rules | None = None) -> Batch:
+def abstract_batch(mesh: jax.sharding.Mesh, options: Mapping[str, Any], *, image_share: float,
+                   scored: bool, largest: bool = False, rules: sharding.Rules | None = None) -> Batch:
   """The shapes of the fullest micro-batch: every place is a token and is scored once.
 
   Args:
-    image_pixels: of the largest image; it decides the length of a vision row.
+    options: of `pack`, see `build.pack_options`.
     image_share: of the tokens that show an image; decides how many vision rows there are.
     scored: with the reference's log-probabilities.
+    largest: with an image of the largest size among the others; it decides the length of a vision row.
   """
-  shards = sharding.parts("vision_rows", mesh, rules)
-  largest = image_pixels // vision.patch_size**2
-  patches = min((b for b in PATCH_BUCKETS if b >= largest), default=max(PATCH_BUCKETS))
-  images = rows * length * image_share * vision.merge_unit / patches
-  vision_rows = -(-int(images) // shards) * shards
+  multiple, vision = options["image_rows_multiple_of"], options["vision_config"]
+  rows = -(-options["rows"] // options["rows_multiple_of"]) * options["rows_multiple_of"]
+  length, patches = options["length"], options["patch_buckets"][-1 if largest else 0]
+  images = int(rows * length * image_share * vision.merge_unit / patches)
+  vision_rows = images and next(-(-size // multiple) * multiple for size in options["row_buckets"]
+                                if size >= images)
 
   def array(dtype, *shape):
     return jax.ShapeDtypeStruct(shape, dtype)
@@ -99,25 +107,49 @@ def compile_step(learner: Learner, batch: Batch, names: Sequence[str] = FUNCTION
                  ) -> dict[str, Program]:
   """Compiles the named functions of a step."""
   held, traced = held_bytes(learner, batch), learner.trace(batch)
-  return {name: _compile(traced[name], sum(held[kind] for kind in FUNCTIONS[name]))
+  return {name: _compile(traced[name], learner.mesh.size, sum(held[kind] for kind in FUNCTIONS[name]))
           for name in names}
+
+
+def compile_sampler(model: ModelConfig, engine: EmbeddedConfig, mesh: jax.sharding.Mesh,
+                    names: Sequence[str] = SAMPLER) -> tuple[dict[str, float], dict[str, Program]]:
+  """Compiles the named functions of the embedded engine, each at its largest: prompts that fill a row,
+  computed for as many rows as `prefill_tokens` allows, and a block of all running sequences with full rows.
+
+  Returns: bytes of a chip that the engine keeps, by kind; and the programs.
+  """
+  graphdef, params = nnx.split(nnx.eval_shape(lambda: Qwen3VL(model, rngs=nnx.Rngs(0))))
+  device = Device(model, graphdef, rows=engine.rows, length=engine.length,
+                  dtype=engine.dtype or model.dtype, mesh=mesh)
+  shards, length = device.shards, engine.length
+  prompts = shards * max(1, engine.prefill_tokens // (length * shards))
+  running = shards * -(-engine.max_running // shards)
+
+  def of(rows, *rest):
+    return np.zeros((rows, *rest), np.int32)
+
+  traced = device.trace(
+    params,
+    PrefillInputs(of(prompts), of(prompts), of(prompts), of(prompts, length), of(prompts, length, 3),
+                  of(prompts, length), None),
+    DecodeInputs(*[of(running)] * 6, sampling.row_params([], [], rows=running, width=4), None),
+    engine.decode_block)
+  held = {"engine's weights": sharding.local_bytes(device.abstract_params(params)),
+          "engine's pool": sharding.local_bytes(device.abstract_pool())}
+  return held, {name: _compile(traced[name], mesh.size, sum(held.values()), engine.decode_block)
+                for name in names}
 
 
 def held_bytes(learner: Learner, batch: Batch) -> dict[str, float]:
   """Bytes of a chip that stay between the functions of a step, by kind."""
   state = learner.abstract_state()
   trained = learner.optimizer.split(state.params)[0]
-  return {"parameters": shard_bytes(state.params), "optimizer": shard_bytes(state.opt_state),
-          "gradients": shard_bytes(trained, jnp.float32), "batch": shard_bytes(batch)}
+  return {"parameters": sharding.local_bytes(state.params), "optimizer": sharding.local_bytes(state.opt_state),
+          "gradients": sharding.local_bytes(trained, jnp.float32), "batch": sharding.local_bytes(batch)}
 
 
-def shard_bytes(tree: Any, dtype: Any = None) -> float:
-  """Bytes of one chip's part of abstract arrays, of their own dtype or another."""
-  return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(dtype or x.dtype).itemsize
-                   for x in jax.tree.leaves(tree)))
-
-
-def _compile(traced: jax.stages.Traced, arguments: float, rounds: int | None = None) -> Program:
+def _compile(traced: jax.stages.Traced, chips: int, arguments: float, rounds: int | None = None
+             ) -> Program:
   """
   Args:
     rounds: of loops that end when the data says so.
@@ -129,8 +161,8 @@ def _compile(traced: jax.stages.Traced, arguments: float, rounds: int | None = N
     if not (used := _USED.search(str(error))):
       raise
     bytes_used = float(used[1]) * _GIB / 1024 ** "GMK".index(used[2])
-    return Program(bytes_used - arguments, work, None, time.process_time() - start)
+    return Program(bytes_used - arguments, work, None, time.process_time() - start, chips)
   seconds, memory = time.process_time() - start, compiled.memory_analysis()
   temporaries = (memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
                  + memory.output_size_in_bytes - memory.alias_size_in_bytes)
-  return Program(temporaries, work, collectives(compiled.as_text(), rounds or 1), seconds)
+  return Program(temporaries, work, collectives(compiled.as_text(), rounds or 1), seconds, chips)

@@ -49,6 +49,6 @@ def _training_bytes(config: ConfigDict, bench: build.Workbench) -> float:
   params = trained.with_frozen_dtype(nnx.split(model)[1], frozen)
   state = abstract_state(params, trained, bench.mesh, bench.rules)
   held = sharding.local_bytes(state)
-  if bench.lora is None and not config.rl.reference_offload:
+  if bench.lora is None and config.rl.loss.kl_coef and not config.rl.reference_offload:
     held += sharding.local_bytes(state.params, frozen)
   return held

@@ -70,7 +70,9 @@ class Loop:
     self.questions = build.question_batches(config, bench.folder)
     self.engine = build.engine(config, bench, self.reference, urls, workdir)
     self.state = self._first_state()
-    if config.rl.reference_offload and self.reference is not None:
+    if not config.rl.loss.kl_coef:
+      self.reference = None  # nothing asks it
+    elif config.rl.reference_offload and self.reference is not None:
       self.reference = move_params(self.reference, "pinned_host")
     # Of several processes only the main one collects.
     self.actor = build.actor(config, bench, self.engine) if distributed.is_main() else None

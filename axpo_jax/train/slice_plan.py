@@ -13,7 +13,7 @@ from axpo_jax.model import hf, sharding
 from axpo_jax.model.config import PRESETS, ModelConfig
 from axpo_jax.rl.losses import LossConfig
 from axpo_jax.rollout.sidecar import sizing
-from axpo_jax.train import aot, build, chips, lora, machine, slice_report
+from axpo_jax.train import aot, build, chips, lora, machine, sections, slice_report
 from axpo_jax.train.batch import Batch, batch_shards
 from axpo_jax.train.step import Learner, policy_objective, supervised_objective
 
@@ -34,11 +34,12 @@ class Plan:
   mesh: jax.sharding.Mesh
   rows: int
   image_share: float
+  largest: bool = False
   servers: int = 0
 
   @classmethod
   def from_config(cls, config: ConfigDict, topology: str, *, layers: int = 0,
-                  image_share: float = 0.25) -> Plan:
+                  image_share: float = 0.25, largest: bool = False) -> Plan:
     """Raises ConfigError or TopologyError."""
     kind, hosts, gpus = chips.parse(topology)
     servers = 0
@@ -53,7 +54,7 @@ class Plan:
       raise ConfigError(f"config.mesh={dict(config.mesh)} on {topology}: {error}") from error
     shards = batch_shards(mesh)
     return cls(config, topology, _model_config(config, layers), mesh,
-               -(-config.batch.rows // shards) * shards, image_share, servers)
+               -(-config.batch.rows // shards) * shards, image_share, largest, servers)
 
   def describe(self) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
@@ -87,12 +88,24 @@ class Plan:
     learner, batch = self._learner(), self._batch()
     held = aot.held_bytes(learner, batch)
     if self._has_reference and not self.model.lora:
-      held["reference"] = held["parameters"]
+      held["reference"] = sharding.local_bytes(learner.abstract_state().params, self._frozen_dtype)
     programs = aot.compile_step(learner, batch, [name for name in functions if name in aot.FUNCTIONS])
+    if self.config.rollout.engine == "embedded" and sampling_stages(self.config):
+      sampler = dataclasses.replace(self.model, lora=None), sections.embedded(self.config)
+      kept, found = aot.compile_sampler(*sampler, self._sampler_mesh(),
+                                        [name for name in functions if name in aot.SAMPLER])
+      held, programs = held | kept, programs | found
     return slice_report.Report(
-      chips.CHIPS[chips.parse(self.topology)[0]], self.mesh.size, held, programs, self.config.rl.reference_offload,
-      self.model.remat, self.config.optimizer.mu_dtype, self.model.param_dtype,
+      chips.CHIPS[chips.parse(self.topology)[0]], self.mesh.size, held, programs,
+      self.config.rl.reference_offload, self.model.remat, self.config.optimizer.mu_dtype, self.model.param_dtype,
       self.rows // batch_shards(self.mesh), chips.better_mesh(self.mesh))
+
+  def _sampler_mesh(self) -> jax.sharding.Mesh:
+    """Of a run of several processes the main one samples, on its own chips."""
+    if len({device.process_index for device in self.mesh.devices.flat}) == 1:
+      return self.mesh
+    return sharding.make_mesh(
+      {"fsdp": -1}, [device for device in self.mesh.devices.flat if device.process_index == 0])
 
   def _learner(self) -> Learner:
     config = self.config
@@ -103,13 +116,18 @@ class Plan:
       objective, steps = supervised_objective(), config.sft.steps
       section, frozen = config.sft.optimizer, config.sft.freeze_vision
     return Learner(self.model, build.optimizer(section, steps, frozen, self.model.lora), objective,
-                   self.mesh, chunk=config.batch.logprob_chunk)
+                   self.mesh, chunk=config.batch.logprob_chunk, frozen_dtype=self._frozen_dtype)
 
   def _batch(self) -> Batch:
-    return aot.abstract_batch(
-      self.mesh, self.model.vision, rows=self.rows, length=self.config.batch.length,
-      image_pixels=self.config.images.max_pixels, image_share=self.image_share,
-      scored=self._has_reference)
+    options = build.pack_options(self.config, self.model, self.mesh)
+    return aot.abstract_batch(self.mesh, options, image_share=self.image_share, largest=self.largest,
+                              scored=self._has_reference)
+
+  @property
+  def _frozen_dtype(self) -> str:
+    """Of what is not trained, as `build.frozen_dtype`; a preset's checkpoint is Qwen's."""
+    checkpoint = self.config.model.checkpoint
+    return (hf.stored_dtype(checkpoint) or self.model.param_dtype) if checkpoint else "bfloat16"
 
   @property
   def _has_reference(self) -> bool:
@@ -133,4 +151,4 @@ def _model_config(config: ConfigDict, layers: int) -> ModelConfig:
                       f"{base.text.num_layers}")
   text = dataclasses.replace(base.text, num_layers=layers or base.text.num_layers)
   base = dataclasses.replace(base, text=text, lora=lora.from_config(config))
-  return build.computed_as(base, section)
+  return sections.computed_as(base, section)

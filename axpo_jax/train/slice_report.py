@@ -76,7 +76,7 @@ def text(report: Report) -> str:
   names = list(report.programs)
   tables = [_table(["memory of a chip, GiB", *names], _memory_rows(report, names)),
             _table(["one execution", *names], _work_rows(report, names))]
-  return "\n\n".join([*tables, *(padded for padded in [_padded(report)] if padded), verdict(report)])
+  return "\n\n".join(part for part in (*tables, _padded(report), verdict(report)) if part)
 
 
 def verdict(report: Report) -> str:
@@ -151,18 +151,17 @@ def _memory_rows(report: Report, names: Sequence[str]) -> list[list[str]]:
 
 def _work_rows(report: Report, names: Sequence[str]) -> list[list[str]]:
   programs = [report.programs[name] for name in names]
-  peak = report.chips * report.chip.flops
   counts, sent = collections.defaultdict(dict), collections.defaultdict(dict)
   for name, program in report.programs.items():
     for one in program.collectives or ():
       counts[one.kind][name] = counts[one.kind].get(name, 0) + one.times
       sent[one.kind][name] = sent[one.kind].get(name, 0.0) + one.total
-  rows = [["PFLOP, all chips", *(f"{p.flops / 1e15:,.2f}" for p in programs)]]
+  rows = [["PFLOP", *(f"{p.flops / 1e15:,.2f}" for p in programs)]]
   rows += [[f"{kind}: times, GB sent by a chip", *(
     f"{counts[kind].get(name, 0):,}, {sent[kind].get(name, 0.0) / 1e9:,.2f}" for name in names)]
     for kind in sorted(counts)]
   rows += [
-    ["least seconds by FLOPs", *(f"{p.flops / peak:.3f}" for p in programs)],
+    ["least seconds by FLOPs", *(f"{p.flops / (p.chips * report.chip.flops):.3f}" for p in programs)],
     ["least seconds by collectives", *(
       "?" if p.collectives is None else
       f"{sum(one.total for one in p.collectives) / report.chip.link:.3f}" for p in programs)],

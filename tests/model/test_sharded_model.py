@@ -8,6 +8,8 @@ from flax import nnx
 
 from axpo_jax.model import sharding
 from axpo_jax.model.cache import KVCache
+from axpo_jax.model.text import gather_image
+from axpo_jax.train.hlo import collectives
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 # Two devices share a row.
@@ -88,3 +90,23 @@ def test_every_parameter_is_named(untied):
     names = sharding.names_of(leaf)
     assert names is not None and len(names) == leaf.get_value().ndim, sharding.path_name(path)
     assert all(n in sharding.DEFAULT_RULES for n in names if n is not None)
+
+
+def test_no_device_collects_all_features_of_images():
+  """Each looks all tokens of its `data` shard up in its part of the width: it needs that part alone."""
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+  rows, tokens, features, width = 8, 32, 512, 1024
+
+  def array(names, *shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.sharding_for(names, shape, mesh))
+
+  def taken(features_MxD, index_BxT):
+    with sharding.use(mesh):
+      return gather_image(features_MxD, index_BxT, 0)
+
+  program = jax.jit(taken).lower(
+    array(("vision_rows", None), features, width),
+    array(("batch", "length"), rows, tokens, dtype=jnp.int32)).compile()
+  sent = sum(one.total for one in collectives(program.as_text()))
+  part = features * width * 4 / mesh.shape["fsdp"]
+  assert 0 < sent < 2 * part
