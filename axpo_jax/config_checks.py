@@ -103,6 +103,10 @@ def validate(config: ConfigDict) -> None:
   if "rl" in config.stages and config.rollout.temperature <= 0:
     raise ConfigError(f"config.rollout.temperature={config.rollout.temperature} makes all rollouts of a "
                       "question the same: set it above 0")
+  if config.rollout.engine == "sglang" and config.rollout.presence_penalty and "rl" in config.stages:
+    raise ConfigError(f"config.rollout.presence_penalty={config.rollout.presence_penalty}: SGLang "
+                      "reports log-probabilities behind the penalty, which the trainer cannot compute "
+                      "again: set it to 0, or use config.rollout.engine='embedded'")
   if config.batch.length % 64:
     raise ConfigError(f"config.batch.length={config.batch.length} must be a multiple of 64")
   _validate_tools(config)

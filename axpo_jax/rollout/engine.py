@@ -36,10 +36,11 @@ class SamplingParams:
   """How to draw tokens.
 
   One step, from the model's logits: banned ids are removed; the policy's distribution is the
-  softmax of what is left, divided by `temperature`. Its log-probabilities are the ones reported
-  (with `untempered_logprobs`: those at temperature 1). The draw itself also applies, in this order,
-  the presence penalty (before the temperature), then top-k, then top-p: these shape WHAT is drawn
-  and never the reported numbers, which the trainer must be able to recompute.
+  softmax of what is left, divided by `temperature`. Its log-probabilities are the ones reported. The
+  draw itself also applies, in this order, the presence penalty (before the temperature), then top-k,
+  then top-p: these shape WHAT is drawn and not the reported numbers, which the trainer must be able to
+  recompute. One exception: SGLang reports log-probabilities behind a presence penalty, so rollouts
+  that are trained on have none there.
 
   Attributes:
     max_new_tokens: most tokens to generate, the stop token included.
@@ -50,7 +51,6 @@ class SamplingParams:
       Ids of the prompt do not count (vLLM's and SGLang's rule).
     stop_ids: ids that end the sample; the one that ended it is part of the result.
     banned_ids: ids that cannot be drawn and take no share of the normalisation.
-    untempered_logprobs: report log-probabilities at temperature 1 whatever `temperature` is.
   """
 
   max_new_tokens: int
@@ -60,7 +60,6 @@ class SamplingParams:
   presence_penalty: float = 0.0
   stop_ids: tuple[int, ...] = ()
   banned_ids: tuple[int, ...] = ()
-  untempered_logprobs: bool = False
 
   def __post_init__(self):
     if self.max_new_tokens < 1:

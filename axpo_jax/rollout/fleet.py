@@ -3,11 +3,11 @@
 In: servers, the weights they must hold, and sessions that ask for one. Out: leases on a server that
 is up and holds those weights. Everything runs on one event loop.
 
-A server is *in* while it answers and its weights were verified by us. It goes out when a call or two
-health checks in a row fail. If it does not answer at all, calls that it owes an answer are ended, so
-that a frozen process delays a request by seconds and not by its whole time limit. Its watcher then
-looks every `probe_s` whether it is back (whoever restarted it), gives it the current weights and lets
-it in.
+A server is *in* while it answers health checks and its weights were verified by us. Two failed checks
+in a row take it out, and nothing else does: a request that fails or is slow only has the server checked
+at once. When a server goes out, calls that it owes an answer are ended, so that a frozen process delays a
+request by seconds and not by its whole time limit. Its watcher then checks every `probe_s` whether it is
+back (whoever restarted it), gives it the current weights and lets it in.
 
 Routing is sticky: a session stays where its first request went, since there its prefix is cached;
 new sessions go to the server with the fewest sessions at work. The episode's session is its
@@ -20,7 +20,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any
 
 from absl import logging
@@ -28,6 +28,7 @@ from absl import logging
 from axpo_jax.rollout.sglang_api import Server, ServerError, Unreachable
 
 _SESSIONS_KEPT = 65_536
+_RECHECK_S = 0.5  # between two checks of a server while requests wait for what they say
 
 
 class NotAsked(ServerError):
@@ -80,6 +81,7 @@ class Member:
     self.calls: set[asyncio.Task] = set()
     self.load = self.homes = 0
     self.look = asyncio.Event()  # its watcher should look now
+    self.doubted: asyncio.Future | None = None  # done when its watcher knows how it is
     self.prefills: dict[Any, Any] = {}  # prompts that several requests are about to share
 
   async def call(self, coroutine: Coroutine) -> Any:
@@ -158,13 +160,13 @@ class Fleet:
   # ---- leases ----
 
   @contextlib.asynccontextmanager
-  async def lease(self, session: str) -> AsyncIterator[Member]:
-    """A place at the server of `session`.
+  async def lease(self, session: str, avoid: Collection[Member] = ()) -> AsyncIterator[Member]:
+    """A place at the server of `session`; at one of `avoid` only if no other is in.
 
     Raises:
       NoServer: none was in within deadline_s. (Waiting for the gate does not count.)
     """
-    member = await self._take_place(session)
+    member = await self._take_place(session, avoid)
     self._leases += 1
     try:
       yield member
@@ -175,10 +177,10 @@ class Fleet:
       member.load -= 1
       member.slots.release()
 
-  async def _take_place(self, session: str) -> Member:
+  async def _take_place(self, session: str, avoid: Collection[Member]) -> Member:
     while True:
       await self._open.wait()
-      member = self._choose(session)
+      member = self._choose(session, avoid)
       if member is None:
         await self._wait_for_any()
         continue
@@ -195,14 +197,15 @@ class Fleet:
       member.load -= 1
       member.slots.release()
 
-  def _choose(self, session: str) -> Member | None:
-    home = self._homes.get(session)
-    if home is not None and self.is_in(home):
-      self._homes.move_to_end(session)
-      return home
+  def _choose(self, session: str, avoid: Collection[Member]) -> Member | None:
     ready = [member for member in self.members if self.is_in(member)]
+    ready = [member for member in ready if member not in avoid] or ready
     if not ready:
       return None
+    home = self._homes.get(session)
+    if home in ready:
+      self._homes.move_to_end(session)
+      return home
     chosen = min(ready, key=lambda member: (member.load, member.homes))
     if session:
       self._move(session, chosen)
@@ -287,9 +290,21 @@ class Fleet:
     finally:
       task.cancel()
 
+  async def doubt(self, member: Member) -> None:
+    """Has a server checked that failed a request; returns when it is known to be well, or is out."""
+    if member.why_out is not None:
+      return
+    if member.doubted is None:
+      member.doubted = asyncio.get_running_loop().create_future()
+      member.look.set()
+    await asyncio.shield(member.doubted)
+
   async def _watch(self, member: Member) -> None:
-    misses = 0
+    misses, doubts = 0, []
     while True:
+      if member.doubted is not None:
+        doubts.append(member.doubted)
+        member.doubted = None  # who doubts from now on wants a later check
       try:
         if member.why_out is not None:
           await self._try_revive(member)
@@ -303,8 +318,13 @@ class Fleet:
         self.take_out(member, error)
       if misses >= self.config.misses:
         self.take_out(member, Unreachable(f"{misses} health checks failed"))
+      if not misses or member.why_out is not None:
+        for doubted in doubts:
+          doubted.set_result(None)
+        doubts = []
       with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(self.config.probe_s):
+        async with asyncio.timeout(min(self.config.probe_s, _RECHECK_S) if doubts
+                                   else self.config.probe_s):
           await member.look.wait()
       member.look.clear()
 

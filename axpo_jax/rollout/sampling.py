@@ -2,7 +2,7 @@
 
 In: logits [B, V], the rows' parameters, how many tokens each row has drawn so far. Out: ids [B] and
 the log-probability of each under the POLICY'S distribution: banned ids excluded, after temperature
-(temperature 1 where asked, and for greedy rows), before penalty, top-k and top-p. That is the number
+(temperature 1 for greedy rows), before penalty, top-k and top-p. That is the number
 a trainer can recompute from the model alone.
 
 Order of the draw, vLLM's and SGLang's: ban, presence penalty, temperature, top-k, top-p.
@@ -40,7 +40,6 @@ class RowParams:
   top_p_B: jax.Array
   top_k_B: jax.Array  # 0 = off
   presence_B: jax.Array
-  untempered_B: jax.Array  # bool
   stop_BxN: jax.Array
   banned_BxN: jax.Array
 
@@ -67,7 +66,6 @@ def row_params(
     top_p_B=np.ones(rows, np.float32),
     top_k_B=np.zeros(rows, np.int32),
     presence_B=np.zeros(rows, np.float32),
-    untempered_B=np.zeros(rows, bool),
     stop_BxN=np.full((rows, width), -1, np.int32),
     banned_BxN=np.full((rows, width), -1, np.int32),
   )
@@ -77,7 +75,6 @@ def row_params(
     arrays.top_p_B[row] = p.top_p
     arrays.top_k_B[row] = p.top_k
     arrays.presence_B[row] = p.presence_penalty
-    arrays.untempered_B[row] = p.untempered_logprobs
     arrays.stop_BxN[row, : len(p.stop_ids)] = p.stop_ids
     arrays.banned_BxN[row, : len(p.banned_ids)] = p.banned_ids
   return arrays
@@ -118,20 +115,12 @@ def sample(
     penalty_B = params.presence_B / divisor_B
     draw_BxV = draw_BxV - jnp.where(seen_BxV, penalty_B[:, None], 0.0)
   ids_B = _draw(_keep_likely(draw_BxV, params), noise_BxN, greedy_B)
-  return ids_B, _policy_logprobs(allowed_BxV, tempered_BxV, ids_B, params)
+  return ids_B, _chosen_logprobs(tempered_BxV, ids_B)
 
 
-def _policy_logprobs(allowed_BxV, tempered_BxV, ids_B, params):
-  def of(z_BxV):
-    chosen_B = jnp.take_along_axis(z_BxV, ids_B[:, None], axis=1)[:, 0]
-    return chosen_B - jax.nn.logsumexp(z_BxV, axis=1)
-
-  tempered_B = of(tempered_BxV)
-  # A second normalisation costs another pass over the vocabulary: only where some row wants it.
-  untempered_B = jax.lax.cond(
-    jnp.any(params.untempered_B), lambda: of(allowed_BxV), lambda: tempered_B
-  )
-  return jnp.where(params.untempered_B, untempered_B, tempered_B)
+def _chosen_logprobs(z_BxV, ids_B):
+  chosen_B = jnp.take_along_axis(z_BxV, ids_B[:, None], axis=1)[:, 0]
+  return chosen_B - jax.nn.logsumexp(z_BxV, axis=1)
 
 
 def _keep_likely(z_BxV, params):

@@ -25,6 +25,10 @@ class Unreachable(ServerError):
   """No connection, a connection that broke, or no answer in time."""
 
 
+class TooSlow(ServerError):
+  """No answer in time to a request that may take long; it says nothing about the server's health."""
+
+
 class BadStatus(ServerError):
   """An HTTP status that says the server is at fault (5xx, or an unexpected one)."""
 
@@ -56,9 +60,14 @@ class Server:
 
     Raises:
       RequestError: the server refuses the request as it stands (400).
+      TooSlow: no answer within `timeout`; the request may still run there, see `abort`.
       ServerError: anything else that went wrong.
     """
-    return await self._call("POST", "/generate", payload, timeout, refusal=RequestError)
+    return await self._call("POST", "/generate", payload, timeout, refusal=RequestError, late=TooSlow)
+
+  async def abort(self, rid: str, timeout: float) -> None:
+    """Ends the request of this id, if it runs or waits."""
+    await self._call("POST", "/abort_request", {"rid": rid}, timeout, expect_json=False)
 
   async def healthy(self, timeout: float) -> bool:
     """Whether the whole engine answers: the server draws a token, or has just done so."""
@@ -116,7 +125,8 @@ class Server:
       raise Garbage(f"{self.url} /weights_checker: {error!r} in {str(answer)[:300]}") from error
 
   async def _call(self, method: str, route: str, body: Any, timeout: float, *,
-                  refusal: type[Exception] = BadStatus, expect_json: bool = True) -> Any:
+                  refusal: type[Exception] = BadStatus, late: type[ServerError] = Unreachable,
+                  expect_json: bool = True) -> Any:
     where = f"{self.url}{route}"
     limit = aiohttp.ClientTimeout(total=timeout)
     try:
@@ -125,7 +135,7 @@ class Server:
         text = await response.text(errors="replace")
         status = response.status
     except TimeoutError as error:
-      raise Unreachable(f"{where} gave no answer within {timeout:g} s") from error
+      raise late(f"{where} gave no answer within {timeout:g} s") from error
     except (aiohttp.ClientError, OSError, ValueError) as error:
       raise Unreachable(f"{where}: {type(error).__name__}: {error}") from error
     if status == 400:

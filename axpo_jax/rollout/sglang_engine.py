@@ -21,15 +21,14 @@ that prefill found in the cache, so sums over samples are what was really saved.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.rollout import sglang_wire as wire
-from axpo_jax.rollout import weight_push
 from axpo_jax.rollout.background import LoopThread
 from axpo_jax.rollout.engine import (
   EngineClosed,
@@ -41,7 +40,7 @@ from axpo_jax.rollout.engine import (
 )
 from axpo_jax.rollout.fleet import Fleet, FleetConfig, Member, NotAsked
 from axpo_jax.rollout.image_sender import ImageSender
-from axpo_jax.rollout.sglang_api import LoadError, Server, ServerError
+from axpo_jax.rollout.sglang_api import LoadError, Server, ServerError, TooSlow
 from axpo_jax.rollout.weight_check import WeightCheck
 from axpo_jax.rollout.weight_push import Push, PushConfig, PushFolder
 
@@ -59,7 +58,8 @@ class SGLangConfig:
       SGLang keeps a few tokens for itself.
     push: how weights get to the servers.
     fleet: deadlines, health checks and concurrency.
-    request_s: limit of one request to one server.
+    request_s: limit of one request to one server. One that takes longer is aborted there and asked
+      again elsewhere; it says nothing about the server.
     attempts: servers that a request is tried on before it fails.
     drain_s: how long an update waits for running samples before it aborts them; they are then drawn
       again from the new weights. 0 aborts at once.
@@ -108,19 +108,21 @@ class SGLangEngine:
     config: see SGLangConfig.
 
   Attributes:
+    folder: where pushes are written.
     last_push: what the last update wrote: its bytes, the share that changed, its seconds; or None.
-    retries: requests that were asked again because a server failed.
+    retries: requests that were asked again because a server failed or was too slow.
+    too_slow: requests that took longer than `request_s`.
   """
 
   def __init__(self, urls: Sequence[str], model_config: ModelConfig, config: SGLangConfig):
     self.config, self._model = config, model_config
-    self._folder = PushFolder(config.push, model_config)
+    self.folder = PushFolder(config.push, model_config)
     self._images = ImageSender(config.image_folder, config.image_cache_bytes)
     self._stats = EngineStats()
     self._push: Push | None = None
-    self._check = WeightCheck(self._folder.server_names)
+    self._check = WeightCheck(self.folder.server_names)
     self._closed = False
-    self.retries = 0
+    self.retries = self.too_slow = 0
     self.last_push: Push | None = None
     servers = [Server(url, config.api_key) for url in urls]
     self._fleet = Fleet(servers, config.fleet, self._install,
@@ -152,14 +154,20 @@ class SGLangEngine:
     return await self._run(self._generate(request))
 
   async def update_weights(self, params: Any, version: int) -> None:
-    """See `Engine.update_weights`. All processes of a run call it; the first talks to the servers.
+    """See `Engine.update_weights`: writes a push, then installs it.
 
     Raises:
       WrongParameters: `params` do not belong to the model; the old ones stay.
       NoServer: no server took the weights within the fleet's deadline.
     """
     self._check_open()
-    await self._run(self._update(params, version))
+    # Sampling from the old weights goes on meanwhile.
+    await self.install(await asyncio.to_thread(self.folder.write, params, version))
+
+  async def install(self, push: Push) -> None:
+    """Gives the servers the weights of a push; raises as `update_weights`."""
+    self._check_open()
+    await self._run(self._change_weights(push))
 
   async def health(self) -> bool:
     return not self._closed and await self._run(self._healthy())
@@ -175,16 +183,17 @@ class SGLangEngine:
     if not self._closed:
       self._closed = True
       await asyncio.to_thread(self._loop.stop)
-      self._folder.remove_all()
+      self.folder.remove_all()
       self._images.close()
 
   def gauges(self) -> dict[str, float]:
-    """Servers in, how often one went out and requests asked again since the start; the last push:
-    its seconds, its bytes, their share of a whole push, and the share of values that changed."""
+    """Servers in; since the start, how often one went out, requests asked again, and those too slow; of
+    the last push, its seconds, its bytes, their share of a whole push, the share of values that changed."""
     found = {
       "servers_in": float(sum(map(self._fleet.is_in, self._fleet.members))),
       "servers_lost": float(self._fleet.times_out),
       "retries": float(self.retries),
+      "too_slow": float(self.too_slow),
     }
     if (push := self.last_push) is not None:
       found |= {"push_s": push.seconds, "push_bytes": float(push.bytes_written),
@@ -229,42 +238,48 @@ class SGLangEngine:
 
   async def _sample(self, request: SampleRequest, seed: int, images: Sequence[str]) -> Sample:
     """One sample, from whichever server gives a sound one."""
-    failures = 0
+    failed: list[Member] = []  # at which, as often as it did
     while True:
-      async with self._fleet.lease(request.session) as member:
+      async with self._fleet.lease(request.session, failed) as member:
         try:
           return await self._draw(member, self._push, request, seed, images)
         except NotAsked:
           continue  # another request's failure, not ours
         except ServerError as error:
-          # An abort while weights change is our own doing.
-          if self._fleet.gate_is_open or not isinstance(error, wire.Aborted):
-            failures += 1
-            if self._router is None:
-              self._fleet.take_out(member, error)
-          if failures >= self.config.attempts:
-            raise
           self.retries += 1
-          if self._router is not None:  # nobody knows which server it was; the router finds out
-            await asyncio.sleep(self.config.fleet.probe_s)
+          if isinstance(error, wire.Aborted) and not self._fleet.gate_is_open:
+            continue  # weights change, and what took too long for that was aborted by us
+          failed.append(member)
+          if len(failed) >= self.config.attempts:
+            self.retries -= 1
+            raise
+      if self._router is None:
+        await self._fleet.doubt(member)
+      else:  # nobody knows which server it was; the router finds out
+        await asyncio.sleep(self.config.fleet.probe_s)
 
   async def _draw(self, member: Member, push: Push, request: SampleRequest, seed: int,
                   images: Sequence[str]) -> Sample:
     found = await self._share_prefill(member, push, request, images)
     reply = wire.read(await self._ask(member, wire.payload(
       request, seed, images, self.config.length)), request, push.tag)
-    logprobs = reply.logprobs
-    if wire.needs_score(request.params):
-      score = await self._ask(member, wire.score_payload(request, reply, images))
-      logprobs = wire.corrected(score, request, reply, push.tag)
     cached = reply.cached_tokens if found is None else min(found, reply.cached_tokens)
-    sample = wire.sample(request, reply, logprobs, cached, push.version)
+    sample = wire.sample(request, reply, cached, push.version)
     self._count(request, sample)
     return sample
 
   async def _ask(self, member: Member, payload: dict[str, Any]) -> dict[str, Any]:
-    server = self._router or member.server
-    return await member.call(server.generate(payload, self.config.request_s))
+    """The answer to one request. One that takes too long is ended where it runs, by itself."""
+    server, rid = self._router or member.server, secrets.token_hex(16)
+    try:
+      return await member.call(server.generate(payload | {"rid": rid}, self.config.request_s))
+    except TooSlow:
+      self.too_slow += 1
+      # Behind a router any of them may have it.
+      for other in [member] if self._router is None else self._fleet.members:
+        with contextlib.suppress(ServerError):
+          await other.server.abort(rid, self.config.fleet.probe_timeout_s)
+      raise
 
   async def _share_prefill(self, member: Member, push: Push, request: SampleRequest,
                            images: Sequence[str]) -> int | None:
@@ -301,21 +316,17 @@ class SGLangEngine:
 
   # ---- weights ----
 
-  async def _update(self, params: Any, version: int) -> None:
+  async def _change_weights(self, push: Push) -> None:
     async with self._updating:
       self._fleet.close_gate()
       try:
-        # Meanwhile the last samples under the old weights are drawn.
-        push = await asyncio.to_thread(self._folder.write, params, version)
         await self._fleet.drain(self.config.drain_s)
-        await asyncio.to_thread(weight_push.barrier, "samples drained")
         self._take(push)
         await self._fleet.install_all()
       finally:
         if self._push is not None:
           self._fleet.open_gate()
-      await asyncio.to_thread(weight_push.barrier, "weights installed")
-      self._folder.remove_old()
+      self.folder.remove_old()
       self._images.trim()
 
   def _take(self, push: Push) -> None:
@@ -332,9 +343,6 @@ class SGLangEngine:
     answers nobody until it holds weights that we know."""
     async with self._locks[member]:
       push, server = self._push, member.server
-      if jax.process_index():
-        await self._wait_for_first_process(member, push)
-        return
       held, member.tag = member.tag, None
       await self._check_flags(server)
       await server.pause(_CONTROL_S)
@@ -370,16 +378,6 @@ class SGLangEngine:
     if dtype == "float32" and info.get("dtype") != "float32":
       raise LoadError(f"{server.url} runs in {info.get('dtype')} and weights come in float32: start "
                       "it with --dtype float32, or push bfloat16")
-
-  async def _wait_for_first_process(self, member: Member, push: Push) -> None:
-    """The first process of a run loads the weights; the others look until they are there."""
-    try:
-      async with asyncio.timeout(self.config.load_s):
-        while await member.server.weight_tag(_CONTROL_S) != push.tag:
-          await asyncio.sleep(self.config.fleet.probe_s / 10)
-    except TimeoutError as error:
-      raise LoadError(f"{member.server.url} has no {push.tag!r} after {self.config.load_s:g} s") from error
-    member.tag = push.tag
 
 
 @dataclasses.dataclass

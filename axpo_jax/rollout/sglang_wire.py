@@ -8,16 +8,9 @@ tokenised the ids again or expanded an image twice, and everything behind that p
 trained on wrong positions: `ContractError` names both counts.
 
 Log-probabilities. The server reports them after the logit bias, the penalties and the temperature,
-and before top-k and top-p. That is our contract (see SamplingParams) except in two cases, which
-cost a second request that scores the sampled ids in one prefill over the cached prompt:
-
-- `untempered_logprobs` at another temperature than 1: the score gives log p at temperature 1 of the
-  ids and of the banned ids; the latter's mass is taken out of the normaliser.
-- A presence penalty: the score also gives log p of every id drawn so far, and with these the
-  penalised normaliser is turned into the plain one. Its size is (length x distinct ids), so leave the
-  penalty at 0 where long samples are trained on.
-
-Legend: L new tokens, l log-probability at temperature 1 over the whole vocabulary, T temperature.
+and before top-k and top-p. Without a presence penalty that is our contract (see SamplingParams). With
+one, which evaluations use, they are those of the penalised distribution, and are taken as they are: the
+exact ones would cost scores of (length x distinct ids), and nothing is trained on an evaluation.
 """
 
 from __future__ import annotations
@@ -192,90 +185,10 @@ def _check_output(
     raise ContractError(f"unknown finish reason {finish!r}")
 
 
-# Scores: log-probabilities that the server does not report by itself ----------------------------
-
-
-def needs_score(params: SamplingParams) -> bool:
-  """Whether the reported log-probabilities differ from the contract's."""
-  tempered_away = params.untempered_logprobs and params.temperature not in (0, 1)
-  return bool(params.presence_penalty) or tempered_away
-
-
-def reported_temperature(params: SamplingParams) -> float:
-  """The temperature at which the contract wants the log-probabilities."""
-  return params.temperature if params.temperature and not params.untempered_logprobs else 1.0
-
-
-def score_payload(request: SampleRequest, reply: Reply, images: Sequence[str]) -> dict[str, Any]:
-  """The JSON that asks for log p of the sampled ids, and of those that `corrected` needs."""
-  seen = reply.ids if reported_temperature(request.params) != 1 else ()
-  return _prompt((*request.ids, *reply.ids), images) | {
-    "sampling_params": {"max_new_tokens": 0, "temperature": 1.0, "ignore_eos": True},
-    "return_logprob": True,
-    # Expanded position of the last prompt token: the first distribution that is asked for.
-    "logprob_start_len": request.prompt_tokens - 1,
-    "token_ids_logprob": sorted({*request.params.banned_ids, *seen}),
-  }
-
-
-def corrected(
-  score: Mapping[str, Any], request: SampleRequest, reply: Reply, tag: str
-) -> tuple[float, ...]:
-  """The contract's log-probabilities of `reply.ids`, from the reply to `score_payload`.
-
-  Raises: ContractError, VersionMismatch, Aborted as `read`.
-  """
-  try:
-    meta = score["meta_info"]
-    if meta["finish_reason"]["type"] == "abort":
-      raise Aborted(f"the server aborted the score: {meta['finish_reason'].get('message')}")
-    check_version(meta, tag)
-    own = meta["input_token_logprobs"][1:]
-    rows = meta["input_token_ids_logprobs"][1:]
-    if [triple[1] for triple in own] != list(reply.ids) or len(rows) != len(own):
-      raise ContractError(f"the score of {len(reply.ids)} ids covers {len(own)} others")
-    tables = [{triple[1]: triple[0] for triple in row or ()} for row in rows]
-    own_L = [triple[0] for triple in own]
-  except (KeyError, TypeError, IndexError) as error:
-    raise ContractError(f"not a score ({error!r}): {str(score)[:300]}") from error
-  if reported_temperature(request.params) == 1:
-    return tuple(_without(x, table, request.params.banned_ids) for x, table in zip(own_L, tables))
-  return _unpenalised(reply, own_L, tables, request.params)
-
-
-def _without(own: float, table: Mapping[int, float], banned: Sequence[int]) -> float:
-  """log p after the banned ids' mass is taken out."""
-  rest = 1.0 - math.fsum(math.exp(table[i]) for i in set(banned))
-  if rest <= 0:
-    raise ContractError("the banned ids hold all of the probability: the weights are broken")
-  return own - math.log(rest)
-
-
-def _unpenalised(
-  reply: Reply, own_L: Sequence[float], tables: Sequence[Mapping[int, float]], params: SamplingParams
-) -> tuple[float, ...]:
-  """Undoes the presence penalty at temperature T.
-
-  With Z' the penalised normaliser, log p(j) under Z' but without j's penalty is
-  a_j = a + (l_j - l) / T, where a = reported + penalty / T if the id was seen before. The plain
-  normaliser is Z = Z' (1 + sum over seen j of exp(a_j) (1 - exp(-penalty / T))).
-  """
-  strength = params.presence_penalty / params.temperature
-  seen: set[int] = set()
-  out = []
-  for token, reported, own, table in zip(reply.ids, reply.logprobs, own_L, tables, strict=True):
-    a = reported + (strength if token in seen else 0.0)
-    moved = math.fsum(math.exp(a + (table[j] - own) / params.temperature) for j in seen)
-    out.append(a - math.log1p(moved * -math.expm1(-strength)))
-    seen.add(token)
-  return tuple(out)
-
-
-def sample(request: SampleRequest, reply: Reply, logprobs: Sequence[float], cached: int,
-           version: int) -> Sample:
+def sample(request: SampleRequest, reply: Reply, cached: int, version: int) -> Sample:
   """The finished Sample; `cached` overrides what the server said (see the shared prefill)."""
   return Sample(
-    ids=reply.ids, logprobs=tuple(logprobs), finish_reason="stop" if reply.stopped else "length",
+    ids=reply.ids, logprobs=reply.logprobs, finish_reason="stop" if reply.stopped else "length",
     prompt_tokens=request.prompt_tokens, cached_tokens=cached, weight_version=version,
   )  # fmt: skip
 

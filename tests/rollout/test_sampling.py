@@ -89,16 +89,13 @@ def test_draws_follow_the_reference_distribution(params):
   _assert_drawn_from(ids, _reference(logits, params, seen_V))
 
 
-@pytest.mark.parametrize("untempered", [False, True])
-def test_logprobs_are_the_policys_own(untempered):
+def test_logprobs_are_the_policys_own():
   logits = _logits(1)
-  params = SamplingParams(
-    1, 0.7, 0.8, 10, 1.5, banned_ids=(int(np.argmax(logits)),), untempered_logprobs=untempered
-  )
+  params = SamplingParams(1, 0.7, 0.8, 10, 1.5, banned_ids=(int(np.argmax(logits)),))
   ids, logprobs = _many(logits, params, 200, np.arange(VOCAB) % 2 == 0)
   z = logits.astype(np.float64)
   z[params.banned_ids[0]] = -np.inf
-  z /= 1.0 if untempered else 0.7
+  z /= 0.7
   np.testing.assert_allclose(logprobs, (z - np.log(np.exp(z).sum()))[ids], atol=1e-5)
 
 

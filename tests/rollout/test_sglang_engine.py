@@ -296,6 +296,20 @@ def test_a_server_that_answers_500_is_asked_again(spoilt, ask, text):
     run(engine, ask(text(0, 10)))
 
 
+def test_a_server_ends_a_request_by_its_id(server, ask, text):
+  """As the engine ends one that takes too long."""
+  api, request = Server(server.urls[0]), ask(text(0, 9), max_new=80)
+
+  async def scenario():
+    running = [asyncio.create_task(api.generate(
+      wire.payload(request, 0, (), 96) | {"rid": rid}, 30)) for rid in ("slow", "other")]
+    await asyncio.sleep(0.1)
+    await api.abort("slow", 5)
+    return [answer["meta_info"]["finish_reason"]["type"] for answer in await asyncio.gather(*running)]
+
+  assert asyncio.run(scenario()) == ["abort", "length"]
+
+
 def test_an_update_aborts_what_takes_too_long(connect, server, reference, other_params, ask, text):
   """With drain_s = 0, running samples are drawn again from the new weights."""
   engine = connect(server.urls, drain_s=0.0)
