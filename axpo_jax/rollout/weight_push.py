@@ -13,33 +13,33 @@ tensor is split: SGLang's `/update_weights_from_disk` takes some of the tensors,
 
 Shards are written by a few threads, each of which holds one shard: there is no second copy of
 the model in host memory. In a run of several processes all of them call `write`; a tensor is gathered
-on the devices and each shard fetched and written by one process.
+on the devices and each shard fetched and written by one process. What fails in one of them fails in all.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import json
 import pathlib
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from axpo_jax import processes
 from axpo_jax.model import hf
 from axpo_jax.model.config import ModelConfig
 
 _PREFIX = "weights-"
+_APPEARS_S = 60.0  # what one host has written, others see after seconds on NFS
 
 
 class WrongParameters(ValueError):
@@ -142,22 +142,18 @@ class PushFolder:
     """
     begin = time.perf_counter()
     leaves = self._checked(params)
-    self._begin_run()
-    tag = f"{version}-{_shared_nonce()}"
+    nonce, *_ = processes.on_all(self._prepare)
+    tag = f"{version}-{nonce}"
     staging = self._root / f"{_PREFIX}{tag}.partial"
-    staging.mkdir(parents=True, exist_ok=True)
-    written = self._write_shards(leaves, staging)
-    barrier("weights written")
-    parts = [_Part.from_json(file.read_text()) for file in sorted(staging.glob("*.json"))]
-    barrier("weights listed")
-    push = self._finish(staging, tag, version, parts, time.perf_counter() - begin)
-    assert written <= push.bytes_written
-    self._last = push
-    return push
+    # What the shards hold is swapped and not read from the folder: on NFS a listing may be old.
+    written = processes.on_all(self._write_shards, leaves, staging)
+    parts = [part for parts in written for part in parts]
+    self._last = self._finish(staging, tag, version, parts, time.perf_counter() - begin)
+    return self._last
 
   def remove_old(self) -> None:
     """Removes every push but the last, once no server reads them."""
-    if self._last is None or jax.process_index():
+    if self._last is None or not processes.is_main():
       return
     kept = {self._last.base, self._last.delta}
     for folder in self._root.glob(f"{_PREFIX}*"):
@@ -166,16 +162,18 @@ class PushFolder:
 
   def remove_all(self) -> None:
     """Removes what this run wrote."""
-    if self._begun and not jax.process_index():
+    if self._begun and processes.is_main():
       for folder in self._root.glob(f"{_PREFIX}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
-  def _begin_run(self) -> None:
+  def _prepare(self) -> str:
+    """An empty folder at the run's first push; random digits for the push's name."""
     if not self._begun:
-      self._root.mkdir(parents=True, exist_ok=True)
       self._begun = True
-      self.remove_all()  # of a run that ended without cleaning up
-      barrier("push folder empty")
+      if processes.is_main():
+        self._root.mkdir(parents=True, exist_ok=True)
+        self.remove_all()  # of a run that ended without cleaning up
+    return secrets.token_hex(4)
 
   def _checked(self, params: nnx.State) -> dict:
     leaves = hf.by_path(params)
@@ -187,8 +185,8 @@ class PushFolder:
       raise WrongParameters(f"{len(wrong)} parameters are not the model's: {'; '.join(wrong[:5])}")
     return leaves
 
-  def _write_shards(self, leaves: dict, staging: pathlib.Path) -> int:
-    """Writes this process's shards; returns their bytes."""
+  def _write_shards(self, leaves: dict, staging: pathlib.Path) -> list[_Part]:
+    """Writes this process's shards; what they hold. An error comes last, behind all gathering."""
     places = threading.Semaphore(self.config.writers)  # shards in host memory
     with concurrent.futures.ThreadPoolExecutor(self.config.writers) as pool:
       jobs = []
@@ -203,10 +201,10 @@ class PushFolder:
           job.add_done_callback(lambda _: places.release())
           jobs.append(job)
         del values
-      return sum(job.result() for job in jobs)
+      return [job.result() for job in jobs]
 
-  def _write_shard(self, file: pathlib.Path, entries: list[hf.Entry], values: list) -> int:
-    """The tensors of one shard that changed, and beside them what changed, as JSON."""
+  def _write_shard(self, file: pathlib.Path, entries: list[hf.Entry], values: list) -> _Part:
+    """The tensors of one shard that changed."""
     part, kept = _Part(), {}
     for place, entry in enumerate(entries):
       tensor = entry.to_hf(values[place])
@@ -221,9 +219,10 @@ class PushFolder:
         part.kept.append(entry.name)
         part.bytes += tensor.nbytes
     if kept:
+      file.parent.mkdir(parents=True, exist_ok=True)
       save_file(kept, file, metadata={"format": "pt"})
-    file.with_suffix(".json").write_text(part.to_json())
-    return part.bytes
+      part.file = file.name
+    return part
 
   def _different(self, name: str, tensor: np.ndarray) -> int:
     """Number of values that differ from the last push, bit by bit; all of them without one."""
@@ -253,13 +252,10 @@ class PushFolder:
       changed_share=sum(part.changed_values for part in parts) / values, bytes_written=written,
       bytes_share=written / (values * jnp.dtype(self.config.dtype).itemsize))
     if changed is not None and not changed:
-      if not jax.process_index():
-        shutil.rmtree(staging, ignore_errors=True)
+      processes.on_all(_move, staging, None, [])
       return dataclasses.replace(last, **numbers)
     folder = self._root / f"{_PREFIX}{tag}"
-    if not jax.process_index():
-      staging.rename(folder)
-    barrier("weights in place")
+    processes.on_all(_move, staging, folder, [part.file for part in parts if part.file])
     for file, entries in self._shards.items():
       self._latest |= {entry.name: folder / file for entry in entries if entry.name in kept}
     if len(kept) == len(self._table):
@@ -270,20 +266,14 @@ class PushFolder:
 
 @dataclasses.dataclass
 class _Part:
-  """What one shard of a push holds; travels between processes as JSON beside the shard."""
+  """What one shard of a push holds; `file` is empty if nothing of it was written."""
 
+  file: str = ""
   values: int = 0
   changed_values: int = 0
   bytes: int = 0
   changed: list[str] = dataclasses.field(default_factory=list)
   kept: list[str] = dataclasses.field(default_factory=list)
-
-  def to_json(self) -> str:
-    return json.dumps(dataclasses.asdict(self))
-
-  @classmethod
-  def from_json(cls, text: str) -> _Part:
-    return cls(**json.loads(text))
 
 
 def _fetch(leaf: jax.Array, layer: int | None, dtype: str, mine: bool) -> np.ndarray | None:
@@ -294,18 +284,20 @@ def _fetch(leaf: jax.Array, layer: int | None, dtype: str, mine: bool) -> np.nda
   return np.asarray(gathered.addressable_data(0)) if mine else None
 
 
-def _shared_nonce() -> str:
-  """Random hexadecimal digits, the same in all processes."""
-  number = secrets.randbits(31)
-  if jax.process_count() > 1:
-    number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
-  return f"{number:08x}"
-
-
-def barrier(name: str) -> None:
-  """Waits for all processes of the run."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
+def _move(staging: pathlib.Path, folder: pathlib.Path | None, files: Sequence[str]) -> None:
+  """Gives a staged push of these files its name, or removes it. One process does."""
+  if not processes.is_main():
+    return
+  if folder is None:
+    shutil.rmtree(staging, ignore_errors=True)
+    return
+  deadline = time.monotonic() + _APPEARS_S
+  while missing := [file for file in files if not (staging / file).exists()]:
+    if time.monotonic() > deadline:
+      raise OSError(f"{staging} lacks {missing[0]}, which another process has written: push_folder must "
+                    "be one folder that all hosts of the trainer see")
+    time.sleep(0.1)
+  staging.rename(folder)
 
 
 # What a server calls them ----------------------------------------------------------------------

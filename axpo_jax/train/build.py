@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from axpo_jax import processes
 from axpo_jax.agent.episode import EpisodeLimits
 from axpo_jax.agent.prompts import SHORT_SYSTEM_PROMPT, SYSTEM_PROMPT
 from axpo_jax.agent.rollout import Rollout
@@ -186,18 +187,22 @@ def servers(config: ConfigDict, policy: str, folder: pathlib.Path) -> Iterator[t
     ConfigError: they cannot be started; says what to install or to change.
   """
   section = config.rollout
-  if section.engine != "sglang" or section.urls or not distributed.is_main():
+  if section.engine != "sglang" or section.urls:
     yield tuple(section.urls)
     return
   with contextlib.ExitStack() as stack:
-    try:
-      # A server that loads weights does not answer: it does not hang.
-      spec = sections.sidecar(config, str(policy), hang_after=max(section.sglang.load_s, 300.0),
-                              api_key=os.environ.get(API_KEY_VARIABLE, ""))
-      sidecar = stack.enter_context(Sidecar(spec, folder / "sidecar"))
-    except SidecarError as error:
-      raise ConfigError(f"config.rollout.sidecar: {error}") from error
-    yield tuple(sidecar.urls)
+    yield distributed.on_main(_start_servers, stack, config, policy, folder)
+
+
+def _start_servers(stack: contextlib.ExitStack, config: ConfigDict, policy: str, folder: pathlib.Path
+                   ) -> tuple[str, ...]:
+  try:
+    # A server that loads weights does not answer: it does not hang.
+    spec = sections.sidecar(config, policy, hang_after=max(config.rollout.sglang.load_s, 300.0),
+                            api_key=os.environ.get(API_KEY_VARIABLE, ""))
+    return tuple(stack.enter_context(Sidecar(spec, folder / "sidecar")).urls)
+  except SidecarError as error:
+    raise ConfigError(f"config.rollout.sidecar: {error}") from error
 
 
 def engine(config: ConfigDict, bench: Workbench, params: nnx.State, urls: Sequence[str],
@@ -218,7 +223,8 @@ def engine(config: ConfigDict, bench: Workbench, params: nnx.State, urls: Sequen
     skip_vision=vision_stands(config, bench.lora))
   if not distributed.is_main():
     return distributed.Follower(PushFolder(made.push, bench.model_config).write)
-  return SGLangEngine(urls, bench.model_config, dataclasses.replace(
+  kind = SGLangEngine if jax.process_count() == 1 else distributed.RemoteEngine
+  return kind(urls, bench.model_config, dataclasses.replace(
     made, api_key=os.environ.get(API_KEY_VARIABLE, "")))
 
 
@@ -280,7 +286,7 @@ def export(params: nnx.State, config: ConfigDict, bench: Workbench, policy: str 
   hf.save_checkpoint_hf(folder, lora.merge(params, bench.lora), bench.model_config,
                         dtype=config.model.export_dtype,
                         tokenizer_from=config.model.tokenizer or policy)
-  distributed.barrier()  # the next stage reads what the main process has written
+  processes.barrier()  # the next stage reads what the main process has written
   return folder
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
+from axpo_jax import processes
 from axpo_jax.model import sharding
 
 # Names inside a checkpoint folder.
@@ -67,7 +68,8 @@ class Checkpoints:
     return [checkpoint.step for checkpoint in self._orbax.checkpoints]
 
   def latest(self) -> int | None:
-    return max(self.steps(), default=None)
+    """The newest of them; all processes call it. One decides: on NFS a listing may be old."""
+    return processes.share((max(self.steps(), default=None), None))
 
   def save(self, step: int, state: Any, *, host: Mapping[str, Any], iterator: Any = None) -> None:
     """Starts writing a checkpoint; waits only for the save before it.
@@ -103,9 +105,8 @@ class Checkpoints:
       CheckpointError: no checkpoint, one without the iterator that is asked for, or arrays that
         differ from `abstract_state`; the message lists every difference.
     """
-    steps = self.steps()
-    step = max(steps, default=None) if step is None else step
-    if step not in steps:
+    step = self.latest() if step is None else step
+    if step not in (steps := self.steps()):
       raise CheckpointError(f"{self._orbax.directory} has no checkpoint of step {step}; it has {steps}")
     record = _Json(None)
     self._load(step, {_HOST: record})

@@ -7,6 +7,7 @@ transcript: both are the same call.
 
 import asyncio
 import collections
+import copy
 import dataclasses
 import itertools
 import traceback
@@ -164,6 +165,25 @@ async def resample(actor: Actor, groups: Sequence[Group], config: ResampleConfig
     group.failures += _failures(continued)
     if branch.rollouts:
       group.branches.append(branch)
+
+
+def for_training(groups: Sequence[Group]) -> list[Group]:
+  """Copies with what credit and batches are made of, for the other processes of a run: questions by
+  name, and every distinct picture once, as it was shown and without its original."""
+  shown: dict[str, images.ProcessedImage] = {}
+
+  def light(rollout: Rollout) -> Rollout:
+    transcript = copy.copy(rollout.transcript)
+    transcript.images = [
+      dataclasses.replace(image, source=None, shown=shown.setdefault(image.shown.key, image.shown))
+      for image in transcript.images]
+    return dataclasses.replace(rollout, transcript=transcript)
+
+  return [dataclasses.replace(
+    group, question=dataclasses.replace(group.question, text="", images=(), meta={}),
+    rollouts=[*map(light, group.rollouts)],
+    branches=[dataclasses.replace(branch, rollouts=[*map(light, branch.rollouts)])
+              for branch in group.branches]) for group in groups]
 
 
 def _group(question: Question, rollouts: Iterable[Rollout]) -> Group:

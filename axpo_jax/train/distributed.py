@@ -6,36 +6,37 @@ the terminal) the main process does, and shares the outcome: `on_main`. Nothing 
 one process and many, so a run may be resumed with another number of them.
 
 The alternative, every process with its own questions, would spread the host's work, but plan, budget
-and packing are decisions about a whole step. What is shared is transcripts and images, a few hundred
-megabytes a step at the paper's sizes; what grows with a run's speed, sampling, lives in servers.
+and packing are decisions about a whole step. What is shared is transcripts, about 20 bytes a token, and
+every distinct picture once as the policy was shown it, 3 bytes a pixel (`Collected.for_training`): some
+hundred megabytes a step at the paper's sizes. Patches, which are ten times larger, a process makes for
+its own devices' rows alone. What grows with a run's speed, sampling, lives in servers.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
+import functools
 import os
-import pickle
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from axpo_jax import processes
 from axpo_jax.model import sharding
 from axpo_jax.model.config import ModelConfig
+from axpo_jax.processes import is_main
 from axpo_jax.rollout.embedded import EmbeddedEngine
+from axpo_jax.rollout.sglang_engine import SGLangEngine
 from axpo_jax.train.metrics import MetricsWriter, NoMetrics
 
 T = TypeVar("T")
 
-# Bytes that are broadcast at once: they stand on every device.
-_PIECE = 1 << 26
-# Seconds that processes wait for the main one: a step's rollouts, an evaluation.
-_PATIENCE = 24 * 3600
-_places = itertools.count()
+# Seconds without a sign of life after which a process counts as dead, and those that one that ends
+# waits for the others.
+_HEARTBEAT, _SHUTDOWN = 120, 60
 
 
 def initialize(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
@@ -57,42 +58,37 @@ def initialize(coordinator: str = "", processes: int = 0, process: int = -1) -> 
            "process_id": process if process >= 0 else None}
   try:
     # One process a host has all of its devices; on a TPU pod there is no other way.
-    jax.distributed.initialize(**given, heartbeat_timeout_seconds=300)
+    jax.distributed.initialize(**given, heartbeat_timeout_seconds=_HEARTBEAT,
+                               shutdown_timeout_seconds=_SHUTDOWN)
   except ValueError as error:
     if any(value is not None for value in given.values()):
       raise ValueError(f"{error} Give --coordinator=<host>:<port>, --processes and --process_id, all "
                        "three.") from error
 
 
-def is_main() -> bool:
-  """Whether this process talks to tools, servers, files and the terminal."""
-  return jax.process_index() == 0
-
-
 def on_main(function: Callable[..., T], *args: Any) -> T:
   """function(*args), called by the main process; all get its result, or its exception."""
-  return _share(_outcome(function, *args) if is_main() else None)
+  return processes.share(processes.attempt(function, *args) if is_main() else None)
 
 
-async def on_main_async(function: Callable[[], Awaitable[T]]) -> T:
-  """`on_main` of a coroutine function. Others on the event loop go on meanwhile."""
-  outcome = None
+async def on_main_async(function: Callable[[], Awaitable[T]], sent: Callable[[T], T] | None = None
+                        ) -> T:
+  """`on_main` of a coroutine function. Others on the event loop go on meanwhile.
+
+  Args:
+    sent: result -> what the other processes get of it; None: all.
+  """
+  if jax.process_count() == 1:
+    return await function()
+  outcome = result = None
   if is_main():
     try:
-      outcome = await function(), None
+      result = await function()
+      outcome = (sent(result) if sent else result), None
     except Exception as error:
-      if jax.process_count() == 1:
-        raise
       outcome = None, error
-  return await asyncio.to_thread(_share, outcome)
-
-
-def barrier() -> None:
-  """Waits for all processes, on the host: devices do not wait, so it may take hours."""
-  if jax.process_count() > 1:
-    # jax offers a wait among its devices only, and those give up after a while.
-    from jax._src import distributed
-    distributed.global_state.client.wait_at_barrier(f"axpo_{next(_places)}", _PATIENCE * 1000)
+  shared = await asyncio.to_thread(processes.share, outcome)
+  return result if is_main() else shared
 
 
 def whole_on_main(params: Any, mesh: jax.sharding.Mesh, rules: sharding.Rules) -> Any:
@@ -115,74 +111,65 @@ def metrics_writer(root: str | os.PathLike, **options: Any) -> MetricsWriter | N
   return MetricsWriter(root, **options) if is_main() else NoMetrics(root)
 
 
+# The sampler ------------------------------------------------------------------------------------
+
+
+async def update_weights(hand_over: Callable[[Any, int], T], install: Callable[[T], Awaitable[None]],
+                         params: Any, version: int) -> None:
+  """One update of the sampler's weights, whatever the engine; all processes call it at the same place.
+
+      main     hand_over ┐ install ┐
+      others   hand_over ┘ (wait)  ┘ all go on, or all raise what went wrong
+
+  Args:
+    hand_over: (params, version) -> what the engine installs. All processes run it at once, so it may
+      gather parameters and write files.
+    install: gives it to the engine. The main process alone runs it.
+  """
+  weights = await asyncio.to_thread(hand_over, params, version)
+  await on_main_async(lambda: install(weights))
+
+
 class LocalEngine(EmbeddedEngine):
   """The embedded engine of the main process, on its own devices: it decides what to compute by what its
   episodes wait for, which several processes cannot do in step."""
 
   def __init__(self, model_config: ModelConfig, graphdef: nnx.GraphDef, params: nnx.State, *,
                rules: sharding.Rules, **options: Any):
-    self._local, self._rules = local_mesh(), rules
-    params = whole_on_main(params, self._local, rules)
-    super().__init__(model_config, graphdef, params, mesh=self._local, rules=rules, **options)
+    local = local_mesh()
+    params = whole_on_main(params, local, rules)
+    super().__init__(model_config, graphdef, params, mesh=local, rules=rules, **options)
+    self._hand_over = lambda params, _version: whole_on_main(params, local, rules)
 
   async def update_weights(self, params: Any, version: int) -> None:
-    params = await asyncio.to_thread(whole_on_main, params, self._local, self._rules)
-    await super().update_weights(params, version)
+    install = functools.partial(super().update_weights, version=version)
+    await update_weights(self._hand_over, install, params, version)
+
+
+class RemoteEngine(SGLangEngine):
+  """The main process's client of SGLang servers: all processes write the weights, this one installs
+  them."""
+
+  async def update_weights(self, params: Any, version: int) -> None:
+    await update_weights(self.folder.write, self.install, params, version)
 
 
 class Follower:
   """Stands where the main process has its engine, in the others.
 
   Args:
-    take_part: (params, version) -> what all processes must do when the engine takes weights.
+    hand_over: as in `update_weights`.
   """
 
-  def __init__(self, take_part: Callable[[Any, int], Any]):
-    self._take_part = take_part
+  def __init__(self, hand_over: Callable[[Any, int], Any]):
+    self._hand_over = hand_over
 
   async def update_weights(self, params: Any, version: int) -> None:
-    await asyncio.to_thread(self._take_part, params, version)
+    await update_weights(self._hand_over, _nothing, params, version)
 
   async def close(self) -> None:
     pass
 
 
-def _outcome(function: Callable[..., T], *args: Any) -> tuple[T | None, Exception | None]:
-  if jax.process_count() == 1:
-    return function(*args), None
-  try:
-    return function(*args), None
-  except Exception as error:  # whatever it is, the other processes must not wait for it
-    return None, error
-
-
-def _share(outcome: tuple[T | None, Exception | None] | None) -> T:
-  if jax.process_count() > 1:
-    outcome = _broadcast(outcome)
-  result, error = outcome
-  if error is not None:
-    raise error
-  return result
-
-
-def _broadcast(value: Any) -> Any:
-  """The main process's value, in all of them."""
-  data = np.frombuffer(_pickled(value) if is_main() else b"", np.uint8)
-  barrier()
-  size = int(multihost_utils.broadcast_one_to_all(np.array(len(data), np.uint32)))
-  pieces = []
-  for start in range(0, size, _PIECE):
-    length = min(_PIECE, size - start)
-    piece = data[start:start + length] if is_main() else np.zeros(length, np.uint8)
-    pieces.append(np.asarray(multihost_utils.broadcast_one_to_all(piece)))
-  return value if is_main() else pickle.loads(np.concatenate(pieces).tobytes())
-
-
-def _pickled(value: Any) -> bytes:
-  try:
-    return pickle.dumps(value)
-  except Exception:
-    result, error = value
-    if error is None:
-      raise
-    return pickle.dumps((result, RuntimeError(f"{type(error).__name__}: {error}")))
+async def _nothing(_: Any) -> None:
+  raise AssertionError("the main process alone installs weights")

@@ -11,6 +11,7 @@ import pathlib
 import jax
 from ml_collections import ConfigDict
 
+from axpo_jax import processes
 from axpo_jax.config import ConfigError
 from axpo_jax.eval import sampling, summary
 from axpo_jax.model import programs
@@ -21,6 +22,7 @@ _STAGES = {"teach": sampling.teach, "sft": sft.run, "screen": sampling.screen, "
            "eval": sampling.evaluation}
 
 
+@processes.ending_together()
 def run(config: ConfigDict, workdir: str) -> None:
   """Runs or resumes every stage, then prints the tables and draws the curves.
 

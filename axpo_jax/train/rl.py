@@ -52,6 +52,10 @@ class Collected:
   metrics: dict[str, float]
   position: Any
 
+  def for_training(self) -> "Collected":
+    """What the other processes of a run get of it."""
+    return dataclasses.replace(self, groups=collect.for_training(self.groups))
+
 
 class Loop:
   """One RL stage: everything that lives from step to step."""
@@ -127,7 +131,7 @@ class Loop:
     with clock("weights"):
       await self.sync()
     with clock("wait"):
-      batch = await distributed.on_main_async(collected)
+      batch = await distributed.on_main_async(collected, Collected.for_training)
     self._count_lost_steps(batch.groups)
     metrics = batch.metrics | collect.lag_metrics(batch.groups, self.steps_done)
     with clock("update"):

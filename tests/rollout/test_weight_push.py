@@ -188,13 +188,16 @@ def test_names_on_the_server():
 
 
 PROCESS = """
+import os
 import sys
 import jax
 port, rank, out, repo = sys.argv[1:]
 sys.path.insert(0, repo)
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
 import jax.numpy as jnp
+from axpo_jax import processes
 from axpo_jax.model import hf, sharding
+from axpo_jax.rollout import weight_push
 from axpo_jax.rollout.weight_push import PushConfig, PushFolder
 from tests.rollout.conftest import CONFIG
 mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 1})
@@ -205,10 +208,31 @@ push = pushes.write(params, 3)
 again = pushes.write(jax.tree.map(lambda x: x + 1, params), 4)
 pushes.remove_old()
 print("TAG", push.tag, again.tag, len(again.changed), push.bytes_written)
+# One process cannot write its part.
+def full(*_, **__):
+  raise OSError(28, "disk full")
+save, weight_push.save_file = weight_push.save_file, full if rank == "1" else weight_push.save_file
+try:
+  pushes.write(params, 5)
+except OSError as error:
+  print("BOTH", error)
+weight_push.save_file = save
+assert pushes.write(params, 6).tags_of_base != again.tags_of_base
+# Each has a folder of its own under this name, as on two hosts.
+weight_push._APPEARS_S = 0.3
+apart = PushFolder(PushConfig(out + "/" + rank, dtype="float32", shard_bytes=30_000), CONFIG)
+try:
+  apart.write(params, 0)
+except OSError as error:
+  print("APART", str(error).partition(" lacks ")[2])
+# Of what the main process has made, in pieces.
+processes._PIECE = 1000
+data = processes.share((os.urandom(4567), None) if rank == "0" else None)
+print("SHARED", len(data), data.hex())
 """
 
 
-def test_two_processes_write_each_shard_once(reference, model_config, tmp_path):
+def test_two_processes_write_each_shard_once_and_fail_together(reference, model_config, tmp_path):
   hf.save_checkpoint_hf(tmp_path / "saved", reference.params, model_config)
   repo = pathlib.Path(__file__).parents[2]
   port = str(free_port("127.0.0.1"))
@@ -219,7 +243,14 @@ def test_two_processes_write_each_shard_once(reference, model_config, tmp_path):
     for rank in range(2)]
   outputs = [process.communicate(timeout=240)[0] for process in processes]
   assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-  (said,) = {line for out in outputs for line in out.splitlines() if line.startswith("TAG")}
+
+  def both(word):
+    (line,) = {line for out in outputs for line in out.splitlines() if line.startswith(word)}
+    return line
+
+  assert "push_folder must be one folder that all hosts" in both("APART")
+  assert "disk full" in both("BOTH") and both("SHARED").split()[1] == "4567"
+  said = both("TAG")
   tag, names = said.split()[2], int(said.split()[3])
   grown = jax.tree.map(lambda x: jnp.asarray(x) + 1, reference.params)
   wanted = expected(grown, model_config, np.float32)

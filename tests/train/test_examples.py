@@ -1,7 +1,9 @@
 """From transcripts with images to what the learner trains on."""
 
 import asyncio
+import dataclasses
 import pathlib
+import pickle
 
 import numpy as np
 import pytest
@@ -104,6 +106,30 @@ def test_regions_split_a_rollout(group, bench):
   # Both cut at the same place: nothing is learnt twice and nothing is left out.
   last, first = np.flatnonzero(prefix.loss_mask_T)[-1], np.flatnonzero(continuation.loss_mask_T)[0]
   assert first == last + 1
+
+
+def test_other_processes_train_on_the_same_and_get_every_picture_once(group, bench):
+  """Both rollouts of the question zoom in on the same place, and have made their crops themselves."""
+  sent = pickle.dumps(collect.for_training([group]))
+  (received,) = pickle.loads(sent)
+  rollouts = [*group.rollouts, *group.branches[0].rollouts]
+  pixels = {image.shown.key: image.shown.pixels_HxWx3.nbytes
+            for rollout in rollouts for image in rollout.transcript.images}
+  tokens = sum(len(rollout.transcript) for rollout in rollouts)
+  assert sum(pixels.values()) < len(sent) < sum(pixels.values()) + 40 * tokens + 10_000
+  assert not any(image.source for r in received.rollouts for image in r.transcript.images)
+  credits = [Credit(0, 0, None, PREFIX, 2.0), Credit(0, 1, None, ALL, -1.0),
+             Credit(0, 0, 0, CONTINUATION, 0.5)]
+  ours, theirs = (examples.credited([g], credits, bench.model_config.image_token_id, 3)
+                  for g in (group, received))
+  for our, their in zip(ours, theirs, strict=True):
+    for field in dataclasses.fields(our):
+      if field.name == "images":
+        assert [image.key for image in our.images] == [image.key for image in their.images]
+        for a, b in zip(our.images, their.images):
+          np.testing.assert_array_equal(a.patches(), b.patches())
+      else:
+        np.testing.assert_array_equal(getattr(our, field.name), getattr(their, field.name))
 
 
 def test_sft_stream_leaves_out_what_is_wrong_and_counts_it(config, bench):

@@ -1,16 +1,12 @@
 """Several processes on this machine: a run of two gives the numbers of a run of one."""
 
 import pathlib
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-import axpo_jax
 from axpo_jax.rollout.sidecar.spec import free_port
 from axpo_jax.train import build
 from axpo_jax.train.checkpoint import Checkpoints
@@ -20,11 +16,7 @@ from tests import children
 from tests.train import micro_config, rigged
 from tests.train.rigged import untimed
 
-REPO = pathlib.Path(axpo_jax.__file__).parents[1]
-# A thread that waits for others is not taken for dead on a busy machine.
-PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
-# Seconds after which a run is taken for stuck. Alone on two cores it takes a twentieth of that.
-PATIENCE = 600
+CONFIG = "tests/train/micro_config.py"
 
 
 @pytest.fixture(scope="module")
@@ -42,36 +34,9 @@ def changes(tmp_path_factory) -> dict:
 
 def run(workdir: pathlib.Path, changes: dict, count: int) -> list[str]:
   """A run of `count` processes with four devices in all; what each wrote to its standard output."""
-  flags = [f"--config.{name}={value}" for name, value in changes.items()]
-  flags += [f"--coordinator=127.0.0.1:{free_port('127.0.0.1')}", f"--processes={count}"]
-  env = children.environment(4 // count, PATIENT)
-  logs = [(workdir.with_suffix(f".{i}.out"), workdir.with_suffix(f".{i}.err")) for i in range(count)]
-  processes = []
-  try:
-    for i, (out, err) in enumerate(logs):
-      with out.open("w") as stdout, err.open("w") as stderr:
-        processes.append(subprocess.Popen(
-          [sys.executable, "launch/main.py", "--config=tests/train/micro_config.py",
-           f"--workdir={workdir}", *flags, f"--process_id={i}"],
-          cwd=REPO, env=env, stdout=stdout, stderr=stderr))
-    codes = wait(processes)
-  finally:
-    for process in processes:
-      process.kill()  # nothing less: jax takes the signal to end for a notice of preemption
-      process.wait()
-  ends = "\n".join(f"process {i}: {err.read_text()[-4000:]}" for i, (_, err) in enumerate(logs))
-  assert codes == [0] * count, f"exit codes {codes} (None: still running)\n{ends}"
-  return [out.read_text() for out, _ in logs]
-
-
-def wait(processes) -> list[int | None]:
-  """Exit codes once all have ended, one has failed, or patience has."""
-  deadline = time.monotonic() + PATIENCE
-  while True:
-    codes = [process.poll() for process in processes]
-    if None not in codes or any(codes) or time.monotonic() > deadline:
-      return codes
-    time.sleep(0.2)
+  with children.job(CONFIG, workdir, changes, count, free_port("127.0.0.1")) as job:
+    assert job.wait() == [0] * count, str(job)
+    return job.outputs()
 
 
 def test_two_processes_give_the_numbers_of_one(changes, tmp_path):
