@@ -12,7 +12,7 @@ Legend: R rows, P patches in a row, C values in a patch, T tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import jax
@@ -84,12 +84,17 @@ def pack_images(
   row_buckets: Sequence[int] = ROW_BUCKETS,
   patch_buckets: Sequence[int] = PATCH_BUCKETS,
   rows_multiple_of: int = 1,
+  rows_here: Callable[[int], Collection[int]] | None = None,
 ) -> tuple[VisionInputs, np.ndarray]:
   """Packs images into rows of one bucketed length.
 
   The row length is the smallest patch bucket that holds the largest image; the number of rows is
   the smallest row bucket that is enough and a multiple of `rows_multiple_of` (the devices that
   share the rows). No images give one bucket of padding.
+
+  Args:
+    rows_here: number of rows -> those whose patches are made; the others' are zeros that take no memory
+      until they are read. None: all.
 
   Returns: the inputs, and int32 [number of images]: where each image's first merged token stands
     in the flattened [R * P / merge^2] output of the tower. Its tokens follow one another.
@@ -101,6 +106,7 @@ def pack_images(
     raise ValueError(f"patch bucket {length} must be a multiple of merge^2={config.merge_unit}")
   places, used_rows = _place(sizes, length)
   rows = _num_rows(used_rows, row_buckets, rows_multiple_of)
+  made = range(rows) if rows_here is None else rows_here(rows)
 
   out = VisionInputs(
     patches_RxPxC=np.zeros((rows, length, config.patch_dim), np.float32),
@@ -112,7 +118,8 @@ def pack_images(
   for image, size, (row, start, number) in zip(images, sizes, places, strict=True):
     where = (row, slice(start, start + size))
     positions = grid_positions(image.grid_hw, config.spatial_merge_size)
-    out.patches_RxPxC[where] = image.patches()
+    if row in made:
+      out.patches_RxPxC[where] = image.patches()
     out.segments_RxP[where] = number
     out.positions_RxPx2[where] = positions
     out.corner_index_RxPx4[where], out.corner_weight_RxPx4[where] = bilinear_corners(

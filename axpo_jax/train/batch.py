@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Sequence, Sized
 
 import jax
 import numpy as np
@@ -85,6 +85,20 @@ def shardings(batch: Batch, mesh: jax.sharding.Mesh, rules: sharding.Rules | Non
 def batch_shards(mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None) -> int:
   """Into how many parts the batch axis is split: a micro-batch's rows should be a multiple."""
   return sharding.parts("batch", mesh, rules)
+
+
+def vision_rows_here(mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None
+                     ) -> Callable[[int], Collection[int]] | None:
+  """Of how many vision rows -> which of them this process puts on its devices; None: all, always."""
+  if jax.process_count() == 1:
+    return None
+
+  def here(rows: int) -> Collection[int]:
+    target = sharding.sharding_for(("vision_rows",), (rows,), mesh, rules)
+    parts = target.addressable_devices_indices_map((rows,)).values()
+    return frozenset(row for (part,) in parts for row in range(rows)[part])
+
+  return here
 
 
 def shape_of(batch: Batch) -> str:

@@ -42,7 +42,7 @@ from axpo_jax.rollout.sidecar.supervisor import Sidecar
 from axpo_jax.rollout.teacher_engine import TeacherEngine
 from axpo_jax.rollout.weight_push import PushFolder
 from axpo_jax.train import distributed, examples, lora, sections, seeds, selection, toolbox
-from axpo_jax.train.batch import Batch, batch_shards
+from axpo_jax.train.batch import Batch, batch_shards, vision_rows_here
 from axpo_jax.train.collect import Actor
 from axpo_jax.train.packing import Example, PackingError, check_example, pack
 from axpo_jax.train.sections import computed_as
@@ -256,6 +256,7 @@ def optimizer(section: ConfigDict, total_steps: int, freeze_vision: bool,
 def pack_examples(config: ConfigDict, bench: Workbench, batch: list[Example]) -> list[Batch]:
   """Micro-batches in the shapes that the config fixes, so that few programs are compiled."""
   return pack(batch, banned_ids=bench.chat.banned_ids,
+              image_rows_here=vision_rows_here(bench.mesh, bench.rules),
               **pack_options(config, bench.model_config, bench.mesh, bench.rules))
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -85,6 +85,7 @@ def pack(
   banned_ids: Sequence[int] = (),
   rows_multiple_of: int = 1,
   image_rows_multiple_of: int | None = None,
+  image_rows_here: Callable[[int], Collection[int]] | None = None,
   block: int | None = None,
   row_buckets: Sequence[int] = ROW_BUCKETS,
   patch_buckets: Sequence[int] = PATCH_BUCKETS,
@@ -102,6 +103,7 @@ def pack(
     rows_multiple_of: the number of rows is a multiple of it, and `rows` is rounded up to one: a
       shard holds at least one row. See `batch.batch_shards`.
     image_rows_multiple_of: the number of vision rows is one of it; default `rows_multiple_of`.
+    image_rows_here: which vision rows' patches are made, see `pack_images`; None: all.
     block: tokens of a block of attention; None: as suits the row.
     row_buckets, patch_buckets: shapes of the vision tower, see `pack_images`.
     list_blocks: with `key_blocks_BxCxN`, for attention that reads it (`attention.reads_key_blocks`).
@@ -127,7 +129,8 @@ def pack(
   cuts = [slice(at, at + height) for at in range(0, len(pieces_R), height)]
   batches = [Batch(**{name: array[cut] for name, array in whole.items()}) for cut in cuts]
   if any(example.images for example in examples):
-    options = {"config": vision_config, "rows_multiple_of": image_rows_multiple_of or rows_multiple_of}
+    options = {"config": vision_config, "rows_here": image_rows_here,
+               "rows_multiple_of": image_rows_multiple_of or rows_multiple_of}
     batches = _with_images(batches, [pieces_R[cut] for cut in cuts], examples, row_buckets,
                            patch_buckets, options)
   return batches

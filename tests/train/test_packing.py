@@ -175,6 +175,23 @@ def test_packing_is_deterministic(make_example, make_image, options):
     np.testing.assert_array_equal(a, b)
 
 
+def test_a_process_makes_the_patches_of_its_own_rows(make_example, make_image, options):
+  examples = [make_example(i, 6, [make_image(i)]) for i in range(4)]
+  options = options | {"rows": 4, "rows_multiple_of": 2}
+  (whole,) = pack(examples, **options)
+  height = len(whole.vision.patches_RxPxC)
+  halves = [range(height // 2), range(height // 2, height)]
+  for rows in halves:
+    (batch,) = pack(examples, **options, image_rows_here=lambda _, rows=rows: rows)
+    assert batch.vision.patches_RxPxC[rows].any()
+    expected = np.zeros_like(whole.vision.patches_RxPxC)
+    expected[rows] = whole.vision.patches_RxPxC[rows]
+    np.testing.assert_array_equal(batch.vision.patches_RxPxC, expected)
+    same = dataclasses.replace(batch, vision=dataclasses.replace(
+      batch.vision, patches_RxPxC=whole.vision.patches_RxPxC))
+    jax.tree.map(np.testing.assert_array_equal, same, whole)
+
+
 def test_distinct_images_once_and_the_index_finds_their_patches(make_example, make_image, options):
   shared, small, large = make_image(1), make_image(2, (2, 2)), make_image(3, (4, 6))
   examples = [make_example(0, 4, [shared, small]), make_example(1, 5, [shared]),
