@@ -58,6 +58,27 @@ class HasPatches(Protocol):
     """float32 [h * w, patch_dim], in merge-block order."""
 
 
+class LazyPatches:
+  """Packed patches of images, float32 [R, P, C], made anew whenever an array is made of them.
+
+  A step's micro-batches wait for the device together. As arrays they would hold 8 times the bytes of
+  their images, and padding besides.
+  """
+
+  dtype, ndim = np.dtype(np.float32), 3
+
+  def __init__(self, shape: tuple[int, int, int],
+               images: Sequence[tuple[HasPatches, int, slice]]):
+    """images: each with its row and its places there."""
+    self.shape, self._images = shape, images
+
+  def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    out = np.zeros(self.shape, self.dtype)
+    for image, row, where in self._images:
+      out[row, where] = image.patches()
+    return out if dtype is None else out.astype(dtype, copy=False)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VisionInputs:
@@ -70,7 +91,7 @@ class VisionInputs:
   corner_weight_RxPx4: float32, their bilinear weights (0 on padding).
   """
 
-  patches_RxPxC: jax.Array | np.ndarray
+  patches_RxPxC: jax.Array | np.ndarray | LazyPatches
   segments_RxP: jax.Array | np.ndarray
   positions_RxPx2: jax.Array | np.ndarray
   corner_index_RxPx4: jax.Array | np.ndarray
@@ -85,6 +106,7 @@ def pack_images(
   patch_buckets: Sequence[int] = PATCH_BUCKETS,
   rows_multiple_of: int = 1,
   rows_here: Callable[[int], Collection[int]] | None = None,
+  lazy: bool = False,
 ) -> tuple[VisionInputs, np.ndarray]:
   """Packs images into rows of one bucketed length.
 
@@ -95,6 +117,7 @@ def pack_images(
   Args:
     rows_here: number of rows -> those whose patches are made; the others' are zeros that take no memory
       until they are read. None: all.
+    lazy: leave the patches as `LazyPatches`.
 
   Returns: the inputs, and int32 [number of images]: where each image's first merged token stands
     in the flattened [R * P / merge^2] output of the tower. Its tokens follow one another.
@@ -108,21 +131,22 @@ def pack_images(
   rows = _num_rows(used_rows, row_buckets, rows_multiple_of)
   made = range(rows) if rows_here is None else rows_here(rows)
 
+  where = [(row, slice(start, start + size)) for size, (row, start, _) in zip(sizes, places)]
+  patches = LazyPatches((rows, length, config.patch_dim),
+                        [(image, *at) for image, at in zip(images, where, strict=True)
+                         if at[0] in made])
   out = VisionInputs(
-    patches_RxPxC=np.zeros((rows, length, config.patch_dim), np.float32),
+    patches_RxPxC=patches if lazy else np.asarray(patches),
     segments_RxP=np.zeros((rows, length), np.int32),
     positions_RxPx2=np.zeros((rows, length, 2), np.int32),
     corner_index_RxPx4=np.zeros((rows, length, 4), np.int32),
     corner_weight_RxPx4=np.zeros((rows, length, 4), np.float32),
   )
-  for image, size, (row, start, number) in zip(images, sizes, places, strict=True):
-    where = (row, slice(start, start + size))
+  for image, at, (_, _, number) in zip(images, where, places, strict=True):
     positions = grid_positions(image.grid_hw, config.spatial_merge_size)
-    if row in made:
-      out.patches_RxPxC[where] = image.patches()
-    out.segments_RxP[where] = number
-    out.positions_RxPx2[where] = positions
-    out.corner_index_RxPx4[where], out.corner_weight_RxPx4[where] = bilinear_corners(
+    out.segments_RxP[at] = number
+    out.positions_RxPx2[at] = positions
+    out.corner_index_RxPx4[at], out.corner_weight_RxPx4[at] = bilinear_corners(
       positions, image.grid_hw, config.grid_side
     )
   offsets = [(row * length + start) // config.merge_unit for row, start, _ in places]

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from axpo_jax.model import sharding
-from axpo_jax.model.vision_inputs import VisionInputs
+from axpo_jax.model.vision_inputs import LazyPatches, VisionInputs
 
 
 @jax.tree_util.register_dataclass
@@ -65,8 +65,11 @@ class Batch:
 
 
 def place(batch: Batch, mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None) -> Batch:
-  """The batch on the devices, as `shardings` says."""
+  """The batch on the devices, as `shardings` says. Its images become float patches here, not before."""
   batch = dataclasses.replace(batch, example_BxG=None)
+  if batch.vision is not None and isinstance(batch.vision.patches_RxPxC, LazyPatches):
+    vision = dataclasses.replace(batch.vision, patches_RxPxC=np.asarray(batch.vision.patches_RxPxC))
+    batch = dataclasses.replace(batch, vision=vision)
   return jax.tree.map(sharding.put, batch, shardings(batch, mesh, rules))
 
 

@@ -262,7 +262,7 @@ def _with_images(batches, rows_of_batches, examples, row_buckets, patch_buckets,
 
   def packed(images, buckets):
     return pack_images(list(images.values()), row_buckets=buckets, patch_buckets=patch_buckets,
-                       **options)
+                       lazy=True, **options)
 
   results = [packed(images, row_buckets) for images in distinct]
   most = max(len(vision.segments_RxP) for vision, _ in results)

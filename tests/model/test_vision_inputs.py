@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -37,6 +38,24 @@ def test_rows_and_offsets():
     assert (flat[offset : offset + size] == number).all()
   np.testing.assert_allclose(out.corner_weight_RxPx4.sum(-1), 1, rtol=1e-6)
   assert out.corner_index_RxPx4.max() == VISION.num_position_embeddings - 1
+
+
+def test_lazy_patches_are_made_when_an_array_is_made_of_them():
+  made = []
+
+  def shown(h, w, value):
+    patches = np.full((h * w, VISION.patch_dim), value, np.float32)
+    return SimpleNamespace(patches=lambda: made.append(value) or patches,
+                           patch_dim=VISION.patch_dim, grid_hw=(h, w))
+
+  images = [shown(2, 4, 1), shown(8, 6, 2), shown(4, 4, 3)]
+  lazy, offsets = pack_images(images, VISION, lazy=True)
+  assert not made
+  whole, same = pack_images(images, VISION)
+  assert offsets.tolist() == same.tolist()
+  for a, b in zip(jax.tree.leaves(lazy), jax.tree.leaves(whole), strict=True):
+    assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    np.testing.assert_array_equal(np.asarray(a), b)
 
 
 def test_merge_block_order():

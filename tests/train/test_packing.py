@@ -178,11 +178,18 @@ def test_packing_is_deterministic(make_example, make_image, options):
 def test_a_process_makes_the_patches_of_its_own_rows(make_example, make_image, options):
   examples = [make_example(i, 6, [make_image(i)]) for i in range(4)]
   options = options | {"rows": 4, "rows_multiple_of": 2}
-  (whole,) = pack(examples, **options)
+
+  def packed(**more):
+    (batch,) = pack(examples, **options, **more)
+    patches = np.asarray(batch.vision.patches_RxPxC)
+    return dataclasses.replace(
+      batch, vision=dataclasses.replace(batch.vision, patches_RxPxC=patches))
+
+  whole = packed()
   height = len(whole.vision.patches_RxPxC)
   halves = [range(height // 2), range(height // 2, height)]
   for rows in halves:
-    (batch,) = pack(examples, **options, image_rows_here=lambda _, rows=rows: rows)
+    batch = packed(image_rows_here=lambda _, rows=rows: rows)
     assert batch.vision.patches_RxPxC[rows].any()
     expected = np.zeros_like(whole.vision.patches_RxPxC)
     expected[rows] = whole.vision.patches_RxPxC[rows]
@@ -202,7 +209,7 @@ def test_distinct_images_once_and_the_index_finds_their_patches(make_example, ma
   vision = batch.vision
   assert packing_metrics(batches, examples)["pack/images"] == 3
   # A merged token is 4 patches that follow each other: compare those patches themselves.
-  patches_Mx4xC = vision.patches_RxPxC.reshape(-1, 4, vision.patches_RxPxC.shape[-1])
+  patches_Mx4xC = np.asarray(vision.patches_RxPxC).reshape(-1, 4, vision.patches_RxPxC.shape[-1])
   for row, ends_T in enumerate(batch.ends_BxT):
     for end in np.unique(ends_T[ends_T > 0]):
       at = ends_T == end

@@ -2,6 +2,7 @@
 of `rigged`."""
 
 import asyncio
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -214,7 +215,8 @@ def test_config_of_the_8b_trains_any_checkpoint(overrides, tmp_path, python_isol
 
 
 class FlakyEngine:
-  """Fails for every request of one question, and for the first of every other."""
+  """Fails for every request of one question, and for the first of every other. For one of them the
+  second brings no log-probabilities: a trajectory that cannot be trained on."""
 
   def __init__(self, engine):
     self._engine, self.met = engine, set()
@@ -223,7 +225,11 @@ class FlakyEngine:
     if request.session == "q0" or request.session not in self.met:
       self.met.add(request.session)
       raise RuntimeError("out of order")
-    return await self._engine.generate(request)
+    samples = await self._engine.generate(request)
+    if request.session == "q4" and "spoiled" not in self.met:
+      self.met.add("spoiled")
+      samples = [dataclasses.replace(s, logprobs=(float("nan"),) * len(s.ids)) for s in samples]
+    return samples
 
   def __getattr__(self, name):
     return getattr(self._engine, name)
@@ -243,9 +249,9 @@ def test_what_fails_is_counted_and_the_run_goes_on(
   experiment.run(config, tmp_path / "run")
   start, step = read_metrics(tmp_path / "run")
   assert start["eval/failed"] == 2 + 1  # q0 whole, one of q1
-  # q0's four (the engine), q1's four (its image); q3 and q4 lose one rollout each.
-  assert step["rollout/failed"] == 4 + 4 + 1 + 1
-  assert step["rollout/rollouts"] == 3 + 3
+  # q0's four (the engine), q1's four (its image); q3 and q4 lose one rollout each, q4 one more.
+  assert step["rollout/failed"] == 4 + 4 + 1 + 1 + 1
+  assert step["rollout/rollouts"] == 3 + 2
   assert np.isfinite(step["train/loss"])
 
 
@@ -259,7 +265,8 @@ def test_step_without_any_rollout_changes_nothing(
     return engine
 
   monkeypatch.setattr(build, "engine", broken)
-  config = micro(overrides, stages=("rl",), rl__steps=1, rl__num_rollouts=1, rl__questions=2)
+  config = micro(overrides, stages=("rl",), rl__steps=2, rl__num_rollouts=1, rl__questions=2,
+                 rl__max_lost_steps=2)
   policy = config.model.checkpoint
   loop = rl.Loop(config, build.workbench(config), policy, tmp_path)
   before = jax.tree.map(np.asarray, loop.state.params)
@@ -268,6 +275,8 @@ def test_step_without_any_rollout_changes_nothing(
   assert metrics["rollout/failed"] == 2
   assert loop.steps_done == 1
   jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, loop.state.params))
+  with pytest.raises(rl.RolloutsFailed, match=r"last 2 steps failed .*: 2 x RuntimeError: out of order"):
+    asyncio.run(loop.step(lambda: loop.collect(1)))
 
 
 def test_rollouts_ahead_are_bounded_and_a_resume_skips_no_question(
