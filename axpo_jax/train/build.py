@@ -33,7 +33,6 @@ from axpo_jax.model.chat import Chat
 from axpo_jax.model.config import PRESETS, LoraConfig, ModelConfig
 from axpo_jax.model.images import ImageLimits, ImageProcessor
 from axpo_jax.model.qwen3_vl import Qwen3VL
-from axpo_jax.model.vision_inputs import patch_lengths
 from axpo_jax.rollout.embedded import EmbeddedEngine
 from axpo_jax.rollout.engine import Engine
 from axpo_jax.rollout.sglang_engine import SGLangEngine
@@ -166,16 +165,10 @@ def _trainable(config: ConfigDict, bench: Workbench) -> Callable[[Transcript], N
     example = examples.from_transcript(transcript, transcript.sampled, 1.0,
                                        bench.model_config.image_token_id)
     check_example(example, config.batch.length, bench.chat.banned_ids,
-                  most_patches(config, bench.model_config))
+                  max(sections.patch_rows(config, bench.model_config.vision)))
     if not np.isfinite(example.behaviour_logp_T).all():
       raise PackingError("the sampler gave a token no finite log-probability")
   return check
-
-
-def most_patches(config: ConfigDict, model: ModelConfig) -> int:
-  """Patches of the largest image that a run can show: a question's, or a tool's."""
-  largest = max(config.images.max_pixels, config.images.zoom_max_pixels)
-  return largest // model.vision.patch_size**2
 
 
 @contextlib.contextmanager
@@ -264,15 +257,14 @@ def pack_options(config: ConfigDict, model: ModelConfig, mesh: jax.sharding.Mesh
                  rules: sharding.Rules | None = None) -> dict[str, Any]:
   """The options of `pack` that decide about shapes: all that a run can meet come from them
   (benchmarks/programs.py counts them)."""
-  text, section, images = model.text, config.batch, config.images
+  text, section = model.text, config.batch
   with sharding.use(mesh, rules):
     list_blocks = reads_key_blocks(model.attention, section.length, text.num_heads,
                                    text.num_kv_heads, text.head_dim)
-  patches = [pixels // model.vision.patch_size**2
-             for pixels in (images.max_pixels, max(images.max_pixels, images.zoom_max_pixels))]
   return dict(
     rows=section.rows, length=section.length, share_prefixes=section.share_prefixes,
-    vision_config=model.vision, list_blocks=list_blocks, patch_buckets=patch_lengths(*patches),
+    vision_config=model.vision, list_blocks=list_blocks,
+    patch_buckets=sections.patch_rows(config, model.vision),
     rows_multiple_of=batch_shards(mesh, rules),
     image_rows_multiple_of=sharding.parts("vision_rows", mesh, rules),
     row_buckets=[section.image_rows << doubled for doubled in range(16)])

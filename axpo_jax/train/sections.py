@@ -15,7 +15,8 @@ from axpo_jax.config import ConfigError, engine_length, limits, longest_episode,
 from axpo_jax.data import readers
 from axpo_jax.data.miniworld import perception, reasoning, world
 from axpo_jax.data.miniworld.habits import TeacherConfig
-from axpo_jax.model.config import PRESETS, ModelConfig
+from axpo_jax.model.config import PRESETS, ModelConfig, VisionConfig
+from axpo_jax.model.vision_inputs import patch_lengths
 from axpo_jax.rl import credit, recipes
 from axpo_jax.rl.losses import LossConfig
 from axpo_jax.rl.resample import ResampleConfig
@@ -66,6 +67,14 @@ def reader(config: ConfigDict, source: str) -> readers.ReaderConfig:
     how = dataclasses.replace(how, columns=readers.Columns(**data.columns),
                               image_folder=data.image_folder)
   return how
+
+
+def patch_rows(config: ConfigDict, vision: VisionConfig) -> tuple[int, ...]:
+  """Lengths of rows of image patches, in training and sampling: the last holds the largest image that
+  the config lets anyone be shown, a question's or a tool's."""
+  images = config.images
+  usual, largest = images.max_pixels, max(images.max_pixels, images.zoom_max_pixels)
+  return patch_lengths(usual // vision.patch_size**2, largest // vision.patch_size**2)
 
 
 def computed_as(base: ModelConfig, section: ConfigDict) -> ModelConfig:
@@ -168,7 +177,8 @@ def sidecar(config: ConfigDict, policy: str, **options: Any) -> SidecarSpec:
 def embedded(config: ConfigDict) -> Any:
   """The EmbeddedConfig."""
   from axpo_jax.rollout.embedded import EmbeddedConfig
-  return EmbeddedConfig(**{**config.rollout.embedded, "length": engine_length(config)})
+  return EmbeddedConfig(**{**config.rollout.embedded, "length": engine_length(config)},
+                        patch_lengths=patch_rows(config, _model(config).vision))
 
 
 def sglang(config: ConfigDict, folder: str, **options: Any) -> Any:

@@ -6,8 +6,15 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from axpo_jax.agent.tools.zoom import ImageZoomIn
+from axpo_jax.config import base_config
 from axpo_jax.model import sharding
+from axpo_jax.model.config import PRESETS
+from axpo_jax.model.images import ImageLimits, PatchFormat, ProcessedImage
+from axpo_jax.model.vision_inputs import pack_images
+from axpo_jax.train import sections
 from axpo_jax.train.batch import (
   batch_shards,
   load_batch,
@@ -271,6 +278,22 @@ def test_errors_name_the_example_and_the_numbers(make_example, make_image, optio
   lost = dataclasses.replace(make_example(2, 4, [make_image(0)]), images=())
   with pytest.raises(PackingError, match="image_T names image 0 of 0"):
     pack([lost], **options)
+
+
+def test_whatever_the_limits_allow_has_a_row_of_patches():
+  """A crop of a whole 4K picture, and the largest square, at the defaults and the 8B's patch size."""
+  config, vision = base_config(), PRESETS["8b"].vision
+  lengths = sections.patch_rows(config, vision)
+  assert lengths == (3920, 7840, 15680, 31360, 50176)
+  form = PatchFormat(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size,
+                     (0.5,) * 3, (0.5,) * 3)
+  limits = ImageLimits(config.images.zoom_min_pixels, config.images.zoom_max_pixels)
+  crop = ImageZoomIn(limits, factor=form.factor).magnify(Image.new("RGB", (3840, 2160)), [0, 0, 1000, 1000])
+  for picture, patches in ((crop, 3840 * 2176 // 16**2), (Image.new("RGB", (3584, 3584)), 50176)):
+    image = ProcessedImage.of(picture, form)
+    assert image.num_patches == patches
+    packed, _ = pack_images([image], vision, patch_buckets=lengths, lazy=True)
+    assert packed.patches_RxPxC.shape == (1, 50176, vision.patch_dim)
 
 
 def test_no_examples_make_no_batches(options):
