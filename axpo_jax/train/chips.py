@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -17,12 +16,9 @@ import jax
 from jax.experimental import topologies
 
 from axpo_jax.model import sharding
+from axpo_jax.train.machine import GPU_SHARE
 
 _GIB = 2.0**30
-# Of a GPU's memory; the rest is left to the driver, NCCL's buffers and kernels.
-_GPU_SHARE = 0.92
-# What jax takes of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
-_JAX_SHARE = 0.75
 
 
 class TopologyError(ValueError):
@@ -38,19 +34,17 @@ class Chip:
     flops: bfloat16, dense, a second.
     link: bytes a second out of one chip to its neighbours, all links together, one direction.
     gpu: fields of XLA's description of a GPU; None for a TPU.
-    default_memory: bytes that a program gets unless the environment says otherwise.
   """
 
   memory: float
   flops: float
   link: float
   gpu: Mapping[str, object] | None = None
-  default_memory: float = math.inf
 
 
 def _gpu(name: str, flops: float, link: float, memory: int, **fields: object) -> Chip:
   fields |= {"name": name, "device_memory_size": memory}
-  return Chip(_GPU_SHARE * memory, flops, link, fields, _JAX_SHARE * memory)
+  return Chip(GPU_SHARE * memory, flops, link, fields)
 
 
 _HOPPER = dict(core_count=132, fpus_per_core=128, shared_memory_per_core=233_472,

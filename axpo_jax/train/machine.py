@@ -18,6 +18,8 @@ from axpo_jax.config import ConfigError, sampling_stages
 from axpo_jax.rollout.sidecar import environment
 from axpo_jax.rollout.sidecar.spec import SidecarError
 
+# Of a GPU's memory that the trainer may take; the rest is left to the driver, NCCL's buffers and kernels.
+GPU_SHARE = 0.92
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _SECTION = "config.rollout.sidecar"
 _INSTEAD = ("Or name running servers in config.rollout.urls, or set config.rollout.engine=embedded to "
@@ -36,14 +38,19 @@ class Split:
 def prepare(config: ConfigDict) -> None:
   """Checks what the run needs of this machine, and gives its SGLang servers GPUs of their own.
 
-  It sets config.rollout.sidecar.servers and .gpus, and CUDA_VISIBLE_DEVICES of this process.
+  It sets config.rollout.sidecar.servers and .gpus, and CUDA_VISIBLE_DEVICES of this process. GPUs that are
+  the trainer's alone it may fill up to GPU_SHARE: left alone, jax takes three quarters.
 
   Raises:
     ConfigError: a key, the servers' environment or GPUs are missing; says what to set.
   """
   _check_keys(config)
-  if not starts_servers(config):
-    return
+  if not (starts_servers(config) and _place_servers(config)):
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
+
+
+def _place_servers(config: ConfigDict) -> bool:
+  """Whether the servers share GPUs with the trainer."""
   section = config.rollout.sidecar
   try:
     environment.find_python(section.device)
@@ -52,7 +59,7 @@ def prepare(config: ConfigDict) -> None:
   if section.device != "cuda":
     section.servers = section.servers or 1
     print(f"rollouts: {section.servers} SGLang server(s) on this machine's CPUs ({_SECTION})")
-    return
+    return False
   found = split(visible_gpus(), section.servers, section.tensor_parallel,
                 tuple(map(str, section.gpus)), trains_on_gpus=_jax_may_use_gpus())
   section.servers, section.gpus = found.servers, found.theirs
@@ -60,6 +67,7 @@ def prepare(config: ConfigDict) -> None:
     os.environ[_VISIBLE] = ",".join(found.trainers)
   print(f"rollouts: {found.servers} SGLang server(s) of {section.tensor_parallel} GPU(s) each, on GPUs "
         f"{','.join(found.theirs)}; the trainer has {','.join(found.trainers) or 'none'} ({_SECTION})")
+  return not set(found.theirs).isdisjoint(found.trainers)
 
 
 def check_processes(config: ConfigDict, processes: int) -> None:

@@ -86,10 +86,7 @@ def verdict(report: Report) -> str:
   if report.excess > 0:
     changes = "; or ".join(advice(report))
     return f"**The run does not fit** by {_gib(report.excess)} GiB: {of}. Change: {changes}."
-  line = f"**The run fits**: at most {of}, {_gib(-report.excess)} to spare."
-  if need > chip.default_memory:
-    line += " Start it with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92: jax takes 0.75 by default."
-  return line
+  return f"**The run fits**: at most {of}, {_gib(-report.excess)} to spare."
 
 
 def advice(report: Report) -> list[str]:

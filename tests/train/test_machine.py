@@ -10,6 +10,13 @@ from axpo_jax.train import machine
 EIGHT = tuple("01234567")
 
 
+@pytest.fixture(autouse=True)
+def no_share_of_memory(monkeypatch):
+  """`prepare` sets the variable: it is put back as it was."""
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "")
+  del os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]
+
+
 @pytest.mark.parametrize("gpus, servers, tensor, named, expected", [
   (EIGHT, 0, 1, (), (4, "4567", "0123")),         # by itself: one half each
   (EIGHT, 0, 2, (), (2, "4567", "0123")),
@@ -52,11 +59,23 @@ def config():
 def test_run_says_how_many_gpus_its_servers_take(config, monkeypatch, capsys):
   monkeypatch.setattr(machine.environment, "find_python", lambda device: "python")
   monkeypatch.delenv("JAX_PLATFORMS")
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")  # the user's
   monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
   machine.prepare(config)
   assert (config.rollout.sidecar.servers, config.rollout.sidecar.gpus) == (2, ("2", "3"))
   assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+  assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
   assert "2 SGLang server(s) of 1 GPU(s) each, on GPUs 2,3; the trainer has 0,1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gpus, share", [(("1",), "0.92"), (("0",), None)])
+def test_trainer_fills_gpus_that_it_does_not_share(config, monkeypatch, gpus, share):
+  monkeypatch.setattr(machine.environment, "find_python", lambda device: "python")
+  monkeypatch.delenv("JAX_PLATFORMS")
+  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0" if share is None else "0,1")
+  config.rollout.sidecar.gpus = gpus
+  machine.prepare(config)
+  assert os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") == share
 
 
 def test_nothing_is_divided_where_nothing_starts(config, monkeypatch, capsys):

@@ -50,13 +50,6 @@ def test_the_verdict_is_one_line_with_the_fields_to_change():
   assert not any("offload" in line for line in advice(fits))
 
 
-def test_a_gpu_that_needs_more_than_jax_takes_by_itself():
-  held = HELD | {"parameters": 50 * GIB}
-  fits = dataclasses.replace(REPORT, chip=CHIPS["h100"], held=held)
-  assert verdict(fits).startswith("**The run fits**: at most 64.00 of 72.78")
-  assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92" in verdict(fits)
-
-
 @pytest.mark.parametrize("hint, said", [
   ({"data": 4, "fsdp": 16}, "Try --config.mesh.data=4 --config.mesh.fsdp=16."),
   (None, "Try another config.mesh.")])
