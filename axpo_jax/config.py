@@ -6,6 +6,8 @@ override (`--config.rl.rolouts=16`) is an error and not a silent no-op.
 """
 
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
@@ -78,6 +80,15 @@ def base_config() -> ConfigDict:
   return c.lock()
 
 
+def fields(config: ConfigDict, path: str = "") -> Iterator[tuple[str, Any]]:
+  """(dotted name, value) of every field of the tree."""
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from fields(value, f"{path}{name}.")
+    else:
+      yield path + name, value
+
+
 def limits(config: ConfigDict, stage: str) -> ConfigDict:
   """The section with the `LIMITS` of episodes that a stage samples; "sft" and "rl" are training."""
   return config[stage] if stage in ("teach", "screen", "eval") else config.agent
@@ -92,6 +103,12 @@ def sampling_stages(config: ConfigDict) -> tuple[str, ...]:
   if "rl" in stages and config.eval.every >= 0:
     stages.add("eval")
   return tuple(stage for stage in STAGES if stage in stages)
+
+
+def reads_held_out(config: ConfigDict) -> bool:
+  """Whether a stage measures the held-out questions of config.data."""
+  return bool(("rl" in config.stages and config.eval.every >= 0)
+              or ("eval" in config.stages and not config.eval.benchmarks))
 
 
 def longest_episode(config: ConfigDict) -> tuple[int, str]:

@@ -7,8 +7,6 @@ built once (`train.sections`), since a run builds some of them hours after its s
 
 import math
 import pathlib
-from collections.abc import Iterator
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -26,7 +24,9 @@ from axpo_jax.config import (
   TEACHERS,
   TOOLS,
   ConfigError,
+  fields,
   longest_episode,
+  reads_held_out,
   sampling_stages,
 )
 
@@ -86,6 +86,8 @@ def validate(config: ConfigDict) -> None:
   _validate_mesh(config.mesh)
   _validate_data(config)
   _validate_stages(config)
+  if config.batch.length % 64:
+    raise ConfigError(f"config.batch.length={config.batch.length} must be a multiple of 64")
   trained = config.agent.max_total_tokens
   if "rl" in config.stages and trained > config.batch.length:
     raise ConfigError(f"an episode of config.agent.max_total_tokens={trained} tokens does not fit a "
@@ -107,20 +109,9 @@ def validate(config: ConfigDict) -> None:
     raise ConfigError(f"config.rollout.presence_penalty={config.rollout.presence_penalty}: SGLang "
                       "reports log-probabilities behind the penalty, which the trainer cannot compute "
                       "again: set it to 0, or use config.rollout.engine='embedded'")
-  if config.batch.length % 64:
-    raise ConfigError(f"config.batch.length={config.batch.length} must be a multiple of 64")
   _validate_tools(config)
   from axpo_jax.train import sections  # loads JAX, which the checks above do not need
   sections.check(config)
-
-
-def fields(config: ConfigDict, path: str = "") -> Iterator[tuple[str, Any]]:
-  """(dotted name, value) of every field of the tree."""
-  for name, value in config.items():
-    if isinstance(value, ConfigDict):
-      yield from fields(value, f"{path}{name}.")
-    else:
-      yield path + name, value
 
 
 def _validate_values(config: ConfigDict) -> None:
@@ -151,10 +142,12 @@ def _validate_values(config: ConfigDict) -> None:
 
 
 def _validate_mesh(mesh: ConfigDict) -> None:
-  if bad := {axis: size for axis, size in mesh.items() if size == 0 or size < -1}:
-    raise ConfigError(f"config.mesh={bad}: sizes are 1 or more, or -1 for what is left")
-  if list(mesh.values()).count(-1) > 1:
-    raise ConfigError(f"config.mesh={dict(mesh)}: only one axis may be -1, which takes what is left")
+  for axis, size in mesh.items():
+    if size == 0 or size < -1:
+      raise ConfigError(f"config.mesh.{axis}={size}: sizes are 1 or more, or -1 for what is left")
+  filling = [f"config.mesh.{axis}=-1" for axis, size in mesh.items() if size == -1]
+  if len(filling) > 1:
+    raise ConfigError(f"{' and '.join(filling)}: only one axis may be -1, which takes what is left")
 
 
 def _validate_limits(config: ConfigDict) -> None:
@@ -191,8 +184,7 @@ def _validate_data(config: ConfigDict) -> None:
                       "leave it empty for that of config.data.source")
   if {"teach", "screen", "rl"} & stages:
     _require_data("config.data.path", data.path, data.source)
-  if ("rl" in stages and config.eval.every >= 0) or (
-      "eval" in stages and not config.eval.benchmarks):
+  if reads_held_out(config):
     _require_data("config.data.eval_path", data.eval_path, data.eval_source or data.source)
   _require_folder("config.data.image_folder", data.image_folder)
 

@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from axpo_jax.config import ConfigError
-from axpo_jax.config_checks import fields
+from axpo_jax.config import ConfigError, fields
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -110,10 +109,13 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
 
 def _in_file(error: BaseException, file: str) -> str:
   """The message of what went wrong in a config file, and the line."""
-  cause = error
-  while cause.__cause__ or cause.__context__:
-    cause = cause.__cause__ or cause.__context__
-  lines = [frame.lineno for frame in traceback.extract_tb(cause.__traceback__)
-           if os.path.abspath(frame.filename) == os.path.abspath(file)]
+  lines, cause = [], error
+  while cause is not None:
+    lines += [frame.lineno for frame in traceback.extract_tb(cause.__traceback__)
+              if os.path.abspath(frame.filename) == os.path.abspath(file)]
+    error, cause = cause, cause.__cause__ or cause.__context__
   where = f"{file}, line {lines[-1]}" if lines else file
-  return f"--config={where}: {type(cause).__name__}: {one_line(cause)}"
+  text = " ".join(str(error.args[0] if error.args else error).split())
+  if len(text) > 300:  # ml_collections repeats the whole section
+    text = f"{text[:150]} ... {text[-100:]}"
+  return f"--config={where}: {type(error).__name__}: {text}"

@@ -19,6 +19,8 @@ from ml_collections import ConfigDict, config_flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from launch import command
+
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, such as configs/axpo_8b.py.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string(
@@ -41,11 +43,12 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   os.environ["JAX_PLATFORMS"] = "cpu"  # no device is used
   from axpo_jax.config import ConfigError
+  from axpo_jax.model.config import UnsupportedConfig
   from axpo_jax.train.chips import TopologyError
   try:
     _report(_CONFIG.value)
-  except (ConfigError, TopologyError) as error:
-    sys.exit(f"error: {error}")
+  except (ConfigError, TopologyError, UnsupportedConfig, OSError) as error:
+    sys.exit(f"error: {command.one_line(error)}")
 
 
 def _report(config: ConfigDict) -> None:
@@ -57,4 +60,4 @@ def _report(config: ConfigDict) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.run(main)

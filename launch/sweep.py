@@ -30,6 +30,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import runpy
 import shlex
 import statistics
@@ -41,7 +42,10 @@ from absl import app, flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from axpo_jax.config import ConfigError
+from axpo_jax.config_checks import validate
 from axpo_jax.train.metrics import read_metrics
+from launch import command
 
 _CONFIG = flags.DEFINE_string("config", None, "Config file of all points.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder that gets one folder a point.")
@@ -121,6 +125,7 @@ def _environment(compiled: pathlib.Path) -> dict[str, str]:
 
 def main(argv: list[str]) -> None:
   points = make_points(argv[1:])
+  check(points, wholly=not _PRINT.value and bool(_PARALLEL.value))
   if _PRINT.value:
     print("\n".join(shlex.join(point.command) for point in points))
     return
@@ -156,6 +161,26 @@ def make_points(common: Sequence[str]) -> list[Point]:
   return chosen
 
 
+def check(points: Sequence[Point], *, wholly: bool) -> None:
+  """Reads the config of every point before the first one runs.
+
+  Args:
+    wholly: also validate it, except for points that begin with what others have yet to make.
+
+  Raises:
+    ConfigError: of the first point that could not run; says why.
+  """
+  for point in points:
+    arguments = [flag for flag in point.command[2:] if re.match(r"--config[.=]", flag)]
+    try:
+      command.check_config_flags(arguments)
+      config = command.read_config(arguments)
+      if wholly and point.ready and not point.done:
+        validate(config)
+    except (flags.Error, ConfigError, ValueError, TypeError) as error:
+      raise ConfigError(f"point {point.folder.name}: {error}") from error
+
+
 def _product(axes: Sequence[str]) -> list[dict[str, str]]:
   parsed = []
   for axis in axes:
@@ -167,7 +192,12 @@ def _product(axes: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _from_file(path: str) -> list[dict[str, str]]:
-  points = runpy.run_path(path)["points"]()
+  if not pathlib.Path(path).is_file():
+    raise app.UsageError(f"--points={path}: there is no such file")
+  found = runpy.run_path(path)
+  if "points" not in found:
+    raise app.UsageError(f"--points={path} has no function points()")
+  points = found["points"]()
   if stray := {name for point in points for name in point
                if not name.startswith("config.")} - {_NAME, _AFTER}:
     raise app.UsageError(f"{path}: points may have config.<field>, {_NAME!r} and {_AFTER!r}, not "
@@ -253,4 +283,4 @@ def _cell(values: Sequence[float | None]) -> str:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.run(main)

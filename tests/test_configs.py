@@ -1,7 +1,6 @@
 """Every file in configs/ loads, is locked, and says how to run it."""
 
 import importlib.util
-import json
 import pathlib
 
 import pytest
@@ -10,7 +9,7 @@ import axpo_jax
 from axpo_jax.config import ENGINES, ConfigError, base_config, engine_length
 from axpo_jax.config_checks import validate
 from axpo_jax.eval.benchmarks import BENCHMARKS
-from axpo_jax.model.config import PRESETS
+from tests import sizes
 
 FOLDER = pathlib.Path(axpo_jax.__file__).parents[1] / "configs"
 FILES = sorted(FOLDER.glob("*.py"))
@@ -29,7 +28,7 @@ def ready(tmp_path):
   """A config whose folders and files exist, as a user's command line would give them."""
   def fill(config):
     (tmp_path / "file.jsonl").touch()
-    (tmp_path / "config.json").write_text(json.dumps(PRESETS["8b"].to_hf()))
+    sizes.write(tmp_path)
     if not config.model.preset:
       config.model.checkpoint = str(tmp_path)
     fields = [(config.data, "path"), (config.data, "eval_path")]

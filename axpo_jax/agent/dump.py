@@ -197,10 +197,14 @@ def rollout_from_line(line: str | bytes, store: ImageStore, processor: ImageProc
   """
   try:
     record = json.loads(line)
+    if not isinstance(record, dict):
+      raise ValueError(f"a rollout is a JSON object, not {type(record).__name__}")
     record.pop("extra", None)
     transcript = transcript_from_json(record.pop("transcript"), store, processor)
     return Rollout.from_json(record, transcript)
-  except (ValueError, KeyError, TypeError) as error:
+  except KeyError as error:
+    raise TranscriptError(f"{place}: there is no {error}") from error
+  except (ValueError, TypeError, AttributeError) as error:
     raise TranscriptError(f"{place}: {error}") from error
 
 

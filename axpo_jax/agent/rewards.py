@@ -17,10 +17,9 @@ import functools
 import logging
 import math
 import re
-import unicodedata
 from fractions import Fraction
 
-from axpo_jax.data.question import Question
+from axpo_jax.data.question import Question, named_option, normalise
 
 MAX_ANSWER = 1000  # characters; from here on an answer is wrong
 MAX_MATH = 200  # characters; longer answers are not handed to math-verify
@@ -98,51 +97,14 @@ def _matches(question: Question, answer: str, gold: str) -> bool:
   return _same_mathematics(answer, gold)
 
 
-# ---- text ----
-
-_TEXT_WRAPPER = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
-_EDGES = " \t\n\r.,;:!?\"'`$*"
-
-
-@functools.lru_cache(maxsize=4096)
-def normalise(text: str) -> str:
-  """Case, white space, LaTeX text wrappers, outer punctuation and a leading article removed."""
-  text = unicodedata.normalize("NFKC", text)
-  if "\\" in text:
-    text = _TEXT_WRAPPER.sub(r"\1", text)
-  text = " ".join(text.casefold().split()).strip(_EDGES)
-  for article in ("the ", "a ", "an "):
-    if text.startswith(article):
-      return text[len(article):].strip()
-  return text
-
-
 # ---- multiple choice ----
 
 _LETTER = re.compile(r"[A-Z]")
-# "B", "(b)", "B.", "option B", "B. red", "(B) red"; but not "A cat".
-_CHOICE = re.compile(r"(?:option|choice|answer)?\s*[:\s]?\s*[(\[]?([A-Za-z])(?:[)\].:,].*)?",
-                     re.IGNORECASE | re.DOTALL)
 
 
 def _same_choice(answer: str, gold: str, options: tuple[str, ...]) -> bool:
-  right, given = _option(gold, options), _option(answer, options)
+  right, given = named_option(gold, options), named_option(answer, options)
   return right is not None and right == given
-
-
-def _option(text: str, options: tuple[str, ...]) -> int | None:
-  """Which option a text names, by letter first and else by the option's text."""
-  text = _TEXT_WRAPPER.sub(r"\1", text).strip(" \t\n\r$*")
-  found = _CHOICE.fullmatch(text)
-  if found:
-    index = ord(found[1].upper()) - ord("A")
-    if not options or index < len(options):
-      return index
-  plain = normalise(text)
-  for index, option in enumerate(options):
-    if plain == normalise(option):
-      return index
-  return None
 
 
 # ---- numbers ----

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import io
 import pathlib
+import re
 import threading
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,6 +67,10 @@ class Question:
       raise ValueError(f"question {self.id!r}: acting {self.acting!r} is not one of {ACTING}")
     if not self.answers:
       raise ValueError(f"question {self.id!r} has no gold answer; give at least one")
+    if self.kind == "choice" and self.options and all(
+        named_option(gold, self.options) is None for gold in self.answers):
+      raise ValueError(f"question {self.id!r}: the gold answer {self.answers} is none of the options "
+                       f"{self.options}, nor the letter of one")
     marks = self.text.count(IMAGE_MARK)
     if marks > len(self.images):
       raise ValueError(
@@ -163,3 +170,40 @@ def _open(source: pathlib.Path | bytes) -> PIL.Image.Image:
 
 def _name(source: pathlib.Path | bytes) -> str:
   return f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+
+
+_TEXT_WRAPPER = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
+_EDGES = " \t\n\r.,;:!?\"'`$*"
+
+
+@functools.lru_cache(maxsize=4096)
+def normalise(text: str) -> str:
+  """Case, white space, LaTeX text wrappers, outer punctuation and a leading article removed."""
+  text = unicodedata.normalize("NFKC", text)
+  if "\\" in text:
+    text = _TEXT_WRAPPER.sub(r"\1", text)
+  text = " ".join(text.casefold().split()).strip(_EDGES)
+  for article in ("the ", "a ", "an "):
+    if text.startswith(article):
+      return text[len(article):].strip()
+  return text
+
+
+# "B", "(b)", "B.", "option B", "B. red", "(B) red"; but not "A cat".
+_CHOICE = re.compile(r"(?:option|choice|answer)?\s*[:\s]?\s*[(\[]?([A-Za-z])(?:[)\].:,].*)?",
+                     re.IGNORECASE | re.DOTALL)
+
+
+def named_option(text: str, options: tuple[str, ...]) -> int | None:
+  """Which option a text names, by letter first and else by the option's text."""
+  text = _TEXT_WRAPPER.sub(r"\1", text).strip(" \t\n\r$*")
+  found = _CHOICE.fullmatch(text)
+  if found:
+    index = ord(found[1].upper()) - ord("A")
+    if not options or index < len(options):
+      return index
+  plain = normalise(text)
+  for index, option in enumerate(options):
+    if plain == normalise(option):
+      return index
+  return None

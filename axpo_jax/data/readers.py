@@ -131,10 +131,12 @@ class BadRecord:
 
 @dataclasses.dataclass
 class ReadReport:
-  """Counts of one reading, filled as it goes; `examples` keeps the first few bad records."""
+  """Counts of one reading, filled as it goes; `examples` keeps the first few bad records, which are
+  also logged unless it is `quiet`."""
 
   records: int = 0
   bad: int = 0
+  quiet: bool = False
   examples: list[BadRecord] = dataclasses.field(default_factory=list)
 
   _KEPT = 20
@@ -143,16 +145,17 @@ class ReadReport:
     self.bad += 1
     if len(self.examples) < self._KEPT:
       self.examples.append(record)
-      _LOG.warning("skipped a bad record: %s", record)
+      if not self.quiet:
+        _LOG.warning("skipped a bad record: %s", record)
 
   def check(self, max_bad_share: float) -> None:
     """Raises TooManyBadRecords, with the counts and the first few places."""
     if self.bad > max_bad_share * self.records:
-      places = "\n  ".join(str(record) for record in self.examples[:5])
+      places = "; ".join(str(record) for record in self.examples[:3])
       raise TooManyBadRecords(
           f"{self.bad} of {self.records} records are bad ({self.bad / self.records:.1%}; "
-          f"max_bad_share allows {max_bad_share:.1%}). Mend them or raise max_bad_share. "
-          f"The first:\n  {places}")
+          f"max_bad_share allows {max_bad_share:.1%}). Repair them or raise max_bad_share. "
+          f"The first: {places}")
 
 
 def read_questions(
@@ -245,7 +248,9 @@ def _question(record: Any, path: pathlib.Path, row: int, config: ReaderConfig,
     record = layout.adapt(record, path)
   columns = config.columns
   text = _field(record, columns.text)
-  if not isinstance(text, str) or not text.strip():
+  if text is not None and not isinstance(text, str):
+    raise RecordError(f"{columns.text!r} (the question's text) must be a text, not {type(text).__name__}")
+  if not text or not text.strip():
     raise RecordError(f"{columns.text!r} (the question's text) is missing or empty")
   try:
     return Question(

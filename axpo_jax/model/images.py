@@ -199,12 +199,15 @@ class ImageProcessor:
 
     Raises:
       FileNotFoundError: the folder has no `preprocessor_config.json`.
-      ValueError: the file lacks a field.
+      ValueError: the file is no JSON or lacks a field.
     """
     file = Path(path) / "preprocessor_config.json"
     if not file.is_file():
       raise FileNotFoundError(f"{file} is missing: copy it from the model that this folder is based on")
-    fields = json.loads(file.read_text())
+    try:
+      fields = json.loads(file.read_bytes())
+    except ValueError as error:
+      raise ValueError(f"{file} is not JSON: {error}") from error
     names = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
     if missing := [name for name in names if name not in fields]:
       raise ValueError(f"{file} lacks {', '.join(missing)}")

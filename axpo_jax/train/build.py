@@ -76,9 +76,17 @@ class Workbench:
 
 
 def workbench(config: ConfigDict, folder: pathlib.Path | None = None) -> Workbench:
-  """Reads the checkpoint's (or preset's) sizes, its tokenizer and image processor."""
+  """Reads the checkpoint's (or preset's) sizes, its tokenizer and image processor.
+
+  Raises:
+    ConfigError: a file is missing or damaged, or the mesh does not fit the devices.
+  """
   files = config.model.tokenizer or config.model.checkpoint
-  chat = Chat.from_pretrained(files)
+  try:
+    chat = Chat.from_pretrained(files)
+  except Exception as error:  # the tokenizer's libraries raise any for a broken folder
+    raise ConfigError(f"config.model.{'tokenizer' if config.model.tokenizer else 'checkpoint'}={files!r}: "
+                      f"its tokenizer cannot be loaded: {error}") from error
   model_config = _model_config(config, chat)
   graphdef, params = nnx.split(nnx.eval_shape(lambda: Qwen3VL(model_config, rngs=nnx.Rngs(0))))
   return Workbench(model_config, graphdef, chat, ImageProcessor.from_checkpoint(files),
@@ -324,9 +332,11 @@ def _questions(config: ConfigDict, split: str, path: str) -> pipeline.Source[Que
 def _read(config: ConfigDict, path: str, source: str = "") -> Iterator[Question]:
   source = source or config.data.source
   how = sections.reader(config, source)
-  if source in adapters.LAYOUTS:
-    return adapters.read(source, path, how)
-  return readers.read_questions(path, how)
+  try:
+    yield from (adapters.read(source, path, how) if source in adapters.LAYOUTS
+                else readers.read_questions(path, how))
+  except readers.ReaderError as error:
+    raise ConfigError(f"config.data: {error}") from error
 
 
 class SftBatches:

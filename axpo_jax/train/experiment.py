@@ -12,10 +12,9 @@ import jax
 from ml_collections import ConfigDict
 
 from axpo_jax import processes
-from axpo_jax.config import ConfigError
 from axpo_jax.eval import sampling, summary
 from axpo_jax.model import programs
-from axpo_jax.train import build, devices, distributed, machine, rl, sft
+from axpo_jax.train import build, claim, devices, distributed, machine, preflight, rl, sft
 from axpo_jax.train.metrics import read_metrics
 
 _STAGES = {"teach": sampling.teach, "sft": sft.run, "screen": sampling.screen, "rl": rl.run,
@@ -31,10 +30,15 @@ def run(config: ConfigDict, workdir: str) -> None:
   """
   root = pathlib.Path(workdir)
   machine.check_processes(config, jax.process_count())
-  distributed.on_main(_claim, root, config)
+  distributed.on_main(claim.check, root, config)
   programs.use_cache(config.compilation_cache)
   bench = build.workbench(config, root)
+  # What fails up to `take` leaves the folder as it was.
+  distributed.on_main(preflight.check_files, config, bench)
   distributed.on_main(devices.check, config, bench)
+  distributed.on_main(preflight.start_tools, config, bench)
+  distributed.on_main(claim.take, root, config)
+  distributed.on_main(claim.reopen, root, config)
   policy, first_step = config.model.checkpoint, 0
   for stage in config.stages:
     folder = root / stage / "policy"
@@ -50,16 +54,6 @@ def run(config: ConfigDict, workdir: str) -> None:
 def _say(text: str) -> None:
   if distributed.is_main():
     print(text)
-
-
-def _claim(root: pathlib.Path, config: ConfigDict) -> None:
-  """Writes the config, or checks that the folder's run has the same."""
-  path, text = root / "config.json", config.to_json_best_effort(indent=2, sort_keys=True)
-  if path.exists() and path.read_text() != text:
-    raise ConfigError(f"{root} holds a run with another configuration (see {path}): resume it with "
-                      "its own, or choose another --workdir")
-  root.mkdir(parents=True, exist_ok=True)
-  path.write_text(text)
 
 
 def report(root: pathlib.Path) -> None:

@@ -6,16 +6,25 @@ them hours after its start (RL's after SFT), so `check` builds every one before 
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from axpo_jax.config import ConfigError, engine_length, limits, longest_episode, sampling_stages
+from axpo_jax.config import (
+  ConfigError,
+  engine_length,
+  fields,
+  limits,
+  longest_episode,
+  sampling_stages,
+)
 from axpo_jax.data import readers
 from axpo_jax.data.miniworld import perception, reasoning, world
 from axpo_jax.data.miniworld.habits import TeacherConfig
 from axpo_jax.model.config import PRESETS, ModelConfig, VisionConfig
+from axpo_jax.model.images import ImageProcessor
 from axpo_jax.model.vision_inputs import patch_lengths
 from axpo_jax.rl import credit, recipes
 from axpo_jax.rl.losses import LossConfig
@@ -97,25 +106,32 @@ def check(config: ConfigDict) -> None:
   Raises:
     ConfigError: one of them does not accept its section; names the field.
   """
+  names = {name for name, _ in fields(config)}
   for where, build in _records(config):
-    with _named(where):
+    with _named(where, names):
       build()
 
 
 @contextlib.contextmanager
-def _named(where: str) -> Iterator[None]:
+def _named(where: str, names: Container[str] = ()) -> Iterator[None]:
+  """Errors of a record as those of its section; `names` are the config's fields."""
   try:
     yield
   except ConfigError:
     raise
   except (ValueError, TypeError, OSError, SidecarError) as error:
-    raise ConfigError(f"{where}{error}") from error
+    text, section = str(error), where.removesuffix(": ")
+    first = re.match(r"\w*", text)[0]  # records speak of their fields
+    if f"{section.removeprefix('config.')}.{first}" in names:
+      where = f"{section}."
+    raise ConfigError(f"{where}{text}") from error
 
 
 def _records(config: ConfigDict) -> Iterator[tuple[str, Callable[[], Any]]]:
   """(what stands before an error's message, what builds the records), the quick ones first."""
   yield "config.rl.", lambda: Recipe.from_config(config.rl)
   yield "config.model.", lambda: _model(config)
+  yield "config.model: ", lambda: _processor(config)
   yield "", lambda: _positions(config)
   for section, steps in (("", config.rl.steps), ("sft.", config.sft.steps)):
     values = config.sft.optimizer if section else config.optimizer
@@ -142,6 +158,20 @@ def _model(config: ConfigDict) -> ModelConfig:
   with _named(f"config.model.checkpoint={config.model.checkpoint!r}: "):
     base = ModelConfig.from_hf(config.model.checkpoint)
   return computed_as(base, config.model)
+
+
+def _processor(config: ConfigDict) -> None:
+  """The image processor's numbers are the vision tower's, or pictures would be cut into other patches
+  than the model reads."""
+  folder, vision = config.model.tokenizer or config.model.checkpoint, _model(config).vision
+  form = ImageProcessor.from_checkpoint(folder).format
+  for ours, theirs in (("patch_size", "patch_size"), ("temporal_patch_size", "temporal_patch_size"),
+                       ("merge_size", "spatial_merge_size")):
+    if getattr(form, ours) != getattr(vision, theirs):
+      raise ConfigError(
+        f"{folder}/preprocessor_config.json has {ours}={getattr(form, ours)}, but the model's "
+        f"vision_config.{theirs} is {getattr(vision, theirs)}: copy the file from the model that the "
+        "folder is based on")
 
 
 def _positions(config: ConfigDict) -> None:

@@ -60,13 +60,14 @@ def toolbox(config: ConfigDict, chat: Chat, factor: int, *, evaluation: bool = F
 def _toolbox(config: ConfigDict, chat: Chat, factor: int, extra: tuple[str, ...],
              folder: pathlib.Path | None) -> ToolBox:
   agent, log, used = config.agent, None, Usage()
+  tools = _tools(config, factor, extra)  # before the log is opened: what fails leaves no folder
   if folder is not None and agent.audit:
     path = folder / AUDIT_FILE
     # A resumed run goes on counting where it stopped.
     used = audit.totals(audit.read(path)) if path.exists() else used
     log = audit.AuditLog(path, run=folder.name)
   return ToolBox(
-    _tools(config, factor, extra), agent.scopes, dry_run=agent.dry_run, audit=log, used=used,
+    tools, agent.scopes, dry_run=agent.dry_run, audit=log, used=used,
     cut=middle_cutter(agent.max_observation_tokens, chat.encode_plain, chat.decode),
     describe=agent.describe_tools, overlap=agent.overlap_tools,
     episode_limits=_limits(agent.episode_limits), run_limits=_limits(agent.run_limits))

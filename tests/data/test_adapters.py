@@ -17,6 +17,7 @@ from axpo_jax.config import BENCHMARKS, PUBLIC_SETS, ConfigError, base_config
 from axpo_jax.config_checks import validate
 from axpo_jax.data import adapters, readers
 from axpo_jax.data.question import load_image
+from tests import sizes
 
 LENIENT = readers.ReaderConfig(max_bad_share=1.0)
 IMAGES = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
@@ -317,7 +318,8 @@ def test_the_config_knows_every_layout():
     ({"source": "virl39k", "image_folder": "/nowhere"}, r"image_folder='/nowhere' is not a folder")])
 def test_bad_values_in_the_config(tmp_path, fields, message):
   config = base_config()
-  config.model.checkpoint = config.data.path = config.data.eval_path = str(tmp_path)
+  config.model.checkpoint = str(sizes.write(tmp_path))
+  config.data.path = config.data.eval_path = str(tmp_path)
   for name, content in fields.items():
     config.data[name] = content
   with pytest.raises(ConfigError, match=message):
@@ -326,7 +328,8 @@ def test_bad_values_in_the_config(tmp_path, fields, message):
 
 def test_a_folder_will_do_for_public_sets_alone(tmp_path):
   config = base_config()
-  config.model.checkpoint = config.data.path = config.data.eval_path = str(tmp_path)
+  config.model.checkpoint = str(sizes.write(tmp_path))
+  config.data.path = config.data.eval_path = str(tmp_path)
   config.data.source, config.data.eval_source = "virl39k", "vstar"
   validate(config)
   config.data.eval_source = "jsonl"

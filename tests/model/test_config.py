@@ -62,6 +62,10 @@ def test_hf_round_trip_through_transformers(name, tmp_path):
     (("vision_config",), {"out_hidden_size": 100}, "out_hidden_size=100"),
     (("vision_config",), {"num_position_embeddings": 2300}, "square"),
     (("vision_config",), {"deepstack_visual_indexes": [5, 40]}, "below depth"),
+    (("vision_config",), {"deepstack_visual_indexes": None}, "deepstack_visual_indexes=None"),
+    (("vision_config",), {"depth": "many"}, "vision_config.depth='many' is not a number"),
+    ((), {"text_config": None}, "text_config is missing"),
+    ((), {"vision_config": []}, "vision_config is missing"),
   ],
 )
 def test_what_is_not_implemented_is_refused(where, change, message):
@@ -80,6 +84,21 @@ def test_what_is_not_implemented_is_refused(where, change, message):
 def test_wrong_options_are_refused(change, message):
   with pytest.raises(UnsupportedConfig, match=message):
     dataclasses.replace(PRESETS["tiny"], **change)
+
+
+def test_head_size_that_is_left_out_is_that_of_transformers():
+  raw = PRESETS["2b"].to_hf()
+  del raw["text_config"]["head_dim"]
+  assert ModelConfig.from_hf(raw).text.head_dim == Qwen3VLConfig(**raw).text_config.head_dim == 128
+
+
+def test_file_is_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r"config.json is missing"):
+    ModelConfig.from_hf(tmp_path / "config.json")
+  for content, said in (("{", "not JSON"), ("[]", "not a JSON object but list"), ("{}", "model_type=None")):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UnsupportedConfig, match=rf"{tmp_path}/config.json: .*{said}"):
+      ModelConfig.from_hf(tmp_path)
 
 
 def test_config_is_hashable():

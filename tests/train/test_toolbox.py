@@ -15,6 +15,7 @@ from axpo_jax.config_checks import validate
 from axpo_jax.data.miniworld import search
 from axpo_jax.model.chat import Chat
 from axpo_jax.train.toolbox import AUDIT_FILE, toolbox
+from tests import sizes
 
 EXAMPLE = str(pathlib.Path(__file__).parents[1] / "agent" / "mcp_example.py")
 
@@ -148,7 +149,7 @@ def test_a_tool_without_its_package_names_the_extra(config, chat, monkeypatch, t
     ({"agent.mcp": "/nowhere.json"}, "agent.mcp"),
 ])
 def test_what_can_be_checked_is_checked_at_once(config, tmp_path, changes, field):
-  config.model.update(preset="2b", tokenizer=str(ASSETS / "practised"))
+  config.model.checkpoint = str(sizes.write(tmp_path))
   (tmp_path / "q.jsonl").touch()
   config.data.path = config.data.eval_path = str(tmp_path / "q.jsonl")
   validate(config)

@@ -28,14 +28,18 @@ def main(argv: Sequence[str] | None = None) -> int:
   arguments = _parser().parse_args(argv)
   try:
     return arguments.run(arguments)
-  except store.StoreError as error:
+  except (store.StoreError, OSError) as error:
     print(f"results: {error}", file=sys.stderr)
     return 2
 
 
 def _pack(arguments: argparse.Namespace) -> int:
   unfinished = []
-  for folder in sorted(path.parent for path in arguments.sweep.glob("*/config.json")):
+  folders = sorted(path.parent for path in arguments.sweep.glob("*/config.json"))
+  if not folders:
+    raise store.StoreError(f"{arguments.sweep} holds no runs (folders with a config.json): name the "
+                           "--workdir of a sweep")
+  for folder in folders:
     run = store.pack(folder)
     if run is None:
       unfinished.append(folder.name)
@@ -49,6 +53,8 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 def _page(arguments: argparse.Namespace) -> int:
   page: pathlib.Path = arguments.page
+  if not page.is_file():
+    raise store.StoreError(f"{page} is not a file: name the page, such as docs/results.md")
   folder = page.with_suffix("")
   comparison = packed(folder)
   text = filled(page.read_text(encoding="utf-8"), comparison, folder.name)

@@ -1,0 +1,157 @@
+"""Whose folder a --workdir is: a run's, with the fields of its config that define its numbers.
+
+In: the run's folder and a config. Out: config.json in it, or a ConfigError that lists what differs. A run
+may be continued with other fields that leave its numbers as they are: where it logs, how often it
+saves, which devices and servers do the work, and how long it trains where the learning rate does not
+depend on that. A field that the folder's config lacks, since an older version wrote it, has its default.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from axpo_jax.config import ConfigError, base_config
+
+_FILE = "config.json"
+# Fields that a run may be continued with another value of, as patterns.
+_FREE = (
+  "log.*", "checkpoint.*", "compilation_cache", "eval.every", "rl.max_lost_steps", "rl.reference_offload",
+  # Who computes: the same up to rounding.
+  "mesh.*", "batch.*", "model.remat", "model.attention", "model.attention_chunk",
+  "rollout.urls", "rollout.sidecar.*", "rollout.sglang.*", "rollout.embedded.*",
+  # Where things lie, and how fast they are asked for.
+  "data.image_folder", "data.image_cache", "data.max_bad_share", "agent.audit", "agent.overlap_tools",
+  "agent.run_limits.*", "agent.python.warm", "agent.python.max_concurrent", "agent.search.per_minute",
+  "agent.search.max_concurrent", "teach.url", "teach.max_concurrent", "eval.judge.url",
+)
+# Of these, what changes more than rounding.
+_NOT_FREE = ("rollout.sglang.push_dtype", "rollout.embedded.dtype", "rollout.sidecar.device")
+# Sections whose entries a config chooses.
+_OPEN = ("sft.kinds.", "sft.teacher.", "data.miniworld.kinds.", "data.miniworld.families.")
+_SCHEDULES = {"sft": "sft.optimizer", "rl": "optimizer"}
+
+
+def check(root: epath.Path, config: ConfigDict) -> None:
+  """Whether this config may run or go on in a folder. Writes nothing.
+
+  Raises:
+    ConfigError: the folder cannot be written, or holds a run whose numbers another config defined.
+  """
+  _check_writable(root)
+  path = root / _FILE
+  if not path.exists():
+    return
+  try:
+    there = dict(_flat(json.loads(path.read_text())))
+  except (ValueError, AttributeError) as error:
+    raise ConfigError(f"{path} is damaged ({error}): restore it, or choose another --workdir") from error
+  if found := differences(there, dict(_flat(_json(config))), root):
+    raise ConfigError(
+      f"{root} holds a run with another configuration: {'; '.join(found)}. Resume it with its own, or "
+      "choose another --workdir")
+
+
+def take(root: epath.Path, config: ConfigDict) -> None:
+  """Writes the config into the folder. Raises ConfigError where that cannot be."""
+  try:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / _FILE).write_text(json.dumps(_json(config), indent=2, sort_keys=True))
+  except OSError as error:
+    raise ConfigError(f"--workdir={str(root)!r} cannot be written: {error}") from error
+
+
+def reopen(root: epath.Path, config: ConfigDict) -> None:
+  """Sets the policy of a finished stage aside where the config now asks for more steps of it."""
+  for stage in _SCHEDULES:
+    policy, done = root / stage / "policy", steps_done(root, stage)
+    if stage in config.stages and done and done < config[stage].steps and policy.exists():
+      print(f"{stage}: goes on from step {done}; its policy of that step is now policy_{done}")
+      policy.rename(root / stage / f"policy_{done}")
+
+
+def steps_done(root: epath.Path, stage: str) -> int:
+  """The newest checkpoint of a stage; 0 where there is none."""
+  folder = root / stage / "checkpoints"
+  steps = [path.name for path in folder.iterdir()] if folder.exists() else []
+  return max((int(name) for name in steps if name.isdigit()), default=0)
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], root: epath.Path) -> list[str]:
+  """What defines the numbers and differs, a line a field: "rl.num_rollouts: 8 there, 16 here".
+
+  Args:
+    there, here: dotted names -> values, of the folder's config and of the one at hand.
+    root: of the run, which says what it has done.
+  """
+  default = dict(_flat(_json(base_config())))
+  out = []
+  for name in sorted({*here, *there}):
+    if name not in here and not name.startswith(_OPEN):
+      continue  # a field that this version has no more
+    before = there.get(name, None if name.startswith(_OPEN) else default.get(name))
+    now = here.get(name)
+    if before == now or _may_change(name, before, now):
+      continue
+    reason = ""
+    if name in ("sft.steps", "rl.steps"):
+      reason = _why_not(name.partition(".")[0], here, root)
+      if not reason:
+        continue
+    out.append(f"{name}: {_said(before)} there, {_said(now)} here{reason}")
+  return out
+
+
+def _may_change(name: str, before: Any, now: Any) -> bool:
+  if name == "stages":  # stages may be added behind those that are there
+    return isinstance(before, list) and now[:len(before)] == before
+  return (name not in _NOT_FREE
+          and any(fnmatch.fnmatchcase(name, pattern) for pattern in _FREE))
+
+
+def _why_not(stage: str, here: Mapping[str, Any], root: epath.Path) -> str:
+  """Why a stage cannot get another number of steps; empty if it can."""
+  section = _SCHEDULES[stage]
+  if here[f"{section}.schedule"] != "constant" or here[f"{section}.warmup"]:
+    return f" (its learning rate depends on them: config.{section}.schedule, .warmup)"
+  later = here["stages"][here["stages"].index(stage) + 1:] if stage in here["stages"] else []
+  if begun := [name for name in later if (root / name).exists()]:
+    return f" (stage {begun[0]!r} began with what it made)"
+  if here[f"{stage}.steps"] < (done := steps_done(root, stage)):
+    return f" (it has done {done})"
+  return ""
+
+
+def _said(value: Any) -> str:
+  return "none" if value is None else json.dumps(value)
+
+
+def _json(config: ConfigDict) -> Any:
+  return json.loads(config.to_json_best_effort())
+
+
+def _flat(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+  for name, value in section.items():
+    if isinstance(value, Mapping):
+      yield from _flat(value, f"{path}{name}.")
+    else:
+      yield path + name, value
+
+
+def _check_writable(root: epath.Path) -> None:
+  """A folder of this machine that is there, or can be made."""
+  if "://" in os.fspath(root):
+    return
+  nearest = pathlib.Path(os.path.abspath(root))
+  while not nearest.exists():
+    nearest = nearest.parent
+  if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+    raise ConfigError(f"--workdir={str(root)!r} cannot be written: {nearest} is "
+                      f"{'read-only to you' if nearest.is_dir() else 'no folder'}")
