@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 from axpo_jax.config import ConfigError, base_config
 
 _FILE = "config.json"
+_SHOWN = 8  # differences in a message
 # Fields that a run may be continued with another value of, as patterns.
 _FREE = (
   "log.*", "checkpoint.*", "compilation_cache", "eval.every", "rl.max_lost_steps", "rl.reference_offload",
@@ -54,9 +55,10 @@ def check(root: epath.Path, config: ConfigDict) -> None:
   except (ValueError, AttributeError) as error:
     raise ConfigError(f"{path} is damaged ({error}): restore it, or choose another --workdir") from error
   if found := differences(there, dict(_flat(_json(config))), root):
+    more = f" and {len(found) - _SHOWN} more fields" if len(found) > _SHOWN else ""
     raise ConfigError(
-      f"{root} holds a run with another configuration: {'; '.join(found)}. Resume it with its own, or "
-      "choose another --workdir")
+      f"{root} holds a run with another configuration: {'; '.join(found[:_SHOWN])}{more}. Resume it with "
+      "its own, or choose another --workdir")
 
 
 def take(root: epath.Path, config: ConfigDict) -> None:

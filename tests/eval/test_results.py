@@ -232,8 +232,12 @@ def test_what_cannot_be_read_is_named(sweep, tmp_path, capsys):
   page.write_text("<!-- table: best -->\n<!-- end -->")
   with pytest.raises(store.StoreError, match="best"):
     command.filled(page.read_text(), tables.Comparison([store.pack(sweep / "sft-0")]), "page")
-  assert command.main(["page", str(tmp_path / "other.md")]) == 2
-  assert "no packed runs" in capsys.readouterr().err
+  (tmp_path / "other.md").touch()
+  for arguments, said in ((["page", "other.md"], "no packed runs"), (["page", "no.md"], "no.md is not a file"),
+                          (["pack", "none", "--into=packed"], "none holds no runs")):
+    arguments[1] = str(tmp_path / arguments[1])
+    assert command.main(arguments) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_committed_tables_are_those_of_the_committed_runs():

@@ -70,6 +70,7 @@ VALUES = {
   "rl.algorithm": [("ppo", "'ppo'; choose one of")],
   "rl.steps": [("0", "must be 1 or more")],
   "optimizer.name": [("adam", "'adam'; choose one of ('adamw'")],
+  "optimizer.b2": [("1.0", "must be in [0, 1)")],
   "optimizer.schedule": [("linear", "'linear'; choose one of")],
   "optimizer.learning_rate": [("inf", "inf is not a finite number"), ("-1", "must be 0 or more")],
   "sft.optimizer.warmup": [("3", "0 to 1")],

@@ -168,6 +168,20 @@ def test_what_is_no_sweep_is_refused(flags, named, tmp_path):
   assert named in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("flags, said", [
+  (("--sweep=config.rl.kk=1,2",), "point rl.kk=1: --config.rl.kk: there is no such field"),
+  (("--sweep=config.rl.resample.choice=random,rnd",),
+   "point rl.resample.choice=rnd: config.rl.resample.choice='rnd'; choose one of"),
+  (("--points=nowhere.py",), "--points=nowhere.py: there is no such file"),
+])
+def test_point_that_cannot_run_is_refused_before_the_first_one_runs(flags, said, tmp_path):
+  done = sweep(tmp_path / "runs", *flags)
+  assert done.returncode == 1
+  (line,) = done.stderr.splitlines()
+  assert said in line
+  assert not (tmp_path / "runs").exists()
+
+
 def test_table_has_the_interval_of_student(tmp_path):
   """Three seeds with 0.1, 0.2, 0.3: mean 0.2, t(2) = 4.303, s = 0.1: 4.303 * 0.1 / sqrt(3). A fourth that
   is not done does not count."""
