@@ -15,6 +15,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -172,11 +173,15 @@ def _trainable(config: ConfigDict, bench: Workbench) -> Callable[[Transcript], N
   def check(transcript: Transcript) -> None:
     example = examples.from_transcript(transcript, transcript.sampled, 1.0,
                                        bench.model_config.image_token_id)
-    check_example(example, config.batch.length, bench.chat.banned_ids,
-                  max(sections.patch_rows(config, bench.model_config.vision)))
+    _check_packable(example, config, bench)
     if not np.isfinite(example.behaviour_logp_T).all():
       raise PackingError("the sampler gave a token no finite log-probability")
   return check
+
+
+def _check_packable(example: Example, config: ConfigDict, bench: Workbench) -> None:
+  check_example(example, config.batch.length, bench.chat.banned_ids,
+                max(sections.patch_rows(config, bench.model_config.vision)))
 
 
 @contextlib.contextmanager
@@ -394,8 +399,16 @@ def _filter(config: ConfigDict, bench: Workbench) -> Callable[[Rollout], list[Ex
   def transform(rollout: Rollout) -> list[Example]:
     wrong = rollout.reward <= 0.5 and not config.sft.keep_wrong
     too_long = rollout.transcript.expanded_length > config.sft.max_length
-    return [] if rollout.failed or wrong or too_long else [
-      examples.supervised(rollout, bench.model_config.image_token_id)]
+    if rollout.failed or wrong or too_long:
+      return []
+    example = examples.supervised(rollout, bench.model_config.image_token_id)
+    try:
+      _check_packable(example, config, bench)
+    except PackingError as error:
+      logging.log_first_n(logging.WARNING, "a trajectory of question %s is left out: %s", 5,
+                          rollout.question_id, error)
+      return []
+    return [example]
   return transform
 
 

@@ -16,6 +16,7 @@ from axpo_jax.data.miniworld.teacher import TeacherConfig
 from axpo_jax.rl.credit import ALL, CONTINUATION, PREFIX, Credit
 from axpo_jax.rollout.teacher_engine import TeacherEngine
 from axpo_jax.train import build, collect, examples
+from axpo_jax.train.packing import PackingError
 from configs.sft_tiny import get_config
 
 TINY = pathlib.Path(axpo_jax.__file__).parent / "assets" / "tiny_tokenizer"
@@ -141,6 +142,20 @@ def test_sft_stream_leaves_out_what_is_wrong_and_counts_it(config, bench):
   assert len(made) == 16
   assert counts["data/trajectories_read"] > 20
   assert counts["data/kept_share"] == 16 / counts["data/trajectories_read"]
+
+
+def test_sft_stream_leaves_out_what_cannot_be_packed(config, bench, monkeypatch):
+  local = config.copy_and_resolve_references()
+  local.sft.examples, local.sft.keep_wrong = 16, True
+
+  def check(example, *args):
+    if len(example) % 3 == 0:
+      raise PackingError("an image of too many patches")
+
+  monkeypatch.setattr(build, "check_example", check)
+  made, counts = next(build.sft_batches(local, bench))
+  assert len(made) == 16 < counts["data/trajectories_read"]
+  assert all(len(example) % 3 for example in made)
 
 
 def test_sft_stream_of_nothing_but_wrong_trajectories_is_an_error(config, bench, monkeypatch):
