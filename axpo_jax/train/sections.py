@@ -131,7 +131,8 @@ def _records(config: ConfigDict) -> Iterator[tuple[str, Callable[[], Any]]]:
   """(what stands before an error's message, what builds the records), the quick ones first."""
   yield "config.rl.", lambda: Recipe.from_config(config.rl)
   yield "config.model.", lambda: _model(config)
-  yield "config.model: ", lambda: _processor(config)
+  if config.model.tokenizer or config.model.checkpoint:
+    yield "config.model: ", lambda: _processor(config)
   yield "", lambda: _positions(config)
   for section, steps in (("", config.rl.steps), ("sft.", config.sft.steps)):
     values = config.sft.optimizer if section else config.optimizer

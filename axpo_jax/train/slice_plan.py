@@ -25,6 +25,7 @@ class Plan:
   Attributes:
     topology: of the trainer's chips.
     rows: of a micro-batch: config.batch.rows, rounded up to a row for each shard, as packing does.
+    image_share, largest: of the tokens that show an image, and whether a crop is of the largest size.
     servers: SGLang servers that the run starts on the host's other GPUs.
   """
 
@@ -42,7 +43,8 @@ class Plan:
                   image_share: float = 0.25, largest: bool = False) -> Plan:
     """Raises ConfigError or TopologyError."""
     kind, hosts, gpus = chips.parse(topology)
-    servers = 0
+    model, servers = _model_config(config, layers), 0
+    sections.check(config)
     if gpus and hosts == 1 and machine.starts_servers(config):
       section = config.rollout.sidecar
       split = machine.split(tuple(map(str, range(gpus))), section.servers, section.tensor_parallel,
@@ -53,7 +55,7 @@ class Plan:
     except sharding.ShardingError as error:
       raise ConfigError(f"config.mesh={dict(config.mesh)} on {topology}: {error}") from error
     shards = batch_shards(mesh)
-    return cls(config, topology, _model_config(config, layers), mesh,
+    return cls(config, topology, model, mesh,
                -(-config.batch.rows // shards) * shards, image_share, largest, servers)
 
   def describe(self) -> str:

@@ -95,6 +95,8 @@ def test_the_8b_compiles_at_three_layers(platform, topology, limit):
   ("v5e:2x2", {"model.preset": "9b"}, 0, "9b"),
   ("v5e:2x2", {"model.preset": "8b"}, 2, "--layers=2"),
   ("v5e:2x2", {"model.preset": "8b", "mesh.tensor": 3}, 0, "config.mesh="),
+  ("v5e:2x2", {"model.preset": "8b", "rollout.engine": "embedded", "rollout.embedded.rows": 2}, 0,
+   "config.rollout.embedded"),
   ("h100:8x", {"model.preset": "8b"}, 0, "h100:4x8"),
   ("h100:1", {"model.preset": "8b"}, 0, "config.rollout.sidecar"),
 ])
