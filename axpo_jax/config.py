@@ -33,7 +33,11 @@ ASSETS = pathlib.Path(__file__).parent / "assets"
 
 
 class ConfigError(ValueError):
-  """A config value that cannot work; the message names the field and the mend."""
+  """A config value that cannot work; the message names the field and how to fix it."""
+
+
+class RunStopped(RuntimeError):
+  """A run that ended itself where going on would be of no use; the message says why. Not a bug."""
 
 
 def base_config() -> ConfigDict:

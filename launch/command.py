@@ -14,21 +14,23 @@ from collections.abc import Callable, Sequence
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from axpo_jax.config import ConfigError, fields
+from axpo_jax.config import ConfigError, RunStopped, fields
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-  """`app.run(main)`; what a user can mend ends with one line instead of a traceback."""
+  """`app.run(main)`; what a user can repair ends with one line instead of a traceback."""
   def guarded(argv: list[str]) -> None:
     try:
       main(argv)
-    except (app.UsageError, ConfigError) as error:
+    except (app.UsageError, ConfigError, RunStopped) as error:
       _end(error)
   app.run(guarded, flags_parser=_parse)
 
 
 def _end(error: Exception) -> None:
-  kind = "configuration error" if isinstance(error, ConfigError) else pathlib.Path(sys.argv[0]).name
+  kinds = {ConfigError: "configuration error", RunStopped: "stopped"}
+  kind = next((kind for known, kind in kinds.items() if isinstance(error, known)),
+              pathlib.Path(sys.argv[0]).name)
   sys.exit(f"{kind}: {one_line(error)}")
 
 

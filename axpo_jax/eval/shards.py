@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from axpo_jax.agent import dump
 from axpo_jax.agent.rollout import FAILED_STOPS, Rollout
+from axpo_jax.config import RunStopped
 from axpo_jax.data.filters import Counts
 from axpo_jax.data.question import IMAGE_MARK, Question
 from axpo_jax.eval.scoring import JUDGE_FAILED, Score
@@ -51,7 +52,7 @@ class ShardError(ValueError):
   """The folder holds shards of other questions or of another number of rollouts, or damaged ones."""
 
 
-class SamplingError(RuntimeError):
+class SamplingError(RunStopped):
   """Every rollout of a shard failed: whoever samples is not there."""
 
 

@@ -25,6 +25,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from axpo_jax import processes
+from axpo_jax.config import ConfigError
 from axpo_jax.model import sharding
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.processes import is_main
@@ -50,7 +51,7 @@ def initialize(coordinator: str = "", processes: int = 0, process: int = -1) -> 
     process: this one's number, from 0.
 
   Raises:
-    ValueError: some of the three are given and some are neither given nor in the environment.
+    ConfigError: some of the three are given and some are neither given nor in the environment.
   """
   if processes == 1:
     return
@@ -62,7 +63,7 @@ def initialize(coordinator: str = "", processes: int = 0, process: int = -1) -> 
                                shutdown_timeout_seconds=_SHUTDOWN)
   except ValueError as error:
     if any(value is not None for value in given.values()):
-      raise ValueError(f"{error} Give --coordinator=<host>:<port>, --processes and --process_id, all "
+      raise ConfigError(f"{error} Give --coordinator=<host>:<port>, --processes and --process_id, all "
                        "three.") from error
 
 

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from axpo_jax.agent.dump import dump_rollouts
+from axpo_jax.config import RunStopped
 from axpo_jax.eval import evaluate
 from axpo_jax.model import programs
 from axpo_jax.model.chat import Chat
@@ -348,11 +349,11 @@ def _due(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
-class RolloutsFailed(RuntimeError):
+class RolloutsFailed(RunStopped):
   """No rollout of several steps could be trained on: the machine is at fault, not the policy."""
 
 
-class LogProbGapError(RuntimeError):
+class LogProbGapError(RunStopped):
   """Sampler and trainer disagree about the policy by more than the config allows."""
 
 

@@ -139,10 +139,10 @@ def _records(config: ConfigDict) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield f"config.{section}", lambda values=values, steps=steps: OptimizerConfig(
       **values, total_steps=steps)
   yield "config.lora: ", lambda: lora.from_config(config)
-  if config.data.source == "miniworld":
+  if config.data.source == "miniworld" or config.sft.source == "teacher":
     yield "config.data.miniworld: ", lambda: world_config(config, config.data.miniworld.kinds)
     yield "config.sft.kinds: ", lambda: world_config(config, config.sft.kinds)
-  else:
+  if config.data.source != "miniworld":
     yield "config.data: ", lambda: reader(config, config.data.source)
   yield "config.sft.teacher: ", lambda: TeacherConfig(**config.sft.teacher)
   for stage in sampling_stages(config):

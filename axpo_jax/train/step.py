@@ -29,6 +29,7 @@ import optax
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from axpo_jax.config import RunStopped
 from axpo_jax.model import programs, sharding
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.qwen3_vl import Qwen3VL
@@ -48,7 +49,7 @@ from axpo_jax.train.state import (
 _IN_FLIGHT = 2
 
 
-class NonFiniteError(FloatingPointError):
+class NonFiniteError(RunStopped, FloatingPointError):
   """A loss or gradient that is not finite.
 
   Attributes:

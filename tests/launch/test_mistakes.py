@@ -18,7 +18,7 @@ from absl import flags
 from PIL import Image
 
 import axpo_jax
-from axpo_jax.config import ASSETS
+from axpo_jax.config import ASSETS, RunStopped
 from axpo_jax.train import experiment
 from tests import children
 
@@ -299,3 +299,12 @@ def test_real_command(name, ground, tmp_path):
   assert all(part in line for part in named)
   assert seconds < MOST_SECONDS
   assert not os.listdir(tmp_path)
+
+
+def test_run_that_stops_itself_says_why_in_one_line(main, monkeypatch, tmp_path):
+  def stops(*_):
+    raise RunStopped("sampler and trainer differ by 9 nats")
+
+  monkeypatch.setattr(experiment, "_STAGES", dict.fromkeys(experiment._STAGES, stops))
+  code, said = main(TINY, f"--workdir={tmp_path}/run", "--config.agent.tools=('image_zoom_in',)")
+  assert (code, said) == (1, "stopped: sampler and trainer differ by 9 nats")
