@@ -33,6 +33,7 @@ _PATIENCE = 24 * 3600
 _EVERY, _GRACE = 2.0, 10.0
 _FAILED = "axpo_failed"
 _numbers = itertools.count()
+_exchanged: list[int] = []  # the last exchange, whose values the coordinator still holds
 
 
 def is_main() -> bool:
@@ -101,10 +102,15 @@ def _broadcast(outcome: Outcome | None) -> Outcome:
 
 def _exchange(outcome: Outcome) -> list[Outcome]:
   """Every process's outcome."""
-  client, number = _client(), next(_numbers)
-  client.key_value_set_bytes(f"axpo_{number}/{jax.process_index()}", _pickled(outcome))
-  return [pickle.loads(client.blocking_key_value_get_bytes(f"axpo_{number}/{i}", _PATIENCE * 1000))
-          for i in range(jax.process_count())]
+  client, number, me = _client(), next(_numbers), jax.process_index()
+  client.key_value_set_bytes(f"axpo_{number}/{me}", _pickled(outcome))
+  found = [pickle.loads(client.blocking_key_value_get_bytes(f"axpo_{number}/{i}", _PATIENCE * 1000))
+           for i in range(jax.process_count())]
+  # Whoever has begun this exchange has read all of the one before.
+  if _exchanged:
+    client.key_value_delete(f"axpo_{_exchanged.pop()}/{me}")
+  _exchanged.append(number)
+  return found
 
 
 def _pickled(outcome: Outcome) -> bytes:

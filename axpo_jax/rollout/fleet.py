@@ -330,12 +330,16 @@ class Fleet:
 
   async def _looks_well(self, member: Member) -> bool:
     """Whether it answers and holds what we gave it. A restarted server that lost it goes out."""
-    wanted, well = self._wanted(), await member.server.healthy(self.config.probe_timeout_s)
+    server, limit, wanted = member.server, self.config.probe_timeout_s, self._wanted()
+    try:
+      tag = await server.weight_tag(limit) if await server.healthy(limit) else None
+    except ServerError:
+      tag = None
     if not self.is_in(member):
       return True  # weights began to load meanwhile: a paused server does not answer
-    if well and await member.server.weight_tag(self.config.probe_timeout_s) != wanted == member.tag:
+    if tag is not None and tag != wanted == member.tag:
       self.take_out(member, ServerError("it was restarted and lost its weights"))
-    return well
+    return tag is not None
 
   async def _try_revive(self, member: Member) -> None:
     try:

@@ -6,7 +6,7 @@ import asyncio
 import pytest
 
 from axpo_jax.rollout.fleet import Fleet, FleetConfig, NoServer
-from axpo_jax.rollout.sglang_api import Server
+from axpo_jax.rollout.sglang_api import Server, Unreachable
 
 URL = "http://127.0.0.1:9"
 
@@ -62,3 +62,45 @@ def test_all_that_wait_are_told_why_at_the_deadline():
 
   for error in asyncio.run(scenario()):
     assert isinstance(error, NoServer) and f"0.05 s (deadline_s): {URL}: not seen yet" in str(error)
+
+
+class Checked:
+  """A server whose every `worst`-th check of its weights fails, or all checks."""
+
+  url = URL
+
+  def __init__(self, worst: int):
+    self.worst, self.checks = worst, 0
+
+  async def healthy(self, _):
+    return True
+
+  async def weight_tag(self, _):
+    self.checks += 1
+    if self.checks % self.worst == 0:
+      raise Unreachable("no answer")
+    return "tag"
+
+
+@pytest.mark.parametrize("worst, lost", [(2, 0), (1, 1)])
+def test_health_checks_alone_take_a_server_out_and_two_in_a_row(worst, lost):
+  async def scenario():
+    server = Checked(worst)
+
+    async def install(_member):
+      raise AssertionError("it has its weights")
+
+    fleet = Fleet([server], FleetConfig(probe_s=0.01), install, lambda: "tag")
+    (member,) = fleet.members
+    member.tag, member.why_out = "tag", None
+    fleet.open_gate()
+    fleet.watch()
+    async with asyncio.timeout(30):
+      await fleet.doubt(member)  # of a request that failed; it is told as soon as that is clear
+      while server.checks < 6 and not fleet.times_out:
+        await asyncio.sleep(0.01)
+    for watcher in fleet._watchers:
+      watcher.cancel()
+    return fleet.times_out, fleet.is_in(member)
+
+  assert asyncio.run(scenario()) == (lost, not lost)
