@@ -303,8 +303,9 @@ def test_a_server_ends_a_request_by_its_id(server, ask, text):
   async def scenario():
     running = [asyncio.create_task(api.generate(
       wire.payload(request, 0, (), 96) | {"rid": rid}, 30)) for rid in ("slow", "other")]
-    await asyncio.sleep(0.1)
-    await api.abort("slow", 5)
+    while not running[0].done():  # it may not have arrived yet
+      await api.abort("slow", 5)
+      await asyncio.sleep(0.05)
     return [answer["meta_info"]["finish_reason"]["type"] for answer in await asyncio.gather(*running)]
 
   assert asyncio.run(scenario()) == ["abort", "length"]
