@@ -63,9 +63,11 @@ class Linear(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.kernel[...].astype(x.dtype)
-    if x.size > kernel.size:  # else it is cheaper to leave the kernel where it is: decoding
-      kernel = sharding.gather_stored(kernel, self.names)
-    y = checkpoint_name(_product(x, kernel, self.fan_in), _PRODUCT)
+    if x.size > kernel.size:
+      y = _product(x, sharding.gather_stored(kernel, self.names), self.fan_in)
+    else:
+      y = sharding.with_stored(lambda x: _product(x, kernel, self.fan_in), x, self.names, self.fan_in)
+    y = checkpoint_name(y, _PRODUCT)
     if self.adapter is not None:
       y = y + self.adapter(x)
     return y if self.bias is None else y + self.bias[...].astype(x.dtype)

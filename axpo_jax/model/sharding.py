@@ -247,6 +247,21 @@ def gather_stored(x: jax.Array, names: Names) -> jax.Array:
   return constrain(x, [None if name in _STORED_SPLIT else name for name in names])
 
 
+def with_stored(product: Callable[[jax.Array], jax.Array], x: jax.Array, names: Names, fan_in: int
+                ) -> jax.Array:
+  """product(x) with a kernel whose axes are called `names`, which stays where it is stored.
+
+  For few tokens, as in decoding: `x` goes to the kernel's shards, each device multiplies its own for
+  all rows, and the sums go back to the rows' devices. Left to itself, the compiler collects all
+  weights for every token.
+  """
+  y = product(constrain(x, (*(None,) * (x.ndim - fan_in), *names[:fan_in])))
+  outputs = names[fan_in:]
+  if not set(outputs) & set(_STORED_SPLIT):
+    return y
+  return constrain(y, (*(None,) * (y.ndim - len(outputs)), *outputs))
+
+
 def put(x: Any, target: NamedSharding) -> jax.Array:
   """An array where `target` says. In a run of several processes all of them pass the same values,
   and each puts only its own devices' part on them."""

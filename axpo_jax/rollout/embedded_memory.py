@@ -80,7 +80,7 @@ def needed(model: ModelConfig, config: EmbeddedConfig, mesh: Mapping[str, int],
   return EngineBytes(
     weights=sum(map(weight, variables)), pool=-(-config.rows // shards) * row, running=running * row,
     workspace=max(_prefill(model, config, shards, tensor, size),
-                  _decode(model, running, tensor, size)))
+                  _decode(model, running, shards, tensor)))
 
 
 def _axes(axes: sharding.MeshAxes) -> tuple[str, ...]:
@@ -101,10 +101,10 @@ def _prefill(model: ModelConfig, config: EmbeddedConfig, shards: int, tensor: in
   return tokens * width * size + 2 * 4 * scores + 2 * layer * size / tensor
 
 
-def _decode(model: ModelConfig, running: int, tensor: int, size: int) -> float:
-  """Logits with their masks and noise, beside the output head collected from all shards."""
-  text = model.text
-  return text.vocab_size / tensor * (6 * 4 * running + text.hidden_size * size)
+def _decode(model: ModelConfig, running: int, shards: int, tensor: int) -> float:
+  """Logits with their masks and noise, beside the sums of all rows' logits, of which each device has a
+  summand."""
+  return 4 * model.text.vocab_size / tensor * (6 * running + 2 * running * shards)
 
 
 def free_bytes(mesh: jax.sharding.Mesh) -> float | None:

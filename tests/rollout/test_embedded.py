@@ -292,6 +292,9 @@ def test_on_a_mesh_of_devices(subject, ask, text, image):
     memory = programs[name].memory_analysis()
     assert memory.alias_size_in_bytes >= 2 * part  # updated in place
     assert memory.temp_size_in_bytes < 3 * part
+  # Decoding moves activations and no weights: the table's half that a device uses is larger than this.
+  moved = [_bytes(line) for line in programs["decode"].as_text().splitlines() if COLLECTIVE.search(line)]
+  assert max(moved) <= 4 * 12 * 92 < 4 * 92 * 32 / 2  # the logits of 12 rows
 
 
 COLLECTIVE = re.compile(r" (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)[(-]")
