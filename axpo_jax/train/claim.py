@@ -128,6 +128,8 @@ def _why_not(stage: str, here: Mapping[str, Any], root: epath.Path) -> str:
     return f" (stage {begun[0]!r} began with what it made)"
   if here[f"{stage}.steps"] < (done := steps_done(root, stage)):
     return f" (it has done {done})"
+  if "://" in os.fspath(root) and (root / stage / "policy").exists():
+    return " (it is finished, and an object store cannot set its policy aside: copy the run to a folder)"
   return ""
 
 
