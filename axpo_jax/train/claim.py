@@ -37,6 +37,9 @@ _FREE = (
 _NOT_FREE = ("rollout.sglang.push_dtype", "rollout.embedded.dtype", "rollout.sidecar.device")
 # Sections whose entries a config chooses.
 _OPEN = ("sft.kinds.", "sft.teacher.", "data.miniworld.kinds.", "data.miniworld.families.")
+# Stages that read a section: the others do not mind what is in it.
+_READERS = {"teach": {"teach"}, "sft": {"sft", "teach"}, "screen": {"screen"}, "rl": {"rl"},
+            "optimizer": {"rl"}, "eval": {"rl", "eval"}}
 _SCHEDULES = {"sft": "sft.optimizer", "rl": "optimizer"}
 
 
@@ -94,13 +97,15 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], root: epath.P
     root: of the run, which says what it has done.
   """
   default = dict(_flat(_json(base_config())))
+  ran = set(there.get("stages") or here["stages"])  # a stage that is added has not begun
   out = []
   for name in sorted({*here, *there}):
     if name not in here and not name.startswith(_OPEN):
       continue  # a field that this version has no more
     before = there.get(name, None if name.startswith(_OPEN) else default.get(name))
     now = here.get(name)
-    if before == now or _may_change(name, before, now):
+    readers = _READERS.get(name.partition(".")[0], ran)
+    if before == now or not ran & readers or _may_change(name, before, now):
       continue
     reason = ""
     if name in ("sft.steps", "rl.steps"):

@@ -54,6 +54,17 @@ def test_what_leaves_the_numbers_may_change(run, changes):
   run(**changes)
 
 
+def test_sections_of_stages_that_did_not_run_may_change(config, tmp_path):
+  config.stages = ("sft",)
+  claim.take(tmp_path / "run", config)
+  config.stages = ("sft", "rl")
+  config.rl.num_rollouts, config.optimizer.warmup, config.eval.rollouts = 16, 0.1, 8
+  claim.check(tmp_path / "run", config)
+  config.sft.examples = 64
+  with pytest.raises(ConfigError, match=r"configuration: sft.examples: 128 there, 64 here\. "):
+    claim.check(tmp_path / "run", config)
+
+
 def test_constant_rate_with_warmup_depends_on_the_steps(run):
   with pytest.raises(ConfigError, match=r"optimizer.warmup: 0.0 there.*rl.steps: 300 there, 400 here .its"):
     run(rl__steps=400, optimizer__warmup=0.1)
