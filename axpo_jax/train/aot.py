@@ -103,10 +103,10 @@ def abstract_batch(mesh: jax.sharding.Mesh, options: Mapping[str, Any], *, image
                       shardings(batch, mesh, rules))
 
 
-def compile_step(learner: Learner, batch: Batch, names: Sequence[str] = FUNCTIONS
-                 ) -> dict[str, Program]:
-  """Compiles the named functions of a step."""
-  held, traced = held_bytes(learner, batch), learner.trace(batch)
+def compile_step(learner: Learner, batch: Batch, names: Sequence[str] = FUNCTIONS,
+                 scored_dtype: str | None = None) -> dict[str, Program]:
+  """Compiles the named functions of a step; `scored_dtype` as in `Learner.trace`."""
+  held, traced = held_bytes(learner, batch), learner.trace(batch, scored_dtype)
   return {name: _compile(traced[name], learner.mesh.size, sum(held[kind] for kind in FUNCTIONS[name]))
           for name in names}
 

@@ -89,9 +89,12 @@ class Plan:
     """Compiles the functions that the run has."""
     learner, batch = self._learner(), self._batch()
     held = aot.held_bytes(learner, batch)
+    scored_dtype = None
     if self._has_reference and not self.model.lora:
-      held["reference"] = sharding.local_bytes(learner.abstract_state().params, self._frozen_dtype)
-    programs = aot.compile_step(learner, batch, [name for name in functions if name in aot.FUNCTIONS])
+      scored_dtype = self._frozen_dtype
+      held["reference"] = sharding.local_bytes(learner.abstract_state().params, scored_dtype)
+    programs = aot.compile_step(
+      learner, batch, [name for name in functions if name in aot.FUNCTIONS], scored_dtype)
     if self.config.rollout.engine == "embedded" and sampling_stages(self.config):
       sampler = dataclasses.replace(self.model, lora=None), sections.embedded(self.config)
       kept, found = aot.compile_sampler(*sampler, self._sampler_mesh(),

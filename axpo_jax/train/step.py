@@ -228,17 +228,20 @@ class Learner:
     state, applied = self.apply(state, grads, divisor if scored else np.inf)
     return state, StepResult(sums, applied, divisor)
 
-  def trace(self, batch: Batch) -> dict[str, jax.stages.Traced]:
+  def trace(self, batch: Batch, scored_dtype: str | None = None) -> dict[str, jax.stages.Traced]:
     """The functions of a step over abstract arguments, to look at or to compile ahead of time.
 
     Args:
       batch: of ShapeDtypeStructs with shardings.
+      scored_dtype: of the parameters that `score` takes, such as the reference's; None: the state's.
     """
     state = self.abstract_state()
+    scored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+      x.shape, jnp.dtype(scored_dtype or x.dtype), sharding=x.sharding), state.params)
     grads = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding),
                          self.optimizer.split(state.params)[0])
     return {
-      "score": self._score.trace(state.params, _unscored(batch)),
+      "score": self._score.trace(scored, _unscored(batch)),
       "accumulate": self._accumulate.trace(state.params, grads, batch),
       "apply": self._apply.trace(state, grads, jax.ShapeDtypeStruct((), jnp.float32)),
     }
