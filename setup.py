@@ -28,6 +28,10 @@ _TOOLS = [
 # The page of eval.report; its figures are drawn by the script inside the package.
 _REPORT = ["plotly>=6.0,<8"]
 
+# Object stores: what epath reaches gs:// and s3:// by. docs/pods.md says what may lie there.
+_GCS = ["gcsfs>=2026.10,<2027"]
+_S3 = ["s3fs>=2026.9,<2027"]
+
 # jax's extras bring the plugin, and the compiler, of its own release.
 _JAX = next(line.removeprefix("jax") for line in _requirements() if line.startswith("jax>"))
 _X86 = "platform_system == 'Linux' and platform_machine == 'x86_64'"
@@ -53,12 +57,17 @@ setup(
     "cuda": [f"jax[cuda12]{_JAX}"],
     # For the servers' environment, which is best one of its own: docs/sidecar.md.
     "sglang": _requirements("requirements-sidecar.txt"),
+    "gcs": _GCS,
     "report": _REPORT,
+    "s3": _S3,
     "tpu": [f"jax[tpu]{_JAX}"],
     "tools": _TOOLS,
     # torch is here to compare with: the port's second implementation. Never imported by the package.
     # playwright drives a Chromium that the system has; it need not install one.
-    "test": [*_AOT, *_AOT_GPU, *_REPORT, *_TOOLS, "hypothesis>=6.100", "playwright>=1.50", "pytest>=8",
+    # Stores are tested against servers on loopback.
+    "test": [*_AOT, *_AOT_GPU, *_GCS, *_REPORT, *_S3, *_TOOLS,
+             "gcp-storage-emulator>=2026.7",
+             "hypothesis>=6.100", "moto[server]>=5.2", "playwright>=1.50", "pytest>=8",
              "pytest-xdist>=3.7", "ruff>=0.9", "torch==2.13.0"],
   },
 )

@@ -6,10 +6,11 @@ built once (`train.sections`), since a run builds some of them hours after its s
 """
 
 import math
-import pathlib
+import os
 
 from ml_collections import ConfigDict
 
+from axpo_jax import paths
 from axpo_jax.config import (
   ALGORITHMS,
   BENCHMARKS,
@@ -191,7 +192,7 @@ def _validate_data(config: ConfigDict) -> None:
 
 def _require_data(field: str, path: str, source: str) -> None:
   """A file; of a public data set, the folder it was downloaded to will do."""
-  if source in ("jsonl", "parquet") or not pathlib.Path(path or "?").is_dir():
+  if source in ("jsonl", "parquet") or not paths.parse(path or "?", field).is_dir():
     _require_file(field, path)
 
 
@@ -237,7 +238,7 @@ def _validate_benchmarks(section: ConfigDict) -> None:
     raise ConfigError("config.eval.folder is empty: set it to the folder that holds one folder for "
                       f"each of config.eval.benchmarks={tuple(section.benchmarks)}")
   for name in section.benchmarks:
-    if not (pathlib.Path(section.folder) / name).is_dir():
+    if not (paths.parse(section.folder, "config.eval.folder") / name).is_dir():
       raise ConfigError(f"config.eval.folder={section.folder!r} has no folder {name!r}: put that "
                         "benchmark's files there (docs/data.md), or leave it out of "
                         "config.eval.benchmarks")
@@ -262,7 +263,7 @@ def _validate_tools(config: ConfigDict) -> None:
   if search.backend not in SEARCH_BACKENDS:
     raise ConfigError(f"config.agent.search.backend={search.backend!r}; choose one of "
                       f"{SEARCH_BACKENDS}")
-  if search.backend == "local" and not pathlib.Path(search.corpus or "?").exists():
+  if search.backend == "local" and not os.path.exists(search.corpus or "?"):
     raise ConfigError(f"config.agent.search.corpus={search.corpus!r}: set it to a folder of documents "
                       "or a .jsonl file")
   if search.backend == "recorded" and not search.record:
@@ -270,12 +271,12 @@ def _validate_tools(config: ConfigDict) -> None:
 
 
 def _require_folder(field: str, value: str) -> None:
-  if value and not pathlib.Path(value).is_dir():
+  if value and not paths.parse(value, field).is_dir():
     raise ConfigError(f"{field}={value!r} is not a folder")
 
 
 def _require_file(field: str, value: str) -> None:
   if not value:
     raise ConfigError(f"{field} is empty: set it to a file (--{field}=/path/to/file)")
-  if not pathlib.Path(value).is_file():
+  if not paths.parse(value, field).is_file():
     raise ConfigError(f"{field}={value!r} is not a file")

@@ -44,7 +44,7 @@ def is_main() -> bool:
 def barrier() -> None:
   """Waits for all processes, on the host: devices do not wait, so it may take hours."""
   if jax.process_count() > 1:
-    _client().wait_at_barrier(f"axpo_{next(_numbers)}", _PATIENCE * 1000)
+    coordinator().wait_at_barrier(f"axpo_{next(_numbers)}", _PATIENCE * 1000)
 
 
 def attempt(function: Callable[..., T], *args: Any) -> Outcome:
@@ -102,7 +102,7 @@ def _broadcast(outcome: Outcome | None) -> Outcome:
 
 def _exchange(outcome: Outcome) -> list[Outcome]:
   """Every process's outcome."""
-  client, number, me = _client(), next(_numbers), jax.process_index()
+  client, number, me = coordinator(), next(_numbers), jax.process_index()
   client.key_value_set_bytes(f"axpo_{number}/{me}", _pickled(outcome))
   found = [pickle.loads(client.blocking_key_value_get_bytes(f"axpo_{number}/{i}", _PATIENCE * 1000))
            for i in range(jax.process_count())]
@@ -147,7 +147,7 @@ def ending_together() -> Iterator[None]:
     yield
     return
   ended = threading.Event()
-  watch = threading.Thread(target=_watch, args=(_client(), ended), name="other-processes", daemon=True)
+  watch = threading.Thread(target=_watch, args=(coordinator(), ended), name="other-processes", daemon=True)
   watch.start()
   try:
     yield
@@ -155,7 +155,7 @@ def ending_together() -> Iterator[None]:
     shared = any(getattr(e, "in_all_processes", False) for e in (error, error.__cause__))
     if not shared and not (isinstance(error, SystemExit) and not error.code):
       reason = "".join(traceback.format_exception_only(error)).strip()
-      _client().key_value_set(_FAILED, f"{jax.process_index()} {reason}", allow_overwrite=True)
+      coordinator().key_value_set(_FAILED, f"{jax.process_index()} {reason}", allow_overwrite=True)
     raise
   finally:
     ended.set()
@@ -175,7 +175,7 @@ def _watch(client: Any, ended: threading.Event) -> None:
     os._exit(1)  # nothing less ends a thread that waits in a collective operation
 
 
-def _client() -> Any:
+def coordinator() -> Any:
   # jax offers a wait among its devices only, and those give up after a while.
   from jax._src import distributed
   return distributed.global_state.client

@@ -4,7 +4,8 @@
 
 Every field of the config can be overridden: `--config.seed=1 --config.rl.resample.k=8`. The same
 command run again resumes: finished stages are skipped, an unfinished one goes on from its newest
-checkpoint. `--help` lists the flags, `--print_config` the whole configuration.
+checkpoint. SIGTERM saves a checkpoint and stops (docs/pods.md). `--help` lists the flags,
+`--print_config` the whole configuration.
 
 On several hosts, start the same command on each of them, with a --workdir that all of them see. On a TPU
 pod or under Slurm they find each other; elsewhere add --coordinator=<host of process 0>:<port>
@@ -50,9 +51,14 @@ def main(argv: list[str]) -> None:
   validate(_CONFIG.value)
   machine.prepare(_CONFIG.value)
   # Imported late: --help, a misspelt override and a bad field answer without waiting for JAX.
-  from axpo_jax.train import distributed, experiment
+  from axpo_jax.train import distributed, experiment, preemption
   distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
-  experiment.run(_CONFIG.value, _WORKDIR.value)
+  preemption.install()
+  try:
+    experiment.run(_CONFIG.value, _WORKDIR.value)
+  except preemption.Stopped:
+    print("stopped by SIGTERM: the same command goes on from here", file=sys.stderr)
+    sys.exit(preemption.EXIT_CODE)
 
 
 def _with_huge_pages() -> None:

@@ -39,9 +39,11 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from absl import app, flags
+from etils import epath
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from axpo_jax import paths
 from axpo_jax.config import ConfigError
 from axpo_jax.config_checks import validate
 from axpo_jax.train.metrics import read_metrics
@@ -80,9 +82,9 @@ class Point:
   done first."""
 
   overrides: Mapping[str, str]
-  folder: pathlib.Path
+  folder: epath.Path
   command: tuple[str, ...]
-  after: pathlib.Path | None = None
+  after: epath.Path | None = None
 
   @property
   def ready(self) -> bool:
@@ -129,6 +131,9 @@ def main(argv: list[str]) -> None:
   if _PRINT.value:
     print("\n".join(shlex.join(point.command) for point in points))
     return
+  if paths.is_remote(points[0].folder):
+    raise app.UsageError(f"--workdir={_WORKDIR.value}: a sweep keeps its logs in a local folder; give one, or "
+                         "--print and start the points yourself")
   failures = _run(points, _PARALLEL.value) if _PARALLEL.value else {}
   print(f"\n{table(points, _METRICS.value)}")
   for name, error in failures.items():
@@ -206,7 +211,7 @@ def _from_file(path: str) -> list[dict[str, str]]:
 
 
 def _point(given: Mapping[str, str], common: Sequence[str]) -> Point:
-  root = pathlib.Path(_WORKDIR.value)
+  root = paths.parse(_WORKDIR.value, "--workdir")
   overrides = {name: value.replace("{workdir}", str(root)) for name, value in given.items()
                if name not in (_NAME, _AFTER)}
   folder = root / (given.get(_NAME) or _name(overrides))

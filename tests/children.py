@@ -83,3 +83,26 @@ def job(config: str, workdir: pathlib.Path, changes: dict, count: int, port: int
     for process in processes:
       process.kill()  # nothing less: jax takes the signal to end for a notice of preemption
       process.wait()
+
+
+# Runs launch/main.py with sys.argv[2:]; kills itself as soon as step sys.argv[1] is on the disk.
+_DYING = f"""
+import os, runpy, signal, sys
+sys.path.insert(0, {str(REPO)!r})
+from axpo_jax.train.metrics import MetricsWriter
+last, write = int(sys.argv.pop(1)), MetricsWriter.write
+
+def write_and_die(self, step, values):
+  write(self, step, values)
+  if step == last:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+MetricsWriter.write = write_and_die
+sys.argv[0] = {str(REPO / "launch" / "main.py")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def dying(step: int) -> list[str]:
+  """Python's arguments for a run (`launch/main.py`) that is killed (-9) after that step."""
+  return ["-c", _DYING, str(step)]

@@ -4,22 +4,26 @@ Layout of `dump_rollouts("run/rollouts/step_10.jsonl", ...)`:
   run/rollouts/step_10.jsonl    one rollout a line; reading it back gives the same bits
   run/rollouts/step_10.txt      the same for people, where a chat is given
   run/rollouts/images/<key>.png every distinct image once, shared by all dumps of the folder
-Files are written whole or not at all. Patches are not stored: the processor makes the same ones
-from the picture that the policy saw.
+Files are written whole or not at all, on an object store too. Patches are not stored: the processor
+makes the same ones from the picture that the policy saw.
 """
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import PIL.Image
+from etils import epath
 
+from axpo_jax import paths
 from axpo_jax.agent.parse import SpecialIds
 from axpo_jax.agent.rollout import Rollout
 from axpo_jax.agent.token_texts import token_texts
@@ -35,10 +39,10 @@ class ImageStore:
   """A folder of PNG files named by the key of their pixels."""
 
   def __init__(self, folder: str | os.PathLike):
-    self.folder = pathlib.Path(folder)
+    self.folder = epath.Path(folder)
     self._keys: dict[int, tuple[ImageSource, str]] = {}  # by identity; holds the source, so it stays
 
-  def path(self, key: str) -> pathlib.Path:
+  def path(self, key: str) -> epath.Path:
     """Where the image with this key lies."""
     return self.folder / f"{key}.png"
 
@@ -47,8 +51,10 @@ class ImageStore:
     key = key or image_key(image)
     path = self.path(key)
     if not path.exists():
-      self.folder.mkdir(parents=True, exist_ok=True)
-      _write(path, lambda temporary: image.save(temporary, format="PNG", compress_level=1))
+      paths.make(self.folder)
+      encoded = io.BytesIO()
+      image.save(encoded, format="PNG", compress_level=1)
+      paths.write_bytes(path, encoded.getvalue())
     return key
 
   def put_shown(self, image: ProcessedImage) -> str:
@@ -64,7 +70,7 @@ class ImageStore:
       self._keys[known] = image.source, self.put(image.original)
     return self._keys[known][1]
 
-  def existing(self, key: str) -> pathlib.Path:
+  def existing(self, key: str) -> epath.Path:
     """Where the image with this key lies.
 
     Raises:
@@ -82,7 +88,7 @@ class ImageStore:
       TranscriptError: the file is missing or its pixels are not those of the key.
     """
     path = self.existing(key)
-    with PIL.Image.open(path) as opened:
+    with path.open("rb") as file, PIL.Image.open(file) as opened:
       image = opened.copy()
     if image_key(image) != key:
       raise TranscriptError(f"image {path} does not hold the pixels it was stored with")
@@ -155,8 +161,14 @@ def dump_rollouts(path: str | os.PathLike, rollouts: Sequence[Rollout], *,
     extra: one JSON-able dict per rollout (group, branch, advantage, ...), kept under "extra".
     originals: see `transcript_to_json`.
   """
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
+  path = epath.Path(path)
+  if paths.is_remote(path):  # images by the hundred: sent together, and the .jsonl after them
+    with tempfile.TemporaryDirectory() as folder:
+      dump_rollouts(pathlib.Path(folder) / path.name, rollouts, chat=chat, extra=extra,
+                    originals=originals)
+      paths.upload(pathlib.Path(folder), path.parent, last=path.name)
+    return
+  paths.make(path.parent)
   store = ImageStore(path.parent / "images")
   lines, pages, known = [], [], {}
   for rollout, more in zip(rollouts, extra or itertools.repeat({}, len(rollouts)), strict=True):
@@ -167,9 +179,9 @@ def dump_rollouts(path: str | os.PathLike, rollouts: Sequence[Rollout], *,
       record["transcript"]["pieces"] = token_texts(rollout.transcript.ids, chat.decode, known)
       pages.append(_page(rollout, more, chat))
     lines.append(json.dumps(record, allow_nan=False))
-  _write_text(path, "".join(f"{line}\n" for line in lines))
+  paths.write_text(path, "".join(f"{line}\n" for line in lines))
   if chat is not None:
-    _write_text(path.with_suffix(".txt"), "\n".join(pages))
+    paths.write_text(path.with_suffix(".txt"), "\n".join(pages))
 
 
 def load_rollouts(path: str | os.PathLike, processor: ImageProcessor) -> Iterator[Rollout]:
@@ -178,7 +190,7 @@ def load_rollouts(path: str | os.PathLike, processor: ImageProcessor) -> Iterato
   Raises:
     TranscriptError: a line is damaged; the message names the line.
   """
-  path = pathlib.Path(path)
+  path = epath.Path(path)
   store = ImageStore(path.parent / "images")
   with path.open() as lines:
     for number, line in enumerate(lines, 1):
@@ -286,13 +298,3 @@ def _float_to_json(value: float) -> float | str | None:
 def _float_from_json(value: float | str | None) -> float:
   return math.nan if value is None else float(value)
 
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-  _write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def _write(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
-  """Writes beside `path`, then renames: a reader or a crash never meets half a file."""
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  write(temporary)
-  os.replace(temporary, path)

@@ -2,15 +2,21 @@
 
 In: paths of files or folders. Out: rows, counted from 1, with their record, or with a RecordError
 where a single row could not be read. Only JSON that is not in lines is held in memory as a whole.
+The files may lie on an object store.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
-import pathlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+
+from etils import epath
+
+from axpo_jax import paths as paths_lib
 
 # In a folder the files of the first type that it has are read: data sets keep previews and
 # annotations beside their records.
@@ -27,26 +33,27 @@ class RecordError(ValueError):
   """One bad record; the message is the reason."""
 
 
-def expand(paths: str | pathlib.Path | Iterable[str | pathlib.Path]) -> list[pathlib.Path]:
+def expand(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[epath.Path]:
   """Files as they are given; of a folder, its files (those in folders below too) by name.
 
   Raises:
     ReaderError: a path does not exist, or a folder holds no file of a known type.
   """
-  files: list[pathlib.Path] = []
-  for path in [paths] if isinstance(paths, (str, pathlib.Path)) else paths:
-    path = pathlib.Path(path)
+  files: list[epath.Path] = []
+  for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+    path = paths_lib.parse(path)
     if not path.is_dir():
       files.append(path)
       continue
-    found = [sorted(path.rglob(f"*{suffix}")) for suffix in TYPES]
+    below = paths_lib.files_below(path)
+    found = [[file for file in below if file.suffix == suffix] for suffix in TYPES]
     if not any(found):
       raise ReaderError(f"{path} holds no file of type {', '.join(TYPES)}")
     files += next(group for group in found if group)
   return files
 
 
-def records(path: pathlib.Path, choose_columns: Callable[[Sequence[str]], Sequence[str]],
+def records(path: epath.Path, choose_columns: Callable[[Sequence[str]], Sequence[str]],
             types: Sequence[str] = TYPES) -> Iterator[tuple[int, Any]]:
   """Rows of a file.
 
@@ -67,7 +74,7 @@ def records(path: pathlib.Path, choose_columns: Callable[[Sequence[str]], Sequen
   return {".jsonl": _json_lines, ".json": _json, ".tsv": _tab_separated}[path.suffix](path)
 
 
-def _json_lines(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+def _json_lines(path: epath.Path) -> Iterator[tuple[int, Any]]:
   with path.open("rb") as file:  # bytes: one line that is not UTF-8 must not spoil the others
     for row, line in enumerate(file, 1):
       if not line.strip():
@@ -80,7 +87,7 @@ def _json_lines(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
         yield row, RecordError(f"not JSON: {error}")
 
 
-def _json(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+def _json(path: epath.Path) -> Iterator[tuple[int, Any]]:
   try:
     content = json.loads(path.read_bytes())
   except ValueError as error:
@@ -88,9 +95,9 @@ def _json(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
   yield from enumerate(content if isinstance(content, list) else [content], 1)
 
 
-def _tab_separated(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
+def _tab_separated(path: epath.Path) -> Iterator[tuple[int, Any]]:
   csv.field_size_limit(2**31 - 1)  # images stand in the cells, as base64
-  with path.open(encoding="utf-8", errors="replace", newline="") as file:
+  with io.TextIOWrapper(path.open("rb"), encoding="utf-8", errors="replace", newline="") as file:
     reader = csv.DictReader(file, delimiter="\t", restkey=None)
     try:
       for row, record in enumerate(reader, 1):
@@ -102,13 +109,14 @@ def _tab_separated(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
       raise ReaderError(f"{path} cannot be read as tab-separated values: {error}") from error
 
 
-def _parquet(path: pathlib.Path,
+def _parquet(path: epath.Path,
              choose_columns: Callable[[Sequence[str]], Sequence[str]]) -> Iterator[tuple[int, Any]]:
   import pyarrow as pa  # only who reads parquet needs it
   import pyarrow.parquet as pq
 
   try:
-    with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+    with (path.open("rb") as opened,
+          pq.ParquetFile(opened, buffer_size=_BUFFER, pre_buffer=False) as file):
       columns = choose_columns(file.schema_arrow.names)
       row = 0
       for batch in file.iter_batches(batch_size=_ROWS, columns=columns):

@@ -18,9 +18,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import PIL.Image
+from etils import epath
+
+from axpo_jax import paths
 
 # An image is opened only when it is needed: a path, the encoded bytes of a file, or pixels.
-ImageSource = pathlib.Path | bytes | PIL.Image.Image
+ImageSource = pathlib.PurePath | bytes | PIL.Image.Image
 
 IMAGE_MARK = "<image>"
 KINDS = ("auto", "choice", "math", "number", "text")
@@ -157,8 +160,10 @@ def image_size(source: ImageSource) -> tuple[int, int]:
     return opened.size
 
 
-def _open(source: pathlib.Path | bytes) -> PIL.Image.Image:
+def _open(source: pathlib.PurePath | bytes) -> PIL.Image.Image:
   try:
+    if isinstance(source, pathlib.PurePath) and paths.is_remote(source):
+      source = epath.Path(source).read_bytes()
     return PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
   except FileNotFoundError as error:
     raise ImageError(f"image file {source} does not exist") from error
@@ -168,7 +173,7 @@ def _open(source: pathlib.Path | bytes) -> PIL.Image.Image:
     raise ImageError(f"image ({_name(source)}) cannot be opened: {error}") from error
 
 
-def _name(source: pathlib.Path | bytes) -> str:
+def _name(source: pathlib.PurePath | bytes) -> str:
   return f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
 
 

@@ -22,7 +22,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import PIL.Image
+from etils import epath
 
+from axpo_jax import paths as paths_lib
 from axpo_jax.data import files
 from axpo_jax.data.files import ReaderError, RecordError
 from axpo_jax.data.question import ImageError, ImageSource, Question, check_header, load_image
@@ -107,7 +109,7 @@ class Layout:
 
   columns: Columns = Columns()
   meta: tuple[str, ...] = ()
-  adapt: Callable[[Mapping[str, Any], pathlib.Path], Mapping[str, Any]] | None = None
+  adapt: Callable[[Mapping[str, Any], epath.Path], Mapping[str, Any]] | None = None
   needed: tuple[str, ...] = ()
   optional: tuple[str, ...] = ()
   relocate: bool = False
@@ -159,7 +161,7 @@ class ReadReport:
 
 
 def read_questions(
-    paths: str | pathlib.Path | Iterable[str | pathlib.Path], config: ReaderConfig | None = None,
+    paths: str | os.PathLike | Iterable[str | os.PathLike], config: ReaderConfig | None = None,
     report: ReadReport | None = None, layout: Layout = OWN,
     types: Sequence[str] = (".jsonl", ".parquet")) -> Iterator[Question]:
   """Streams the questions of one or more files.
@@ -215,7 +217,7 @@ def _resolve(config: ReaderConfig, layout: Layout) -> ReaderConfig:
                              meta=(*config.meta, *layout.meta))
 
 
-def _columns(path: pathlib.Path, config: ReaderConfig,
+def _columns(path: epath.Path, config: ReaderConfig,
              layout: Layout) -> Callable[[Sequence[str]], list[str]]:
   """Chooses a parquet file's columns: those that are named and there, top level only."""
   if layout.adapt is None:
@@ -238,7 +240,7 @@ def _columns(path: pathlib.Path, config: ReaderConfig,
 # ---- records to questions ----
 
 
-def _question(record: Any, path: pathlib.Path, row: int, config: ReaderConfig,
+def _question(record: Any, path: epath.Path, row: int, config: ReaderConfig,
               layout: Layout) -> Question:
   if isinstance(record, RecordError):
     raise record
@@ -307,25 +309,25 @@ def _answers(record: Mapping[str, Any], config: ReaderConfig) -> tuple[str, ...]
   return tuple(answers)
 
 
-def _images(record: Mapping[str, Any], path: pathlib.Path, config: ReaderConfig,
+def _images(record: Mapping[str, Any], path: epath.Path, config: ReaderConfig,
             relocate: bool) -> tuple[ImageSource, ...]:
-  folder = pathlib.Path(config.image_folder) if config.image_folder else path.parent
+  folder = paths_lib.parse(config.image_folder, "image_folder") if config.image_folder else path.parent
   sources = []
   for number, value in enumerate(_as_list(_field(record, config.columns.images))):
     try:
       source = _image_source(value, folder)
-      if relocate and isinstance(source, pathlib.Path):
+      if relocate and isinstance(source, pathlib.PurePath):
         source = _relocated(source, folder)
       _check_image(source, config.image_check)
     except ImageError as error:
       raise RecordError(f"image {number}: {error}") from error
     if config.image_cache and isinstance(source, bytes):
-      source = _cached(source, pathlib.Path(config.image_cache))
+      source = _cached(source, paths_lib.parse(config.image_cache, "image_cache"))
     sources.append(source)
   return tuple(sources)
 
 
-def _relocated(source: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+def _relocated(source: epath.Path, folder: epath.Path) -> epath.Path:
   """The longest end of a path that exists below the folder; the path itself if none does."""
   if source.exists():
     return source
@@ -334,19 +336,17 @@ def _relocated(source: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
   return next((end for end in ends if end.exists()), source)
 
 
-def _cached(image: bytes, folder: pathlib.Path) -> pathlib.Path:
+def _cached(image: bytes, folder: epath.Path) -> epath.Path:
   """Writes an image under the name of its content, once."""
   name = hashlib.sha256(image).hexdigest()
   path = folder / name[:2] / name[2:34]
   if not path.exists():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")  # a run that dies here leaves no half image
-    part.write_bytes(image)
-    part.replace(path)
+    paths_lib.make(path.parent)
+    paths_lib.write_bytes(path, image)  # a run that dies here leaves no half image
   return path
 
 
-def _image_source(value: Any, folder: pathlib.Path) -> ImageSource:
+def _image_source(value: Any, folder: epath.Path) -> ImageSource:
   if isinstance(value, Mapping):  # Hugging Face: {"bytes": ..., "path": ...}
     value = value.get("bytes") or value.get("path")
   if isinstance(value, (bytes, PIL.Image.Image)):

@@ -12,9 +12,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
+from etils import epath
+
+from axpo_jax import paths
 from axpo_jax.agent.parse import think_stop
 from axpo_jax.agent.rollout import ENGINE_ERROR, FAILED_STOPS, Rollout
 from axpo_jax.agent.transcript import SAMPLED_KINDS, Transcript
@@ -53,8 +55,8 @@ Thoughts = Mapping[tuple[str, int], Thought]
 
 def read_thoughts(folder: str | os.PathLike) -> dict[tuple[str, int], Thought]:
   """The first turns of all rollouts in a folder of shards (`eval.shards`) that no machine ended."""
-  lines = (line for path in sorted(pathlib.Path(folder).glob("rollouts_*.jsonl"))
-           for line in path.read_text(encoding="utf-8").splitlines())
+  lines = (line for path in paths.glob(epath.Path(folder), "rollouts_*.jsonl")
+           for line in path.read_text().splitlines())
   records = (json.loads(line) for line in lines)
   return {(record["question_id"], record["seed"]): _first_turn(record["transcript"])
           for record in records if record["stop"] not in FAILED_STOPS}

@@ -11,12 +11,14 @@ import dataclasses
 import functools
 import json
 import os
-import pathlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from typing import TypeVar
 
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 
+from axpo_jax import paths
 from axpo_jax.config import ConfigError
 from axpo_jax.data.question import Question
 from axpo_jax.data.readers import ReaderConfig
@@ -24,8 +26,10 @@ from axpo_jax.eval import benchmarks, evaluate, forced, shards
 from axpo_jax.eval.judge import ChatJudge
 from axpo_jax.rollout.engine import Engine
 from axpo_jax.rollout.openai_engine import KEY_VARIABLE, OpenAIConfig, OpenAIEngine
-from axpo_jax.train import build, collect, distributed, seeds
+from axpo_jax.train import build, collect, distributed, preemption, seeds
 from axpo_jax.train.metrics import read_metrics
+
+T = TypeVar("T")
 
 RESULTS_FILE = "results.json"
 
@@ -40,14 +44,14 @@ class Job:
   """
 
   name: str
-  folder: pathlib.Path
+  folder: epath.Path
   questions: Callable[[], Iterable[Question]]
   section: ConfigDict  # with `rollouts` and `shard`
   benchmark: benchmarks.Benchmark | None = None
-  forces: pathlib.Path | None = None
+  forces: epath.Path | None = None
 
 
-def teach(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.Path,
+def teach(config: ConfigDict, bench: build.Workbench, policy: str, root: epath.Path,
           first_step: int) -> str:
   """A teacher's trajectories of the training questions."""
   section = config.teach
@@ -58,7 +62,7 @@ def teach(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib
   return policy
 
 
-def screen(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.Path,
+def screen(config: ConfigDict, bench: build.Workbench, policy: str, root: epath.Path,
            first_step: int) -> str:
   """What the policy at hand makes of the training questions: the difficulty filter's counts."""
   job = Job("screen", root / "screen" / "shards",
@@ -67,7 +71,7 @@ def screen(config: ConfigDict, bench: build.Workbench, policy: str, root: pathli
   return policy
 
 
-def evaluation(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.Path,
+def evaluation(config: ConfigDict, bench: build.Workbench, policy: str, root: epath.Path,
                first_step: int) -> str:
   """The benchmarks, or the held-out questions where none is named; results.json at the end. With
   `eval.forced` all of them again, with a call forced (`eval.forced`)."""
@@ -78,7 +82,8 @@ def evaluation(config: ConfigDict, bench: build.Workbench, policy: str, root: pa
     jobs = [Job(shards.HELD_OUT, folder / shards.HELD_OUT, lambda: build.eval_questions(config), section)]
   forcing = [dataclasses.replace(job, folder=job.folder / shards.FORCED, forces=job.folder)
              for job in jobs if section.forced]
-  distributed.on_main(_judge_again, [*jobs, *forcing], config, bench)
+  _to_its_end(functools.partial(distributed.on_main_async, functools.partial(
+    _judge_again, [*jobs, *forcing], config, bench)))
   found = _sample([*jobs, *forcing], config,
                   _policy(config, bench, policy, folder, "eval"))
   if waiting := sum(len(record.unjudged) for records in found for record in records):
@@ -103,7 +108,7 @@ def _benchmark_questions(config: ConfigDict, name: str) -> Iterator[Question]:
   benchmark, count = benchmarks.BENCHMARKS[name], 0
   # Pictures of 8K: what is broken in them shows when they are asked about, and is counted.
   reader = ReaderConfig(image_check="none", max_bad_share=config.data.max_bad_share)
-  for question in benchmark.read(pathlib.Path(config.eval.folder) / name, reader):
+  for question in benchmark.read(paths.parse(config.eval.folder, "config.eval.folder") / name, reader):
     count += 1
     yield question
   if count != benchmark.size:
@@ -123,9 +128,15 @@ def _sample(jobs: list[Job], config: ConfigDict,
               for job in jobs]
 
   try:
-    return asyncio.run(everything())
+    return _to_its_end(everything)
   except shards.ShardError as error:
     raise ConfigError(f"--workdir: {error}") from error
+
+
+def _to_its_end(work: Callable[[], Awaitable[T]]) -> T:
+  """Runs a coroutine function on an event loop of its own."""
+  with preemption.held():
+    return asyncio.run(work())
 
 
 async def _job(job: Job, config: ConfigDict, actor: ActorOf) -> list[shards.Record]:
@@ -154,15 +165,12 @@ async def _scorer(job: Job, config: ConfigDict) -> AsyncIterator[shards.Scorer |
       await judge.close()
 
 
-def _judge_again(jobs: Iterable[Job], config: ConfigDict, bench: build.Workbench) -> None:
+async def _judge_again(jobs: Iterable[Job], config: ConfigDict, bench: build.Workbench) -> None:
   """Asks for the verdicts that a judge did not give when the run was here before."""
-  async def everything():
-    for job in jobs:
-      async with _scorer(job, config) as score:
-        if score is not None:
-          await shards.judge_again(job.folder, job.questions, score, bench.chat, bench.processor)
-
-  asyncio.run(everything())
+  for job in jobs:
+    async with _scorer(job, config) as score:
+      if score is not None:
+        await shards.judge_again(job.folder, job.questions, score, bench.chat, bench.processor)
 
 
 def _opening(actor: ActorOf, thoughts: forced.Thoughts) -> ActorOf:
@@ -173,7 +181,7 @@ def _opening(actor: ActorOf, thoughts: forced.Thoughts) -> ActorOf:
 
 
 @contextlib.asynccontextmanager
-async def _policy(config: ConfigDict, bench: build.Workbench, policy: str, folder: pathlib.Path,
+async def _policy(config: ConfigDict, bench: build.Workbench, policy: str, folder: epath.Path,
                   stage: str) -> AsyncIterator[ActorOf | None]:
   """The policy in a folder, by the engine of config.rollout."""
   idle = _idle(config, bench, stage)
@@ -188,7 +196,7 @@ async def _policy(config: ConfigDict, bench: build.Workbench, policy: str, folde
 
 
 @contextlib.asynccontextmanager
-async def _endpoint(config: ConfigDict, bench: build.Workbench, policy: str, folder: pathlib.Path,
+async def _endpoint(config: ConfigDict, bench: build.Workbench, policy: str, folder: epath.Path,
                     stage: str) -> AsyncIterator[ActorOf | None]:
   """A chat endpoint, which has the teacher."""
   section, idle = config.teach, _idle(config, bench, stage)
@@ -202,7 +210,7 @@ async def _endpoint(config: ConfigDict, bench: build.Workbench, policy: str, fol
 
 
 @contextlib.asynccontextmanager
-async def _script(config: ConfigDict, bench: build.Workbench, policy: str, folder: pathlib.Path,
+async def _script(config: ConfigDict, bench: build.Workbench, policy: str, folder: epath.Path,
                   stage: str) -> AsyncIterator[ActorOf]:
   """The miniature world's own teacher."""
   yield build.scripted_teacher(config, bench, stage)
@@ -221,7 +229,5 @@ def _with(idle: collect.Actor | None, engine: Engine) -> ActorOf | None:
   return lambda question: actor
 
 
-def _write(path: pathlib.Path, results: dict) -> None:
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(json.dumps(results, indent=2) + "\n")
-  os.replace(temporary, path)
+def _write(path: epath.Path, results: dict) -> None:
+  paths.write_text(path, json.dumps(results, indent=2) + "\n")

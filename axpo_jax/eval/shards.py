@@ -9,6 +9,7 @@ this and nothing else. The folder:
   images/               what the policy saw, by content
   done.json             totals; written when the stream has ended
 
+The folder may be on an object store.
 A shard is written whole or not at all. After a kill, finished shards are skipped and the others are
 sampled again with the seeds they had, so nothing that was kept is sampled twice. A rollout's seed
 comes from its question's id and its number: neither the size of the shards nor the other questions
@@ -22,12 +23,13 @@ import dataclasses
 import itertools
 import json
 import os
-import pathlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from etils import epath
 from tqdm import tqdm
 
+from axpo_jax import paths
 from axpo_jax.agent import dump
 from axpo_jax.agent.rollout import FAILED_STOPS, Rollout
 from axpo_jax.config import RunStopped
@@ -121,7 +123,7 @@ class Record:
       "scores": tuple(Score(**score) for score in record["scores"])})
 
 
-def done(folder: pathlib.Path) -> bool:
+def done(folder: epath.Path) -> bool:
   """Whether the whole stream was sampled."""
   return (folder / DONE).exists()
 
@@ -132,13 +134,13 @@ def records(folder: str | os.PathLike) -> Iterator[Record]:
   Raises:
     ShardError: there is none, or one is damaged.
   """
-  paths = sorted(pathlib.Path(folder).glob("records_*.jsonl"))
-  if not paths:
+  files = paths.glob(epath.Path(folder), "records_*.jsonl")
+  if not files:
     raise ShardError(f"{folder} holds no sampled shards (records_*.jsonl)")
-  return itertools.chain.from_iterable(map(_read, paths))
+  return itertools.chain.from_iterable(map(_read, files))
 
 
-def _read(path: pathlib.Path) -> list[Record]:
+def _read(path: epath.Path) -> list[Record]:
   try:
     return [Record.from_json(json.loads(line)) for line in path.read_text().splitlines()]
   except (ValueError, KeyError, TypeError) as error:
@@ -157,12 +159,12 @@ class Trajectories:
   def __init__(self, path: str | os.PathLike, processor: ImageProcessor,
                choose: Callable[[Record], Iterable[int]] | None = None):
     self._processor = processor
-    self._places: list[tuple[pathlib.Path, int]] = []  # file, byte
-    path = pathlib.Path(path)
+    self._places: list[tuple[epath.Path, int]] = []  # file, byte
+    path = epath.Path(path)
     if path.is_file():
       self._places = [(path, start) for start in _line_starts(path)]
       return
-    for file in sorted(path.glob("records_*.jsonl")):
+    for file in paths.glob(path, "records_*.jsonl"):
       rollouts, numbers = _rollouts_of(file), itertools.count()
       starts = _line_starts(rollouts)
       for record in _read(file):
@@ -175,27 +177,27 @@ class Trajectories:
 
   def __getitem__(self, index: int) -> Rollout:
     path, start = self._places[index]
-    with path.open("rb") as file:
+    with paths.local(path).open("rb") as file:
       file.seek(start)
       line = file.readline()
     return dump.rollout_from_line(line, dump.ImageStore(path.parent / "images"), self._processor,
                                   f"{path}, byte {start}")
 
 
-def _rollouts_of(records_file: pathlib.Path) -> pathlib.Path:
+def _rollouts_of(records_file: epath.Path) -> epath.Path:
   return records_file.with_name(records_file.name.replace("records_", "rollouts_"))
 
 
-def _line_starts(path: pathlib.Path) -> list[int]:
+def _line_starts(path: epath.Path) -> list[int]:
   starts, at = [], 0
-  with path.open("rb") as lines:
+  with paths.local(path).open("rb") as lines:
     for line in lines:
       starts.append(at)
       at += len(line)
   return starts
 
 
-async def sample(folder: pathlib.Path, questions: Iterable[Question],
+async def sample(folder: epath.Path, questions: Iterable[Question],
                  actor: Callable[[Question], collect.Actor], n: int, seed: int, *, size: int = 64,
                  score: Scorer | None = None, group: Callable[[Question], str] = lambda q: q.id,
                  progress: str = "") -> list[Record]:
@@ -216,9 +218,8 @@ async def sample(folder: pathlib.Path, questions: Iterable[Question],
     ShardError: finished shards are of other questions, or of another n.
     SamplingError: all rollouts of a shard failed. Finished shards stay.
   """
-  folder.mkdir(parents=True, exist_ok=True)
-  for leftover in folder.rglob(".*.tmp"):  # of a killed run, half an image too
-    leftover.unlink()
+  paths.make(folder)
+  paths.remove_leftovers(folder)  # of a killed run, half an image too
   found: dict[int, list[Record]] = {}
   failures: list[SamplingError] = []
   room = asyncio.Semaphore(_AHEAD)
@@ -245,11 +246,11 @@ async def sample(folder: pathlib.Path, questions: Iterable[Question],
   if failures:
     raise failures[0]
   everything = [record for number in sorted(found) for record in found[number]]
-  _write_text(folder / DONE, json.dumps(totals(everything), indent=2))
+  paths.write_text(folder / DONE, json.dumps(totals(everything), indent=2))
   return everything
 
 
-async def judge_again(folder: pathlib.Path, questions: Callable[[], Iterable[Question]],
+async def judge_again(folder: epath.Path, questions: Callable[[], Iterable[Question]],
                       score: Scorer, chat: Chat, processor: ImageProcessor) -> int:
   """Scores anew, in finished shards, what a judge failed to judge; returns how much of it still waits.
 
@@ -259,7 +260,7 @@ async def judge_again(folder: pathlib.Path, questions: Callable[[], Iterable[Que
     score: see `sample`.
     chat, processor: of the policy that was sampled, to write its rollouts again.
   """
-  files = {path: _read(path) for path in sorted(folder.glob("records_*.jsonl"))}
+  files = {path: _read(path) for path in paths.glob(folder, "records_*.jsonl")}
   waiting = {record.id for kept in files.values() for record in kept if record.unjudged}
   if not waiting:
     return 0
@@ -272,7 +273,7 @@ async def judge_again(folder: pathlib.Path, questions: Callable[[], Iterable[Que
       _rewrite(path, files[path], chat, processor)
   everything = [record for kept in files.values() for record in kept]
   if done(folder):
-    _write_text(folder / DONE, json.dumps(totals(everything), indent=2))
+    paths.write_text(folder / DONE, json.dumps(totals(everything), indent=2))
   return sum(len(record.unjudged) for record in everything)
 
 
@@ -285,7 +286,7 @@ async def _judged(record: Record, asked: Mapping[str, Question], score: Scorer) 
   return dataclasses.replace(record, scores=tuple(scores), stats=tuple(stats))
 
 
-def _rewrite(path: pathlib.Path, kept: list[Record], chat: Chat, processor: ImageProcessor) -> None:
+def _rewrite(path: epath.Path, kept: list[Record], chat: Chat, processor: ImageProcessor) -> None:
   """A shard with the rewards of its records, which again are written last."""
   file = _rollouts_of(path)
   notes = [json.loads(line)["extra"] for line in file.read_text(encoding="utf-8").splitlines()]
@@ -319,7 +320,7 @@ def _shards(questions: Iterable[Question], size: int) -> Iterator[list[tuple[int
 class _Run:
   """One call of `sample`."""
 
-  folder: pathlib.Path
+  folder: epath.Path
   actor: Callable[[Question], collect.Actor]
   n: int
   seed: int
@@ -350,7 +351,7 @@ class _Run:
     _write_records(path, new)
     return new
 
-  def _check(self, path: pathlib.Path, kept: list[Record],
+  def _check(self, path: epath.Path, kept: list[Record],
              asked: list[tuple[int, Question]]) -> None:
     if [record.id for record in kept] != [question.id for _, question in asked]:
       raise ShardError(f"{path} is of other questions than those asked for now, or of another shard "
@@ -379,11 +380,6 @@ class _Run:
     return record, list(rollouts)
 
 
-def _write_records(path: pathlib.Path, kept: Iterable[Record]) -> None:
-  _write_text(path, "".join(json.dumps(record.to_json()) + "\n" for record in kept))
+def _write_records(path: epath.Path, kept: Iterable[Record]) -> None:
+  paths.write_text(path, "".join(json.dumps(record.to_json()) + "\n" for record in kept))
 
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  temporary.write_text(text, encoding="utf-8")
-  os.replace(temporary, path)

@@ -4,11 +4,14 @@ Both are made from metrics.jsonl alone, so `python -m axpo_jax.eval.summary RUN`
 """
 
 import argparse
-import pathlib
+import io
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 
+from etils import epath
+
+from axpo_jax import paths
 from axpo_jax.train.metrics import read_metrics
 
 # Rows of the table: label, metric. The first block is measured on held-out questions by the two
@@ -150,7 +153,7 @@ _PANELS = (
 )
 
 
-def plot(lines: Sequence[Mapping], path: pathlib.Path, title: str = "") -> None:
+def plot(lines: Sequence[Mapping], path: epath.Path, title: str = "") -> None:
   """Four panels over training steps, as PNG: thin line each step, thick line a running mean."""
   import matplotlib
   matplotlib.use("Agg")
@@ -173,8 +176,10 @@ def plot(lines: Sequence[Mapping], path: pathlib.Path, title: str = "") -> None:
     axis.set_xlabel("step (SFT steps counted)")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
   figure.suptitle(title)
-  figure.savefig(path, dpi=120)
+  drawn = io.BytesIO()
+  figure.savefig(drawn, format="png", dpi=120)
   plt.close(figure)
+  paths.write_bytes(path, drawn.getvalue())
 
 
 def _running_mean(values: Sequence[float], window: int = _WINDOW) -> list[float]:
@@ -186,7 +191,7 @@ def _running_mean(values: Sequence[float], window: int = _WINDOW) -> list[float]
 def main(argv: Sequence[str]) -> None:
   parser = argparse.ArgumentParser(prog="python -m axpo_jax.eval.summary",
                                    description="Prints a run's table and draws its curves.")
-  parser.add_argument("run", type=pathlib.Path, help="a run's --workdir, with metrics.jsonl in it")
+  parser.add_argument("run", type=paths.parse, help="a run's --workdir, with metrics.jsonl in it")
   run = parser.parse_args(argv[1:]).run
   lines = read_metrics(run)
   if not lines:

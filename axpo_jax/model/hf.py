@@ -45,6 +45,9 @@ _COMPANIONS = (
   "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
   "preprocessor_config.json", "video_preprocessor_config.json", "generation_config.json",
 )  # fmt: skip
+CONFIG_FILE = "config.json"
+# What must be there to make prompts of a checkpoint, without its weights.
+SMALL_FILES = (*_COMPANIONS, CONFIG_FILE)
 
 Path_ = tuple[str, ...]
 
@@ -438,7 +441,7 @@ def _write_rest(folder: Path, config, dtype, shards, tokenizer_from) -> None:
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2))
   # Both spellings: transformers 5 and SGLang read `dtype`, transformers 4 `torch_dtype`.
   raw = {**config.to_hf(), "dtype": dtype, "torch_dtype": dtype}
-  (folder / "config.json").write_text(json.dumps(raw, indent=2))
+  (folder / CONFIG_FILE).write_text(json.dumps(raw, indent=2))
   for name in _COMPANIONS if tokenizer_from is not None else ():
     source = Path(tokenizer_from) / name
     if source.exists():

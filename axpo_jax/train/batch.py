@@ -9,12 +9,15 @@ Legend: B rows, T tokens of a row, G targets of a row, C, N blocks of attention 
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence, Sized
 
 import jax
 import numpy as np
+from etils import epath
 
+from axpo_jax import paths
 from axpo_jax.model import sharding
 from axpo_jax.model.vision_inputs import LazyPatches, VisionInputs
 
@@ -166,15 +169,16 @@ def save_batch(path: str | os.PathLike, batch: Batch) -> None:
   """Writes every array of a batch to one .npz, for a look at a batch that broke the step."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
   arrays = {sharding.path_name(key): np.asarray(value) for key, value in leaves}
-  os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-  with open(path, "wb") as file:
-    np.savez_compressed(file, **arrays)
+  path, packed = epath.Path(path), io.BytesIO()
+  np.savez_compressed(packed, **arrays)
+  paths.make(path.parent)
+  paths.write_bytes(path, packed.getvalue())
 
 
 def load_batch(path: str | os.PathLike) -> Batch:
   """What `save_batch` wrote."""
-  with np.load(path) as file:
-    arrays = dict(file)
+  with epath.Path(path).open("rb") as file:
+    arrays = dict(np.load(file))
   vision = {key.removeprefix("vision/"): arrays.pop(key)
             for key in list(arrays) if key.startswith("vision/")}
   return Batch(**arrays, vision=VisionInputs(**vision) if vision else None)

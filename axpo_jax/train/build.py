@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,10 +15,11 @@ import grain
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from flax import nnx
 from ml_collections import ConfigDict
 
-from axpo_jax import processes
+from axpo_jax import paths, processes
 from axpo_jax.agent.episode import EpisodeLimits
 from axpo_jax.agent.prompts import SHORT_SYSTEM_PROMPT, SYSTEM_PROMPT
 from axpo_jax.agent.rollout import Rollout
@@ -67,7 +67,7 @@ class Workbench:
   processor: ImageProcessor
   mesh: jax.sharding.Mesh
   rules: sharding.Rules
-  folder: pathlib.Path | None = None
+  folder: epath.Path | None = None
   lora: LoraConfig | None = None
 
   @property
@@ -76,17 +76,18 @@ class Workbench:
     return dataclasses.replace(self.model_config, lora=self.lora)
 
 
-def workbench(config: ConfigDict, folder: pathlib.Path | None = None) -> Workbench:
+def workbench(config: ConfigDict, folder: epath.Path | None = None) -> Workbench:
   """Reads the checkpoint's (or preset's) sizes, its tokenizer and image processor.
 
   Raises:
     ConfigError: a file is missing or damaged, or the mesh does not fit the devices.
   """
-  files = config.model.tokenizer or config.model.checkpoint
+  named = config.model.tokenizer or config.model.checkpoint
+  files = paths.local(named, hf.SMALL_FILES)
   try:
     chat = Chat.from_pretrained(files)
   except Exception as error:  # the tokenizer's libraries raise any for a broken folder
-    raise ConfigError(f"config.model.{'tokenizer' if config.model.tokenizer else 'checkpoint'}={files!r}: "
+    raise ConfigError(f"config.model.{'tokenizer' if config.model.tokenizer else 'checkpoint'}={named!r}: "
                       f"its tokenizer cannot be loaded: {error}") from error
   model_config = _model_config(config, chat)
   graphdef, params = nnx.split(nnx.eval_shape(lambda: Qwen3VL(model_config, rngs=nnx.Rngs(0))))
@@ -107,7 +108,7 @@ def _mesh(config: ConfigDict, params: nnx.State) -> jax.sharding.Mesh:
 def _model_config(config: ConfigDict, chat: Chat) -> ModelConfig:
   m = config.model
   if m.checkpoint:
-    base = hf.load_config(m.checkpoint)
+    base = hf.load_config(paths.local(m.checkpoint, hf.SMALL_FILES))
   else:
     base = PRESETS[m.preset]
     if m.preset == "tiny":
@@ -123,23 +124,23 @@ def _with_tokenizer(base: ModelConfig, chat: Chat) -> ModelConfig:
     vision_start_token_id=chat.vision_start_id, vision_end_token_id=chat.vision_end_id)
 
 
-def frozen_dtype(bench: Workbench, checkpoint: str | pathlib.Path) -> str:
+def frozen_dtype(bench: Workbench, checkpoint: str | epath.Path) -> str:
   """Of parameters that nothing trains: bfloat16 where the checkpoint is, which loses nothing and
   takes half of float32's memory; else that of all parameters."""
   own = bench.model_config.param_dtype
-  return (hf.stored_dtype(checkpoint) or own) if checkpoint else own
+  return (hf.stored_dtype(paths.local(checkpoint)) or own) if checkpoint else own
 
 
-def load_params(bench: Workbench, checkpoint: str | pathlib.Path, seed: int) -> nnx.State:
+def load_params(bench: Workbench, checkpoint: str | epath.Path, seed: int) -> nnx.State:
   """Parameters from a checkpoint folder, in `frozen_dtype`, or random ones where `checkpoint` is
   empty; sharded. A learner casts what it trains."""
   if checkpoint:
     stored = dataclasses.replace(bench.model_config, param_dtype=frozen_dtype(bench, checkpoint))
-    return hf.load_params(checkpoint, stored, mesh=bench.mesh, rules=bench.rules)
+    return hf.load_params(paths.local(checkpoint), stored, mesh=bench.mesh, rules=bench.rules)
   return init_params(bench.model_config, seed, bench.mesh, bench.rules)
 
 
-def trained_params(bench: Workbench, checkpoint: str | pathlib.Path, seed: int) -> nnx.State:
+def trained_params(bench: Workbench, checkpoint: str | epath.Path, seed: int) -> nnx.State:
   """`load_params` for a learner: with new adapters where those are trained."""
   params = load_params(bench, checkpoint, seed)
   if bench.lora is None:
@@ -185,7 +186,7 @@ def _check_packable(example: Example, config: ConfigDict, bench: Workbench) -> N
 
 
 @contextlib.contextmanager
-def servers(config: ConfigDict, policy: str, folder: pathlib.Path) -> Iterator[tuple[str, ...]]:
+def servers(config: ConfigDict, policy: str, folder: epath.Path) -> Iterator[tuple[str, ...]]:
   """URLs of the SGLang servers: those that the config names, or else some of our own, which start
   with the policy's checkpoint and stop at the end. None where the engine is another.
 
@@ -200,19 +201,20 @@ def servers(config: ConfigDict, policy: str, folder: pathlib.Path) -> Iterator[t
     yield distributed.on_main(_start_servers, stack, config, policy, folder)
 
 
-def _start_servers(stack: contextlib.ExitStack, config: ConfigDict, policy: str, folder: pathlib.Path
+def _start_servers(stack: contextlib.ExitStack, config: ConfigDict, policy: str, folder: epath.Path
                    ) -> tuple[str, ...]:
   try:
     # A server that loads weights does not answer: it does not hang.
-    spec = sections.sidecar(config, policy, hang_after=max(config.rollout.sglang.load_s, 300.0),
+    spec = sections.sidecar(config, str(paths.local(policy)),
+                            hang_after=max(config.rollout.sglang.load_s, 300.0),
                             api_key=os.environ.get(API_KEY_VARIABLE, ""))
-    return tuple(stack.enter_context(Sidecar(spec, folder / "sidecar")).urls)
+    return tuple(stack.enter_context(Sidecar(spec, paths.scratch(folder / "sidecar"))).urls)
   except SidecarError as error:
     raise ConfigError(f"config.rollout.sidecar: {error}") from error
 
 
 def engine(config: ConfigDict, bench: Workbench, params: nnx.State, urls: Sequence[str],
-           folder: pathlib.Path) -> Engine:
+           folder: epath.Path) -> Engine:
   """The sampler that the config names. Give it weights (`update_weights`) before anything else.
 
   Args:
@@ -225,7 +227,7 @@ def engine(config: ConfigDict, bench: Workbench, params: nnx.State, urls: Sequen
   if config.rollout.engine == "embedded":
     return _embedded(config, bench, params)
   made = sections.sglang(
-    config, os.path.abspath(config.rollout.sglang.push_folder or folder / "push"),
+    config, os.path.abspath(config.rollout.sglang.push_folder or paths.scratch(folder / "push")),
     skip_vision=vision_stands(config, bench.lora))
   if not distributed.is_main():
     return distributed.Follower(PushFolder(made.push, bench.model_config).write)
@@ -283,20 +285,26 @@ def pack_options(config: ConfigDict, model: ModelConfig, mesh: jax.sharding.Mesh
     row_buckets=[section.image_rows << doubled for doubled in range(16)])
 
 
-def export(params: nnx.State, config: ConfigDict, bench: Workbench, policy: str | pathlib.Path,
-           folder: pathlib.Path) -> pathlib.Path:
+def export(params: nnx.State, config: ConfigDict, bench: Workbench, policy: str | epath.Path,
+           folder: epath.Path) -> epath.Path:
   """Saves a trained policy as a folder that every tool of the ecosystem loads, adapters merged in.
 
   The tokenizer and processor files are those of `policy`, the folder it was trained from.
   """
-  hf.save_checkpoint_hf(folder, lora.merge(params, bench.lora), bench.model_config,
+  # A store gets the folder when it is whole, and config.json last: by that file a stage is known to be
+  # done. In other processes `on_disk` is not written to.
+  on_disk = paths.scratch(folder)
+  hf.save_checkpoint_hf(on_disk, lora.merge(params, bench.lora), bench.model_config,
                         dtype=config.model.export_dtype,
-                        tokenizer_from=config.model.tokenizer or policy)
+                        tokenizer_from=paths.local(config.model.tokenizer or policy, hf.SMALL_FILES))
+  if paths.is_remote(folder):
+    distributed.on_main(
+      lambda: paths.upload(on_disk, folder, last=hf.CONFIG_FILE, stays=True))
   processes.barrier()  # the next stage reads what the main process has written
   return folder
 
 
-def question_batches(config: ConfigDict, folder: pathlib.Path | None = None
+def question_batches(config: ConfigDict, folder: epath.Path | None = None
                      ) -> grain.DatasetIterator:
   """Endless, checkpointable batches of training questions, those that the filter keeps.
 

@@ -1,6 +1,7 @@
 """Checkpoints of a run: state, data iterator and host facts, whole or not at all.
 
-A checkpoint is written beside its final name and renamed when it is complete, so a run killed in
+A checkpoint is written beside its final name and renamed when it is complete; on an object store,
+which cannot rename, it gets a last object that says so (orbax does either). So a run killed in
 mid-save finds the one before; the remains are deleted, at the latest by the next save. Writing goes on in the
 background: the arrays are copied before `save` returns, so the state may be donated at once.
 
@@ -23,7 +24,7 @@ from typing import Any
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
 
-from axpo_jax import processes
+from axpo_jax import paths, processes
 from axpo_jax.model import sharding
 
 # Names inside a checkpoint folder.
@@ -193,7 +194,7 @@ def _context() -> ocp.Context:
 
 def _absolute(path: str | os.PathLike) -> str:
   """orbax wants absolute paths; an object store's URL is one."""
-  return str(path) if "://" in str(path) else os.path.abspath(path)
+  return str(path) if paths.is_remote(path) else os.path.abspath(path)
 
 
 def _flat(tree: Any) -> dict[str, Any]:

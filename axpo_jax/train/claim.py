@@ -18,6 +18,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from axpo_jax import paths
 from axpo_jax.config import ConfigError, base_config
 
 _FILE = "config.json"
@@ -67,8 +68,8 @@ def check(root: epath.Path, config: ConfigDict) -> None:
 def take(root: epath.Path, config: ConfigDict) -> None:
   """Writes the config into the folder. Raises ConfigError where that cannot be."""
   try:
-    root.mkdir(parents=True, exist_ok=True)
-    (root / _FILE).write_text(json.dumps(_json(config), indent=2, sort_keys=True))
+    paths.make(root)
+    paths.write_text(root / _FILE, json.dumps(_json(config), indent=2, sort_keys=True))
   except OSError as error:
     raise ConfigError(f"--workdir={str(root)!r} cannot be written: {error}") from error
 
@@ -79,7 +80,7 @@ def reopen(root: epath.Path, config: ConfigDict) -> None:
     policy, done = root / stage / "policy", steps_done(root, stage)
     if stage in config.stages and done and done < config[stage].steps and policy.exists():
       print(f"{stage}: goes on from step {done}; its policy of that step is now policy_{done}")
-      policy.rename(root / stage / f"policy_{done}")
+      paths.move(policy, root / stage / f"policy_{done}", first=_FILE)
 
 
 def steps_done(root: epath.Path, stage: str) -> int:
@@ -155,8 +156,9 @@ def _flat(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any
 
 
 def _check_writable(root: epath.Path) -> None:
-  """A folder of this machine that is there, or can be made."""
-  if "://" in os.fspath(root):
+  """A folder of this machine that is there, or can be made; or an object store that can be reached."""
+  if paths.is_remote(root):
+    paths.check_store(root)
     return
   nearest = pathlib.Path(os.path.abspath(root))
   while not nearest.exists():

@@ -31,6 +31,7 @@ from axpo_jax.model.config import ModelConfig
 from axpo_jax.processes import is_main
 from axpo_jax.rollout.embedded import EmbeddedEngine
 from axpo_jax.rollout.sglang_engine import SGLangEngine
+from axpo_jax.train import preemption
 from axpo_jax.train.metrics import MetricsWriter, NoMetrics
 
 T = TypeVar("T")
@@ -78,13 +79,16 @@ async def on_main_async(function: Callable[[], Awaitable[T]], sent: Callable[[T]
 
   Args:
     sent: result -> what the other processes get of it; None: all.
+
+  Raises:
+    preemption.Stopped: in all processes, if any was told to stop before the coroutine ended.
   """
   if jax.process_count() == 1:
-    return await function()
+    return await preemption.unless_told(function)
   outcome = result = None
   if is_main():
     try:
-      result = await function()
+      result = await preemption.unless_told(function)
       outcome = (sent(result) if sent else result), None
     except Exception as error:
       outcome = None, error

@@ -6,15 +6,27 @@ stage's beginning. A stage whose folder is there is done. Stages that only sampl
 """
 
 import json
-import pathlib
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
-from axpo_jax import processes
+from axpo_jax import paths, processes
+from axpo_jax.config import ConfigError
 from axpo_jax.eval import sampling, summary
 from axpo_jax.model import programs
-from axpo_jax.train import build, claim, devices, distributed, machine, preflight, rl, sft
+from axpo_jax.train import (
+  build,
+  claim,
+  devices,
+  distributed,
+  machine,
+  preemption,
+  preflight,
+  rl,
+  sft,
+  toolbox,
+)
 from axpo_jax.train.metrics import read_metrics
 
 _STAGES = {"teach": sampling.teach, "sft": sft.run, "screen": sampling.screen, "rl": rl.run,
@@ -28,8 +40,9 @@ def run(config: ConfigDict, workdir: str) -> None:
   Raises:
     ConfigError: a field cannot work, or `workdir` belongs to a run with another config.
   """
-  root = pathlib.Path(workdir)
+  root = paths.workdir(workdir)
   machine.check_processes(config, jax.process_count())
+  _check_folders(config, root)
   distributed.on_main(claim.check, root, config)
   programs.use_cache(config.compilation_cache)
   bench = build.workbench(config, root)
@@ -39,8 +52,17 @@ def run(config: ConfigDict, workdir: str) -> None:
   distributed.on_main(preflight.start_tools, config, bench)
   distributed.on_main(claim.take, root, config)
   distributed.on_main(claim.reopen, root, config)
+  try:
+    _run_stages(config, bench, root)
+  finally:
+    toolbox.flush()
+  distributed.on_main(report, root)
+
+
+def _run_stages(config: ConfigDict, bench: build.Workbench, root: epath.Path) -> None:
   policy, first_step = config.model.checkpoint, 0
   for stage in config.stages:
+    distributed.on_main(preemption.check)
     folder = root / stage / "policy"
     if distributed.on_main((folder / "config.json").exists):
       _say(f"{stage}: done before, its policy is {folder}")
@@ -48,7 +70,6 @@ def run(config: ConfigDict, workdir: str) -> None:
     else:
       policy = _STAGES[stage](config, bench, str(policy), root, first_step)
     first_step += config[stage].get("steps", 0)
-  distributed.on_main(report, root)
 
 
 def _say(text: str) -> None:
@@ -56,7 +77,22 @@ def _say(text: str) -> None:
     print(text)
 
 
-def report(root: pathlib.Path) -> None:
+def _check_folders(config: ConfigDict, root: epath.Path) -> None:
+  """What servers read must be a folder of theirs too, which neither a store nor a folder of this
+  machine alone is."""
+  section = config.rollout.sglang
+  for name in ("push_folder", "image_folder"):
+    if section[name] and paths.is_remote(paths.parse(section[name], f"config.rollout.sglang.{name}")):
+      raise ConfigError(f"config.rollout.sglang.{name}={section[name]!r} must be a folder that trainer "
+                        "and servers both see, such as NFS or a mounted bucket")
+  elsewhere = config.rollout.urls or jax.process_count() > 1
+  if (config.rollout.engine == "sglang" and paths.is_remote(root) and elsewhere
+      and not section.push_folder):
+    raise ConfigError(f"--workdir={str(root)!r} cannot hold the weights on their way to the servers: set "
+                      "config.rollout.sglang.push_folder to a folder that trainer and servers both see")
+
+
+def report(root: epath.Path) -> None:
   """The tables on the terminal and in summary.md, the curves in curves.png."""
   lines, parts, files = read_metrics(root), [], []
   if lines:
@@ -68,5 +104,5 @@ def report(root: pathlib.Path) -> None:
     parts.append(summary.results_table(json.loads(results.read_text())))
     files.append(f"results: {results}")
   if parts:
-    (root / "summary.md").write_text("\n\n".join(parts) + "\n")
+    paths.write_text(root / "summary.md", "\n\n".join(parts) + "\n")
   print("\n" + "\n\n".join([*parts, "\n".join(files)]))

@@ -3,6 +3,9 @@
 One JSON object a line, with `step` first and slash names after it. A line is on the disk before
 `write` returns. A resumed run first cuts what the run before it wrote after the restored step, so
 the file is that of an unbroken run (but for times).
+
+An object store cannot append. There every `write` sends the whole file again, a few kilobytes for
+each step so far, and returns when the store has it: a kill loses no line there either.
 """
 
 from __future__ import annotations
@@ -11,8 +14,11 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from etils import epath
+
+from axpo_jax import paths
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -28,15 +34,15 @@ class MetricsWriter:
 
   def __init__(self, folder: str | os.PathLike, *, resume_step: int | None = None,
                tensorboard: bool = True):
-    self.path = Path(folder) / METRICS_FILE
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    _truncate(self.path, resume_step)
-    self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the run)
+    self.path = epath.Path(folder) / METRICS_FILE
+    paths.make(self.path.parent)
+    kept = _truncate(self.path, resume_step)
+    self._file = _Remote(self.path, kept) if paths.is_remote(self.path) else _Local(self.path)
     self._board = None
     if tensorboard:
       from tensorboardX import SummaryWriter  # here: a run without it need not have it
       # What the event files hold from `purge_step` on is hidden by TensorBoard.
-      self._board = SummaryWriter(str(Path(folder) / "tensorboard"),
+      self._board = SummaryWriter(str(self.path.parent / "tensorboard"),
                                   purge_step=None if resume_step is None else resume_step + 1)
 
   def __enter__(self) -> MetricsWriter:
@@ -55,9 +61,7 @@ class MetricsWriter:
     if "step" in values:
       raise ValueError("a metric may not be called 'step': pass the step as the first argument")
     numbers = {name: _number(name, value) for name, value in values.items()}
-    self._file.write(json.dumps({"step": int(step), **numbers}, allow_nan=False) + "\n")
-    self._file.flush()
-    os.fsync(self._file.fileno())
+    self._file.append(json.dumps({"step": int(step), **numbers}, allow_nan=False) + "\n")
     if self._board is not None:
       for name, value in numbers.items():
         if value is not None:
@@ -70,11 +74,40 @@ class MetricsWriter:
       self._board.close()
 
 
+class _Local:
+  """A file that is appended to."""
+
+  def __init__(self, path: epath.Path):
+    self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the run)
+
+  def append(self, line: str) -> None:
+    self._file.write(line)
+    self._file.flush()
+    os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    self._file.close()
+
+
+class _Remote:
+  """An object that is replaced by a longer one."""
+
+  def __init__(self, path: epath.Path, text: str):
+    self._path, self._text = path, text
+
+  def append(self, line: str) -> None:
+    self._text += line
+    paths.write_text(self._path, self._text)
+
+  def close(self) -> None:
+    pass
+
+
 class NoMetrics:
   """Takes the writer's place in all processes but the main one."""
 
   def __init__(self, folder: str | os.PathLike):
-    self.path = Path(folder) / METRICS_FILE
+    self.path = epath.Path(folder) / METRICS_FILE
 
   def __enter__(self) -> NoMetrics:
     return self
@@ -93,26 +126,23 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
   Raises:
     ValueError: another line is broken.
   """
-  path = Path(path)
+  path = epath.Path(path)
   path = path / METRICS_FILE if path.is_dir() else path
   return _whole_lines(path) if path.exists() else []
 
 
-def _truncate(path: Path, resume_step: int | None) -> None:
+def _truncate(path: epath.Path, resume_step: int | None) -> str:
+  """Cuts the file, if there is one; returns what is left in it."""
   if not path.exists():
-    return
+    return ""
   kept = [] if resume_step is None else [
     line for line in _whole_lines(path) if line["step"] <= resume_step]
-  # Written beside and renamed: a kill in between leaves the old file whole.
-  fresh = path.with_suffix(".tmp")
-  with open(fresh, "w", encoding="utf-8") as file:
-    file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in kept)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(fresh, path)
+  text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
+  paths.write_text(path, text)
+  return text
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
+def _whole_lines(path: epath.Path) -> list[dict[str, Any]]:
   """Raises ValueError for a broken line that is not the last: that is not a torn write."""
   # Bytes, since a torn line may end inside a character.
   parts = path.read_bytes().split(b"\n")

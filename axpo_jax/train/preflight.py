@@ -6,12 +6,12 @@ and field. Weights are looked at by their headers, questions by the first few, t
 
 import dataclasses
 import itertools
-import pathlib
 import time
 from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from axpo_jax import paths
 from axpo_jax.agent.transcript import TranscriptError
 from axpo_jax.config import ConfigError, reads_held_out
 from axpo_jax.data import adapters, readers
@@ -50,7 +50,7 @@ def check_files(config: ConfigDict, bench: build.Workbench) -> None:
 
 def _check_weights(path: str, bench: build.Workbench) -> None:
   try:
-    hf.check_checkpoint(path, bench.model_config)
+    hf.check_checkpoint(paths.local(path), bench.model_config)
   except (hf.CheckpointError, OSError) as error:
     lines = str(error).splitlines()
     more = f" and {len(lines) - 1 - _SHOWN} more" if len(lines) - 1 > _SHOWN else ""
@@ -70,7 +70,7 @@ def _check_questions(config: ConfigDict, field: str, path: str, source: str) -> 
 
 
 def _check_benchmark(config: ConfigDict, name: str) -> None:
-  folder = pathlib.Path(config.eval.folder) / name
+  folder = paths.parse(config.eval.folder, "config.eval.folder") / name
   how = readers.ReaderConfig(image_check="none", max_bad_share=config.data.max_bad_share)
   report = readers.ReadReport(quiet=True)
   _read_some(f"config.eval.folder: {name}", benchmarks.BENCHMARKS[name].read(folder, how, report), report)

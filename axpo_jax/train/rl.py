@@ -2,7 +2,8 @@
 
 In: a policy folder, which is also the fixed reference. Out: a trained policy folder. GRPO is the same
 loop with a budget of zero. The loop holds no state of its own beyond what a checkpoint stores, and
-all randomness comes from (seed, step), so a resumed run repeats an unbroken one bit for bit.
+all randomness comes from (seed, step), so a resumed run repeats an unbroken one bit for bit. So does
+one that was told to stop (`train.preemption`): it saves the last step's state wherever it is.
 
 With `rollout.staleness` = s, the rollouts of up to s steps are collected while earlier ones are
 trained. New weights reach the sampler between two of its turns; every token keeps the version and the
@@ -13,13 +14,13 @@ trained on is collected anew after a resume: checkpoints hold the trained fronti
 import asyncio
 import contextlib
 import dataclasses
-import pathlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -31,7 +32,17 @@ from axpo_jax.model.chat import Chat
 from axpo_jax.rl import census, credit, recipes, weights
 from axpo_jax.rl.acting import acting_census
 from axpo_jax.rl.resample import prefix_budget
-from axpo_jax.train import build, collect, distributed, examples, lora, seeds, selection
+from axpo_jax.train import (
+  build,
+  collect,
+  distributed,
+  examples,
+  lora,
+  preemption,
+  seeds,
+  selection,
+  toolbox,
+)
 from axpo_jax.train.ahead import Ahead
 from axpo_jax.train.batch import Batch, packing_metrics, sums_by_example, weigh
 from axpo_jax.train.checkpoint import Checkpoints
@@ -62,7 +73,7 @@ class Loop:
   """One RL stage: everything that lives from step to step."""
 
   def __init__(self, config: ConfigDict, bench: build.Workbench, policy: str,
-               workdir: pathlib.Path, urls: Sequence[str] = ()):
+               workdir: epath.Path, urls: Sequence[str] = ()):
     self.config, self.bench, self.workdir = config, bench, workdir
     self.recipe = Recipe.from_config(config.rl)
     self.learner = Learner(
@@ -83,6 +94,7 @@ class Loop:
     self.actor = build.actor(config, bench, self.engine) if distributed.is_main() else None
     self.steps_done = 0  # RL steps; each makes up to `rl.updates` optimizer steps
     self.lost_steps = 0  # the last so many steps had no rollout that did not fail
+    self.unwritten: dict[str, float] | None = None  # metrics of the last of them, not evaluated yet
 
   def _first_state(self) -> TrainState:
     """Trains a copy of the policy, for the policy is also the reference; with adapters it stays as it
@@ -154,6 +166,16 @@ class Loop:
         f"all rollouts of the last {self.lost_steps} steps failed (config.rl.max_lost_steps="
         f"{self.config.rl.max_lost_steps}): {collect.told_failures(groups)}. Repair the cause and run "
         "the same command again: it goes on from the last checkpoint")
+
+  def is_due(self, every: int) -> bool:
+    """Whether the last step is one of those, or the stage's last."""
+    return self.steps_done == self.config.rl.steps or _each(self.steps_done, every)
+
+  async def dump(self, groups: list[Group]) -> None:
+    """Writes the last step's rollouts, in a thread for the same reason as the update."""
+    await asyncio.to_thread(dump, groups, self.credits(groups),
+                            self.workdir / "rollouts" / f"step_{self.steps_done:06d}.jsonl",
+                            self.bench.chat)
 
   def rollout_metrics(self, groups: list[Group]) -> dict[str, float]:
     """The census of the step, before anything is learnt from it."""
@@ -274,8 +296,8 @@ class Clock:
     return {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
 
 
-def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.Path,
-        first_step: int) -> pathlib.Path:
+def run(config: ConfigDict, bench: build.Workbench, policy: str, root: epath.Path,
+        first_step: int) -> epath.Path:
   """Trains the policy in folder `policy` and returns the folder of the result.
 
   Args:
@@ -293,9 +315,11 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
       restored = checkpoints.restore(learner.stored(learner.abstract_state()),
                                      iterator=loop.questions)
       loop.state = learner.restored(restored.state, lambda: loop.state.params)
-      loop.steps_done = restored.step
-    resume_step = first_step + loop.steps_done
-    with (distributed.metrics_writer(root, resume_step=resume_step,
+      loop.steps_done, loop.unwritten = restored.step, restored.host.get("unwritten")
+    # The line of a step whose evaluation was broken off is written again.
+    resume_step = first_step + loop.steps_done - bool(loop.unwritten)
+    with (preemption.held(),
+          distributed.metrics_writer(root, resume_step=resume_step,
                                      tensorboard=config.log.tensorboard) as writer,
           asyncio.Runner() as runner):
       try:
@@ -312,40 +336,61 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
     writer.write(first_step, await loop.evaluate())
   trained = build.question_batches(config, loop.bench.folder)  # what a checkpoint holds: see Collected.position
   ahead = Ahead(loop.collect, loop.steps_done, config.rl.steps)
+  position, unwritten = None, loop.unwritten
 
   def collected():
     ahead.allow(loop.steps_done + config.rollout.staleness)
     return ahead.next()
 
-  with tqdm(total=config.rl.steps, initial=loop.steps_done, desc=config.rl.algorithm,
+  def save(**host: Any):
+    trained.set_state(position)
+    checkpoints.save(loop.steps_done, loop.learner.stored(loop.state), host={"stage": "rl", **host},
+                     iterator=trained)
+
+  with tqdm(total=config.rl.steps, initial=loop.steps_done - bool(unwritten), desc=config.rl.algorithm,
             disable=not distributed.is_main()) as bar:
     try:
-      while loop.steps_done < config.rl.steps:
-        batch, metrics = await loop.step(collected)
-        done = loop.steps_done
-        last = done == config.rl.steps
-        if (last and config.eval.every >= 0) or _due(done, config.eval.every):
-          await ahead.settle()
-          metrics |= await loop.evaluate()
+      while unwritten or loop.steps_done < config.rl.steps:
+        if not unwritten:
+          batch, unwritten = await loop.step(collected)
+          position = batch.position
+          if _each(loop.steps_done, config.log.dump_every) and distributed.is_main():
+            await loop.dump(batch.groups)
+        metrics = unwritten | await _evaluation(loop, ahead)
         _watch(metrics, config.log)
-        writer.write(first_step + done, metrics)
-        if _due(done, config.log.dump_every) and distributed.is_main():
-          # In a thread for the same reason as the update.
-          await asyncio.to_thread(dump, batch.groups, loop.credits(batch.groups),
-                                  loop.workdir / "rollouts" / f"step_{done:06d}.jsonl", loop.bench.chat)
-        if last or _due(done, config.checkpoint.every):
-          trained.set_state(batch.position)
-          checkpoints.save(done, loop.learner.stored(loop.state), host={"stage": "rl"},
-                           iterator=trained)
+        await asyncio.to_thread(toolbox.flush)  # the audit log has what the metrics tell of
+        writer.write(first_step + loop.steps_done, metrics)
+        unwritten = None
+        if loop.is_due(config.checkpoint.every) and loop.steps_done not in checkpoints.steps():
+          save()
         bar.set_postfix(reward=f"{metrics.get('rollout/reward_mean', 0):.2f}",
                         tools=f"{metrics.get('rollout/tool_attempt_rate', 0):.2f}",
                         prefixes=int(metrics["axpo/prefixes"]))
         bar.update()
+    except preemption.Stopped:
+      if loop.steps_done and loop.steps_done not in checkpoints.steps():
+        save(unwritten=_numbers(unwritten))
+      raise
     finally:
       await ahead.close()
+  checkpoints.wait()
 
 
-def _due(step: int, every: int) -> bool:
+async def _evaluation(loop: Loop, ahead: Ahead) -> dict[str, float]:
+  """Metrics of the step's evaluation; none where it is not due."""
+  if loop.config.eval.every < 0 or not loop.is_due(loop.config.eval.every):
+    return {}
+  await distributed.on_main_async(ahead.settle)
+  return await loop.evaluate()
+
+
+def _numbers(metrics: dict[str, Any] | None) -> dict[str, int | float] | None:
+  """Metrics as JSON has them."""
+  return metrics and {name: value if isinstance(value, int) else float(value)
+                      for name, value in metrics.items()}
+
+
+def _each(step: int, every: int) -> bool:
   return every > 0 and step % every == 0
 
 
@@ -369,7 +414,7 @@ def _watch(metrics: dict[str, float], log: ConfigDict) -> None:
   logging.warning(message)
 
 
-def dump(groups: list[Group], credits: Sequence[credit.Credit], path: pathlib.Path,
+def dump(groups: list[Group], credits: Sequence[credit.Credit], path: epath.Path,
          chat: Chat) -> None:
   """All rollouts of a step as JSON lines, readable text and images; `credits` are in their order."""
   rollouts, notes = [], []

@@ -5,17 +5,18 @@ and a tally of how many were left out and why.
 """
 
 import json
-import pathlib
 
+from etils import epath
 from ml_collections import ConfigDict
 
+from axpo_jax import paths
 from axpo_jax.config import ConfigError
 from axpo_jax.data import filters
 from axpo_jax.eval import shards
 from axpo_jax.model.images import ImageProcessor
 
 
-def trajectories(sft: ConfigDict, processor: ImageProcessor, folder: pathlib.Path | None
+def trajectories(sft: ConfigDict, processor: ImageProcessor, folder: epath.Path | None
                  ) -> tuple[shards.Trajectories, filters.Tally | None]:
   """What SFT reads, on the disk until it is asked for. The filter is for shards; a dump is read whole.
 
@@ -45,7 +46,7 @@ def trajectories(sft: ConfigDict, processor: ImageProcessor, folder: pathlib.Pat
   return found, tally
 
 
-def questions(config: ConfigDict, folder: pathlib.Path | None
+def questions(config: ConfigDict, folder: epath.Path | None
               ) -> tuple[list[shards.Record] | None, filters.Tally | None]:
   """Records of the questions that RL trains on; (None, None) where nothing was sampled that could
   tell.
@@ -70,7 +71,7 @@ def questions(config: ConfigDict, folder: pathlib.Path | None
   return kept, filters.Tally.of("questions", reasons)
 
 
-def _records(field: str, path: str, config: ConfigDict, folder: pathlib.Path | None, stage: str
+def _records(field: str, path: str, config: ConfigDict, folder: epath.Path | None, stage: str
              ) -> list[shards.Record] | None:
   """Records of a folder, or of one of this run's stages; None where there is neither."""
   if not path and (folder is None or stage not in config.stages):
@@ -81,11 +82,11 @@ def _records(field: str, path: str, config: ConfigDict, folder: pathlib.Path | N
     raise ConfigError(f"{field}={path!r}: {error}") from error
 
 
-def tell(tally: filters.Tally | None, folder: pathlib.Path) -> None:
+def tell(tally: filters.Tally | None, folder: epath.Path) -> None:
   """Prints what a filter did, and writes it to filter.json of a stage's folder; nothing where none was
   used."""
   if tally is None:
     return
   print(f"{folder.name}: {tally}")
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / "filter.json").write_text(json.dumps(tally.to_json(), indent=2) + "\n")
+  paths.make(folder)
+  paths.write_text(folder / "filter.json", json.dumps(tally.to_json(), indent=2) + "\n")

@@ -5,21 +5,21 @@ Loss falls on what the teacher sampled and on nothing else.
 """
 
 import functools
-import pathlib
 import time
 
+from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from axpo_jax.model import programs
-from axpo_jax.train import build, distributed, selection
+from axpo_jax.train import build, distributed, preemption, selection
 from axpo_jax.train.batch import packing_metrics, targets
 from axpo_jax.train.checkpoint import Checkpoints
 from axpo_jax.train.step import Learner, supervised_objective
 
 
-def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.Path,
-        first_step: int) -> pathlib.Path:
+def run(config: ConfigDict, bench: build.Workbench, policy: str, root: epath.Path,
+        first_step: int) -> epath.Path:
   """Fine-tunes the policy in folder `policy` ("" = random) and returns the result's folder.
 
   Args:
@@ -41,7 +41,7 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
       stored = checkpoints.restore(learner.stored(learner.abstract_state()), iterator=data.stream)
       state = learner.restored(stored.state, params)
     before = int(state.step)
-    with (distributed.metrics_writer(root, resume_step=first_step + before,
+    with (preemption.held(), distributed.metrics_writer(root, resume_step=first_step + before,
                                      tensorboard=config.log.tensorboard) as writer,
           tqdm(total=sft.steps, initial=before, desc="sft",
                disable=not distributed.is_main()) as bar):
@@ -56,8 +56,12 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: pathlib.P
         metrics |= {"time/load_s": loaded - start, "time/update_s": time.perf_counter() - loaded}
         writer.write(first_step + done, {
           name.replace("train/", "sft/"): value for name, value in metrics.items()})
-        if done % config.checkpoint.every == 0 or done == sft.steps:
+        stopping = distributed.on_main(preemption.told)
+        if stopping or done % config.checkpoint.every == 0 or done == sft.steps:
           checkpoints.save(done, learner.stored(state), host={"stage": "sft"}, iterator=data.stream)
         bar.set_postfix(nll=f"{metrics['train/nll']:.3f}")
         bar.update()
+        if stopping:
+          raise preemption.Stopped
+      checkpoints.wait()
   return build.export(state.params, config, bench, policy, workdir / "policy")

@@ -20,12 +20,12 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 
@@ -57,7 +57,7 @@ class NonFiniteError(RunStopped, FloatingPointError):
     paths: where they were saved.
   """
 
-  def __init__(self, message: str, micro_batches: Sequence[int], paths: Sequence[Path]):
+  def __init__(self, message: str, micro_batches: Sequence[int], paths: Sequence[epath.Path]):
     super().__init__(message)
     self.micro_batches, self.paths = tuple(micro_batches), tuple(paths)
 
@@ -296,7 +296,7 @@ class Learner:
     step = int(applied["step"])
     bad = [i for i, s in enumerate(sums) if not s["finite"]]
     if bad or not applied["finite"]:
-      raise _non_finite(step, bad or range(len(batches)), sums, applied, batches, Path(folder))
+      raise _non_finite(step, bad or range(len(batches)), sums, applied, batches, epath.Path(folder))
     joined = functools.reduce(losses.add_metrics, [
       {k: float(v) for k, v in s.items() if k != "finite"} for s in sums])
     out = {"train/loss": joined.pop("loss") / result.divisor,
@@ -362,7 +362,7 @@ def _unscored(batch: Batch) -> Batch:
   return dataclasses.replace(batch, old_logp_BxG=None, ref_logp_BxG=None)
 
 
-def _non_finite(step, bad, sums, applied, batches, folder: Path) -> NonFiniteError:
+def _non_finite(step, bad, sums, applied, batches, folder: epath.Path) -> NonFiniteError:
   paths = [folder / f"step_{step}_micro_{i}.npz" for i in bad]
   for i, path in zip(bad, paths, strict=True):
     gathered = jax.tree.map(whole, batches[i])

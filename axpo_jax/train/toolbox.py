@@ -9,6 +9,7 @@ import json
 import pathlib
 from collections.abc import Callable, Mapping
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from axpo_jax.agent.tools import audit, mcp_server
@@ -33,7 +34,7 @@ _made: dict[str, ToolBox] = {}
 
 
 def toolbox(config: ConfigDict, chat: Chat, factor: int, *, evaluation: bool = False,
-            folder: pathlib.Path | None = None) -> ToolBox:
+            folder: epath.Path | None = None) -> ToolBox:
   """The tools that the config names, with the scopes and limits it grants.
 
   Args:
@@ -57,14 +58,21 @@ def toolbox(config: ConfigDict, chat: Chat, factor: int, *, evaluation: bool = F
   return _made[key]
 
 
+def flush() -> None:
+  """Sends the audit logs that are not where they belong yet: those on an object store."""
+  for tools in _made.values():
+    if tools.audit is not None:
+      tools.audit.flush()
+
+
 def _toolbox(config: ConfigDict, chat: Chat, factor: int, extra: tuple[str, ...],
-             folder: pathlib.Path | None) -> ToolBox:
+             folder: epath.Path | None) -> ToolBox:
   agent, log, used = config.agent, None, Usage()
   tools = _tools(config, factor, extra)  # before the log is opened: what fails leaves no folder
   if folder is not None and agent.audit:
     path = folder / AUDIT_FILE
     # A resumed run goes on counting where it stopped.
-    used = audit.totals(audit.read(path)) if path.exists() else used
+    used = audit.totals(audit.read(path))
     log = audit.AuditLog(path, run=folder.name)
   return ToolBox(
     tools, agent.scopes, dry_run=agent.dry_run, audit=log, used=used,

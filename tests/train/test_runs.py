@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 import axpo_jax
+from axpo_jax import paths
 from axpo_jax.config import ConfigError
 from axpo_jax.config_checks import validate
 from axpo_jax.eval import shards
@@ -66,27 +67,9 @@ def micro(overrides, **changes):
   return config
 
 
-# Runs launch/main.py with sys.argv[2:]; kills itself as soon as step sys.argv[1] is on the disk.
-DYING = f"""
-import os, runpy, signal, sys
-sys.path.insert(0, {str(REPO)!r})
-from axpo_jax.train.metrics import MetricsWriter
-last, write = int(sys.argv.pop(1)), MetricsWriter.write
-
-def write_and_die(self, step, values):
-  write(self, step, values)
-  if step == last:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-MetricsWriter.write = write_and_die
-sys.argv[0] = {str(MAIN)!r}
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 def launch(workdir, flags, *, config=MICRO, die_at=None) -> subprocess.CompletedProcess:
   """What a user does, on one device. With `die_at`, the run is killed (-9) after that step."""
-  program = [str(MAIN)] if die_at is None else ["-c", DYING, str(die_at)]
+  program = [str(MAIN)] if die_at is None else children.dying(die_at)
   return subprocess.run(
     [sys.executable, *program, f"--config={config}", f"--workdir={workdir}", *flags],
     env=children.environment(1), capture_output=True, text=True, timeout=3600)
@@ -346,7 +329,7 @@ def test_chain_from_questions_to_results(overrides, one_device, tmp_path, monkey
   assert "tool-attempt rate" in printed and "tool use" in printed  # both tables
   assert (whole / "summary.md").read_text() in printed
 
-  write, died = shards._write_text, []
+  write, died = paths.write_text, []
 
   def dying(path, text):
     write(path, text)
@@ -355,7 +338,7 @@ def test_chain_from_questions_to_results(overrides, one_device, tmp_path, monkey
       died.append(stage)
       raise InterruptedError("the machine is gone")
 
-  monkeypatch.setattr(shards, "_write_text", dying)
+  monkeypatch.setattr(paths, "write_text", dying)
   for stage in ("teach", "screen", "eval"):
     with pytest.raises(InterruptedError):
       experiment.run(micro(overrides, **CHAIN), broken)

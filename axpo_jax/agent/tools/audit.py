@@ -4,6 +4,9 @@ Fields of a line: run, time (seconds since 1970), step, question, episode, seed,
 arguments, scope, granted_scopes, dry_run, outcome ("ok", the kind of an error, or "cancelled"),
 digest (of the observation as the policy saw it), seconds, bytes, images, images_before (how many
 the episode had). A line holds what was done and not what came back: dumps of the rollouts hold that.
+
+An object store cannot append. There a log is a folder of parts: a thread sends the part that grows
+every few seconds, and begins another when it is large. A kill -9 loses the lines of those seconds.
 """
 
 from __future__ import annotations
@@ -11,17 +14,23 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
 import os
-import pathlib
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import PIL.Image
+from etils import epath
 
+from axpo_jax import paths
 from axpo_jax.agent.parse import CallError, ToolCall
 from axpo_jax.agent.tools.base import EpisodeState, Observation, PastCall, ToolBox
 from axpo_jax.agent.tools.budget import Usage
+
+_EVERY = 10.0  # seconds between two sendings to a store
+_PART_BYTES = 1 << 23  # of a part that is not sent again
 
 
 class AuditError(ValueError):
@@ -37,26 +46,87 @@ class AuditLog:
   """
 
   def __init__(self, path: str | os.PathLike, run: str):
-    self.path, self.run = pathlib.Path(path), run
-    self.path.parent.mkdir(parents=True, exist_ok=True)
-    # Without a buffer: what was done is on record before the next thing is.
-    self._file = io.FileIO(self.path, "ab")
+    self.path, self.run = epath.Path(path), run
+    if paths.is_remote(self.path):
+      self._file = _Parts(self.path)
+    else:
+      paths.make(self.path.parent)
+      # Without a buffer: what was done is on record before the next thing is.
+      self._file = io.FileIO(self.path, "ab")
 
   def __call__(self, entry: dict[str, Any]) -> None:
     line = {"run": self.run, "time": round(time.time(), 3), **entry}
     self._file.write(json.dumps(line).encode() + b"\n")
 
+  def flush(self) -> None:
+    """Returns when all lines are where they belong."""
+    self._file.flush()
+
   def close(self) -> None:
     self._file.close()
 
 
+class _Parts:
+  """A growing file as numbered objects below a path of a store."""
+
+  def __init__(self, path: epath.Path):
+    self._path, self._number = path, len(_files(path))
+    self._lines: list[bytes] = []  # of the part that grows
+    self._sent = 0  # of them
+    self._growing, self._sending = threading.Lock(), threading.Lock()
+    self._closed = threading.Event()
+    threading.Thread(target=self._send_on, name="audit log", daemon=True).start()
+
+  def write(self, line: bytes) -> None:
+    with self._growing:
+      self._lines.append(line)
+
+  def flush(self) -> None:
+    """Sends what was not sent yet."""
+    with self._sending:
+      with self._growing:
+        lines = list(self._lines)
+      if len(lines) == self._sent:
+        return
+      data = b"".join(lines)
+      paths.write_bytes(self._path / f"{self._number:05d}.jsonl", data)
+      self._sent = len(lines)
+      if len(data) >= _PART_BYTES:
+        with self._growing:
+          del self._lines[:len(lines)]
+        self._number, self._sent = self._number + 1, 0
+
+  def close(self) -> None:
+    self._closed.set()
+    self.flush()
+
+  def _send_on(self) -> None:
+    while not self._closed.wait(_EVERY):
+      try:
+        self.flush()
+      except Exception as error:  # of the store; what was not sent is sent the next time
+        logging.warning("the audit log %s was not sent: %r", self._path, error)
+
+
+def _files(path: epath.Path) -> list[epath.Path]:
+  if paths.is_remote(path):
+    return paths.glob(path, "*.jsonl")
+  return [path] if path.exists() else []
+
+
 def read(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-  """The lines of a log, one at a time. A last line that a crash cut short is left out.
+  """The lines of a log, one at a time; none if there is no log. A last line that a crash cut short is
+  left out.
 
   Raises:
     AuditError: another line is damaged.
   """
-  with open(path, "rb") as lines:
+  for file in _files(epath.Path(path)):
+    yield from _lines_of(file)
+
+
+def _lines_of(path: epath.Path) -> Iterator[dict[str, Any]]:
+  with path.open("rb") as lines:
     for number, line in enumerate(lines, 1):
       if not line.endswith(b"\n"):
         return

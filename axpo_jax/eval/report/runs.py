@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from axpo_jax import paths
 from axpo_jax.agent.rollout import FAILED_STOPS
 from axpo_jax.train.metrics import read_metrics
 
@@ -69,6 +70,10 @@ def load_runs(folders: Iterable[str | pathlib.Path]) -> list[Run]:
   Raises:
     ReportError: a folder is not there or holds nothing to report.
   """
+  folders = list(folders)
+  if remote := [folder for folder in folders if paths.is_remote(folder)]:
+    raise ReportError(f"{remote[0]}: the report reads local folders; copy the run to one, all of it but its "
+                      "checkpoints")
   places = [pathlib.Path(folder) for folder in folders]
   if len({place.resolve() for place in places}) < len(places):
     raise ReportError("a run is named twice")
