@@ -15,7 +15,7 @@ from tests import xla
 REPO = pathlib.Path(__file__).parents[1]
 _WITHOUT_TORCH = str(pathlib.Path(__file__).parent / "without_torch")
 # A thread that waits for others is not taken for dead on a busy machine.
-_PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 # Seconds after which a run is taken for stuck. Alone on two cores it takes a twentieth of that.
 _PATIENCE = 600
 
@@ -77,7 +77,7 @@ def job(config: str, workdir: pathlib.Path, changes: dict, count: int, port: int
         processes.append(subprocess.Popen(
           [sys.executable, "launch/main.py", f"--config={config}", f"--workdir={workdir}", *flags,
            f"--process_id={i}"],
-          cwd=REPO, env=environment(devices // count, _PATIENT), stdout=stdout, stderr=stderr))
+          cwd=REPO, env=environment(devices // count, PATIENT), stdout=stdout, stderr=stderr))
     yield Job(processes, logs)
   finally:
     for process in processes:

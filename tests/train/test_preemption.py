@@ -17,7 +17,9 @@ from etils import epath
 import axpo_jax
 from axpo_jax import paths
 from axpo_jax.agent.tools import audit
+from axpo_jax.rollout.sidecar.spec import free_port
 from axpo_jax.train import preemption
+from axpo_jax.train.checkpoint import Checkpoints
 from axpo_jax.train.metrics import read_metrics
 from tests import children, gcs
 from tests.train import rigged
@@ -150,7 +152,7 @@ def test_notice_cancels_what_is_awaited(notice):
 
 
 # Runs launch/main.py with sys.argv[2:]. When it comes to the place sys.argv[1] the first time, it gets
-# SIGTERM, and what it was about to do there never ends.
+# SIGTERM (or says so, and waits for it), and what it was about to do there never ends.
 TOLD = f"""
 import asyncio, os, runpy, signal, sys
 sys.path.insert(0, {str(REPO)!r})
@@ -173,6 +175,9 @@ if place == "sft":
     os.kill(os.getpid(), signal.SIGTERM)
   metrics.MetricsWriter.write = told
 elif place == "rollouts":
+  rl.Loop.collect = endless(lambda loop, step: step == 1, rl.Loop.collect)
+elif place == "told from outside":
+  os.kill = lambda *_: print("there", flush=True)
   rl.Loop.collect = endless(lambda loop, step: step == 1, rl.Loop.collect)
 elif place == "evaluation":
   collect = rl.Loop.collect
@@ -200,3 +205,29 @@ def test_told_to_stop_it_saves_and_goes_on(inputs, unbroken, tmp_path):
   done = launch(tmp_path, inputs)
   assert done.returncode == 0, done.stderr[-4000:]
   assert_same(tmp_path, unbroken)
+
+
+def test_of_two_processes_either_may_be_told(inputs, tmp_path):
+  """The other one hears of it among rollouts that would never end; both stop at one step."""
+  port, questions = free_port("127.0.0.1"), inputs / "data" / "questions.jsonl"
+  processes = [subprocess.Popen(
+    [sys.executable, "-c", TOLD, "told from outside", f"--workdir={tmp_path / 'run'}", *FLAGS,
+     "--config.stages=('rl',)", "--config.eval.every=-1", "--config.mesh.fsdp=2",
+     "--config.checkpoint.every=5", f"--config.model.checkpoint={inputs / 'policy'}",
+     f"--config.data.path={questions}", f"--config.data.eval_path={questions}",
+     f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process_id={i}"],
+    cwd=REPO, env=children.environment(1, children.PATIENT), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for i in range(2)]
+  try:
+    assert any(line == "there\n" for line in processes[0].stdout), processes[0].stderr.read()[-4000:]
+    processes[1].send_signal(signal.SIGTERM)
+    ends = [process.communicate(timeout=300) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+      process.wait()
+  assert [process.returncode for process in processes] == [preemption.EXIT_CODE] * 2, ends
+  assert all("stopped by SIGTERM" in stderr for _, stderr in ends)
+  assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1]
+  with Checkpoints(tmp_path / "run" / "rl" / "checkpoints") as checkpoints:
+    assert checkpoints.steps() == [1]
