@@ -63,10 +63,10 @@ class Linear(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     kernel = self.kernel[...].astype(x.dtype)
-    if x.size > kernel.size:
-      y = _product(x, sharding.gather_stored(kernel, self.names), self.fan_in)
-    else:
+    if sharding.stays(kernel, x):
       y = sharding.with_stored(lambda x: _product(x, kernel, self.fan_in), x, self.names, self.fan_in)
+    else:
+      y = _product(x, sharding.gather_stored(kernel, self.names), self.fan_in)
     y = checkpoint_name(y, _PRODUCT)
     if self.adapter is not None:
       y = y + self.adapter(x)

@@ -25,7 +25,7 @@ from flax import nnx
 from axpo_jax.model.cache import DecodeCache, KVCache
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.lora import adapt
-from axpo_jax.model.sharding import with_stored
+from axpo_jax.model.sharding import stays, with_stored
 from axpo_jax.model.text import Cache, DeepStack, Intermediates, TextDecoder, gather_image
 from axpo_jax.model.vision import VisionFeatures, VisionTower
 from axpo_jax.model.vision_inputs import VisionInputs
@@ -102,9 +102,9 @@ class Qwen3VL(nnx.Module):
     def product(hidden):
       return jnp.einsum("...d,vd->...v", hidden, table_VxD, preferred_element_type=jnp.float32)
 
-    if hidden.size > table_VxD.size:
-      return product(hidden)
-    return with_stored(product, hidden, ("embed", "vocab"), 1)
+    if stays(table_VxD, hidden):
+      return with_stored(product, hidden, ("embed", "vocab"), 1)
+    return product(hidden)
 
   def unembedding(self) -> jax.Array:
     """The output head's [V, D] table (the embedding table if tied), in its parameter dtype."""

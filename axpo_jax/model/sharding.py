@@ -247,11 +247,17 @@ def gather_stored(x: jax.Array, names: Names) -> jax.Array:
   return constrain(x, [None if name in _STORED_SPLIT else name for name in names])
 
 
+def stays(kernel: jax.Array, x: jax.Array) -> bool:
+  """Whether a kernel is worth leaving where it is stored, for it is so much larger than what it is
+  multiplied by: that and the sums travel, the latter in float32. So it is in decoding alone."""
+  return 8 * x.size <= kernel.size
+
+
 def with_stored(product: Callable[[jax.Array], jax.Array], x: jax.Array, names: Names, fan_in: int
                 ) -> jax.Array:
   """product(x) with a kernel whose axes are called `names`, which stays where it is stored.
 
-  For few tokens, as in decoding: `x` goes to the kernel's shards, each device multiplies its own for
+  See `stays`: `x` goes to the kernel's shards, each device multiplies its own for
   all rows, and the sums go back to the rows' devices. Left to itself, the compiler collects all
   weights for every token.
   """

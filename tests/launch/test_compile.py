@@ -67,7 +67,7 @@ def test_the_whole_run_compiles_for_a_slice(compiled):
   assert "Slow collectives" not in compiled  # the weights are small
   *_, prefill, decode = (int(cell.split(", ")[0]) for cell in cells(
     compiled, "all-gather: times, GB sent by a chip"))
-  assert prefill and decode == 16 * (decode // 16)  # a block of tokens, which all need the weights
+  assert prefill and decode == 16 * (decode // 16)  # a block of tokens, which all meet the weights
 
 
 @pytest.mark.parametrize("platform, topology, limit", [
