@@ -9,7 +9,7 @@ import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from axpo_jax.train.aot import SAMPLER, Program
+from axpo_jax.train.aot import FUNCTIONS, SAMPLER, Program
 from axpo_jax.train.chips import Chip
 
 _GIB = 2.0**30
@@ -86,7 +86,9 @@ def verdict(report: Report) -> str:
   if report.excess > 0:
     changes = "; or ".join(advice(report))
     return f"**The run does not fit** by {_gib(report.excess)} GiB: {of}. Change: {changes}."
-  return f"**The run fits**: at most {of}, {_gib(-report.excess)} to spare."
+  needed = {*FUNCTIONS, *(SAMPLER if "engine's pool" in report.held else ())}
+  what = "The run" if needed <= report.programs.keys() else "What was compiled"
+  return f"**{what} fits**: at most {of}, {_gib(-report.excess)} to spare."
 
 
 def advice(report: Report) -> list[str]:

@@ -78,7 +78,7 @@ def test_the_8b_compiles_at_three_layers(platform, topology, limit):
   assert done.returncode == 0, done.stderr[-4000:]
   assert "3 layers; micro-batches of 4 rows x 2,048 = 8,192 tokens, 2,048 a chip" in done.stdout
   assert "SGLang servers on GPUs of their own (config.rollout.urls)" in done.stdout
-  assert "**The run fits**" in done.stdout and cells(done.stdout, "limit") == [limit]
+  assert "**What was compiled fits**" in done.stdout and cells(done.stdout, "limit") == [limit]
   # A quarter of 3 layers of 192,946,432 parameters, a vocabulary of 151,936 x 4,096 twice and the vision
   # tower of 0.58 billion, in float32.
   parameters = (3 * 192_946_432 + 2 * 151_936 * 4096 + 0.58e9) / 4 * 4 / 2**30

@@ -48,6 +48,8 @@ def test_the_verdict_is_one_line_with_the_fields_to_change():
   assert verdict(fits) == ("**The run fits**: at most 14.00 of 15.75 GiB a chip (accumulate), 1.75 to "
                            "spare.")
   assert not any("offload" in line for line in advice(fits))
+  without_decode = dataclasses.replace(fits, held=HELD | dict.fromkeys(ENGINE, 0.0))
+  assert verdict(without_decode).startswith("**What was compiled fits**")
 
 
 @pytest.mark.parametrize("hint, said", [
