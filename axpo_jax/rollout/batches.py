@@ -136,6 +136,15 @@ def check_images(request: SampleRequest, config: VisionConfig, most_patches: int
                          f"of at most {most_patches}: shrink it, or raise the engine's patch_lengths")
 
 
+def check_numbers(request: SampleRequest) -> None:
+  """Raises RequestError for sampling parameters or seeds that the device's arrays cannot hold."""
+  params = [request.params] * len(request.seeds)
+  try:
+    sampling.row_params(params, request.seeds, rows=len(params), width=sampling.list_width(params))
+  except (OverflowError, TypeError, ValueError) as error:
+    raise RequestError(f"{request.params}, seeds {request.seeds}: {error}") from error
+
+
 Job = tuple[Prompt, Move]
 
 

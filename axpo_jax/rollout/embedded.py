@@ -38,6 +38,7 @@ from axpo_jax.rollout.batches import (
   Prompt,
   TokenSequence,
   check_images,
+  check_numbers,
   copy_batches,
   decode_inputs,
   prefill_batches,
@@ -151,6 +152,7 @@ class EmbeddedEngine:
     self._check_open()
     check_request(request, self._model.image_token_id, self.config.length)
     check_images(request, self._model.vision, max(self.config.patch_lengths))
+    check_numbers(request)
     prompt = Prompt.of(request, self._model)
     loop = asyncio.get_running_loop()
     sequences = [TokenSequence(prompt, seed, loop.create_future()) for seed in request.seeds]

@@ -204,6 +204,16 @@ def test_a_pool_that_cannot_be_allocated_again_breaks_the_engine(embedded, ask, 
   asyncio.run(scenario())
 
 
+def test_numbers_that_no_array_holds_are_refused(embedded, ask, text):
+  """They would fail the whole block that the request ran in."""
+  subject = embedded()
+  for bad in ({"top_k": 2**31}, {"stop_ids": (2**40,)}):
+    request = ask(text(0, 3))
+    request = dataclasses.replace(request, params=dataclasses.replace(request.params, **bad))
+    with pytest.raises(RequestError, match=f"{next(iter(bad))}=.*out of bounds"):
+      subject.run(request)
+
+
 def test_images_that_do_not_fit_are_refused(embedded, ask, text, image):
   subject = embedded(patch_lengths=(16, 32))
   with pytest.raises(RequestError, match=r"image 1 has 48 patches, .* at most 32"):
