@@ -25,6 +25,7 @@ import pathlib
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,16 +44,16 @@ _GB = 1e9
 # What is changed of configs/axpo_2b.py: LoRA, and sizes for a CPU.
 OVERRIDES = {
   "rollout.engine": "embedded",
-  "rollout.embedded.rows": 8, "rollout.embedded.max_running": 8, "rollout.embedded.length": 1024,
+  "rollout.embedded.rows": 8, "rollout.embedded.max_running": 8, "rollout.embedded.length": 512,
   "model.param_dtype": "bfloat16", "model.attention_chunk": 256,
   "lora.rank": 8, "optimizer.learning_rate": 1e-4,
   "agent.tools": "('image_zoom_in',)",
   "agent.system_prompt": "short", "agent.max_turns": 2, "agent.max_new_tokens": 64,
-  "agent.max_response_tokens": 320, "agent.max_total_tokens": 1024, "agent.max_images": 3,
-  "images.max_pixels": 256 * 256,
-  "images.zoom_min_pixels": 128 * 128, "images.zoom_max_pixels": 256 * 256,
+  "agent.max_response_tokens": 256, "agent.max_total_tokens": 512, "agent.max_images": 3,
+  "images.max_pixels": 128 * 128,
+  "images.zoom_min_pixels": 64 * 64, "images.zoom_max_pixels": 128 * 128,
   "rl.steps": 2, "rl.questions": 2, "rl.num_rollouts": 4, "rl.resample.k": 2,
-  "batch.rows": 1, "batch.length": 1024, "batch.image_rows": 4, "batch.logprob_chunk": 256,
+  "batch.rows": 1, "batch.length": 512, "batch.image_rows": 4, "batch.logprob_chunk": 128,
   "eval.every": -1, "checkpoint.every": 1, "log.dump_every": 1,
 }
 
@@ -62,6 +63,7 @@ def main() -> None:
   if args.part:
     PARTS[args.part](args)
     return
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that what it started ends too
   folder = args.folder or pathlib.Path(tempfile.mkdtemp(prefix="true_size_"))
   folder.mkdir(parents=True, exist_ok=True)
   print(f"machine   {platform.processor() or platform.machine()}, {os.cpu_count()} cores, load "
