@@ -5,7 +5,6 @@ and field. Weights are looked at by their headers, questions by the first few, t
 """
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Iterator
 
@@ -35,7 +34,8 @@ def check_files(config: ConfigDict, bench: build.Workbench) -> None:
   if config.model.checkpoint:
     _check_weights(config.model.checkpoint, bench)
   if {"teach", "screen", "rl"} & stages:
-    _check_questions(config, "config.data.path", config.data.path, config.data.source)
+    _check_questions(config, "config.data.path", config.data.path, config.data.source,
+                     least=config.rl.questions if "rl" in stages else 1)
   if reads_held_out(config):
     _check_questions(config, "config.data.eval_path", config.data.eval_path,
                      config.data.eval_source or config.data.source)
@@ -58,7 +58,7 @@ def _check_weights(path: str, bench: build.Workbench) -> None:
     raise ConfigError(f"config.model.checkpoint={path!r}: {text.strip()}") from error
 
 
-def _check_questions(config: ConfigDict, field: str, path: str, source: str) -> None:
+def _check_questions(config: ConfigDict, field: str, path: str, source: str, least: int = 1) -> None:
   if source == "miniworld":
     return
   # Nothing is written into the cache yet.
@@ -66,7 +66,11 @@ def _check_questions(config: ConfigDict, field: str, path: str, source: str) -> 
   report = readers.ReadReport(quiet=True)
   stream = (adapters.read(source, path, how, report) if source in adapters.LAYOUTS
             else readers.read_questions(path, how, report))
-  _read_some(f"{field}={path!r}", stream, report)
+  where = f"{field}={path!r}"
+  count = _read_some(where, stream, report)
+  if count is not None and count < least:
+    raise ConfigError(f"{where} holds {count} questions, and a step takes config.rl.questions={least} "
+                      "different ones: lower it, or add questions")
 
 
 def _check_benchmark(config: ConfigDict, name: str) -> None:
@@ -76,16 +80,18 @@ def _check_benchmark(config: ConfigDict, name: str) -> None:
   _read_some(f"config.eval.folder: {name}", benchmarks.BENCHMARKS[name].read(folder, how, report), report)
 
 
-def _read_some(where: str, stream: Iterator[Question], report: readers.ReadReport) -> None:
+def _read_some(where: str, stream: Iterator[Question], report: readers.ReadReport) -> int | None:
+  """Reads the first questions; returns how many there are, None if that is not known."""
   end = time.monotonic() + _SECONDS
   try:
-    for _ in itertools.takewhile(
-        lambda _: report.records < _QUESTIONS and time.monotonic() < end, stream):
-      pass
+    for _ in stream:
+      if report.records >= _QUESTIONS or time.monotonic() >= end:
+        return None
   except readers.ReaderError as error:
     raise ConfigError(f"{where}: {error}") from error
   if report.records == report.bad:
     raise ConfigError(f"{where} holds no question")
+  return report.records - report.bad
 
 
 def _check_trajectories(config: ConfigDict, bench: build.Workbench) -> None:

@@ -119,6 +119,8 @@ FILES = {
   "broken tokenizer": (checkpoint("broken_tokenizer"), "config.model.checkpoint", "tokenizer"),
   "no such questions": (from_file("nowhere.jsonl"), "config.data.path", "nowhere.jsonl"),
   "no questions": (from_file("empty.jsonl"), "config.data.path", "empty.jsonl", "no question"),
+  "fewer questions than a step takes": (from_file("good.jsonl"), "config.data.path", "holds 1 questions",
+                                        "config.rl.questions=16"),
   "questions of an unknown type": (from_file("questions.csv"), "questions.csv", "'.csv'"),
   "bad lines": (from_file("bad.jsonl"), "bad.jsonl, row 2", "not JSON"),
   "missing image": (from_file("no_image.jsonl"), "gone.png does not exist"),
