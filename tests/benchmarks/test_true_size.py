@@ -13,6 +13,7 @@ from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageProcessor
 from benchmarks import random_policy, true_size
 
+
 def test_tokenizer_has_the_released_ids(tmp_path):
   vocabulary = random_policy.write_tokenizer(tmp_path)
   chat = Chat.from_pretrained(tmp_path)
