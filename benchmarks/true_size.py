@@ -99,7 +99,9 @@ def rehearse(args: argparse.Namespace, folder: pathlib.Path, watch: Watch) -> No
                                 ("continuations", r"continuations:[\s\S]*?\n {20,}")]
   first = watch.run("killed run: ", command, [
     ("start, load", start), *step, ("update, checkpoint", r"axpo:\s+50%"),
-    ("step 2 until kill -9", r"rollouts:\s+0%")], kill=True)
+    ("step 2 until kill -9", r"rollouts:\s+0%")],
+    # It is written in the background: a kill before its end would resume from the beginning.
+    kill=(run / "rl" / "checkpoints" / "1").exists)
   metrics = _metrics(run)
   again = watch.run("resumed run: ", command, [
     ("start, load, restore", r"axpo:\s+50%"), *step, ("update, checkpoint", r"axpo: 100%"),
@@ -165,12 +167,13 @@ class Watch:
   def __init__(self, limit: float):
     self.limit, self.phases = limit, []
 
-  def run(self, name: str, command: Sequence[str], phases=(("", None),), *, kill: bool = False
-          ) -> str:
-    """Runs a command to its end, or until its last phase ends, to be killed; returns what it wrote.
+  def run(self, name: str, command: Sequence[str], phases=(("", None),), *,
+          kill: Callable[[], bool] | None = None) -> str:
+    """Runs a command to its end, or kills it (-9) behind its last phase; returns what it wrote.
 
     Args:
       phases: (name, regular expression in the output that ends it; None: the process's end).
+      kill: whether it may be killed now; None: it ends by itself.
     """
     with tempfile.TemporaryFile("w+", errors="replace") as log:
       process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
@@ -178,6 +181,8 @@ class Watch:
         at = 0
         for label, pattern in phases:
           at = self._phase(name + label, process, log, at, pattern)
+        while kill and process.poll() is None and not kill():
+          time.sleep(_LOOK_S)
       finally:
         if process.poll() is None:
           process.kill()
