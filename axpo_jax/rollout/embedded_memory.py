@@ -18,8 +18,8 @@ from flax import nnx
 from axpo_jax.model import sharding
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.qwen3_vl import Qwen3VL
-from axpo_jax.rollout.device import engine_rules
 from axpo_jax.rollout.embedded import EmbeddedConfig
+from axpo_jax.rollout.kv_pool import engine_rules
 
 _GIB = 2.0**30
 
