@@ -73,7 +73,8 @@ class OptimizerConfig:
     if not 0 <= self.warmup <= 1:
       raise ValueError(f"optimizer.warmup={self.warmup} is a share of all steps: 0 to 1")
     if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and self.eps > 0):
-      raise ValueError(f"optimizer.b1={self.b1}, b2={self.b2} must be in [0, 1), and eps={self.eps} above 0")
+      raise ValueError(f"optimizer.b1={self.b1} and optimizer.b2={self.b2} must be in [0, 1), and eps={self.eps} "
+                       "above 0")
     if self.total_steps < 1:
       raise ValueError(f"total_steps={self.total_steps} must be at least 1")
 
