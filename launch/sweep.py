@@ -105,7 +105,7 @@ class Point:
       code = subprocess.run(self.command, stdout=file, stderr=subprocess.STDOUT,
                             env=_environment(self.folder.parent / _COMPILED)).returncode
     if code:
-      lines = log.read_text(errors="replace").strip().splitlines()
+      lines = log.read_bytes().decode(errors="replace").strip().splitlines()
       return f"exit code {code}, {log}: {lines[-1] if lines else ''}"
     (self.folder / _DONE).write_text(json.dumps(self.command))
     return ""
