@@ -236,6 +236,12 @@ def engine(config: ConfigDict, bench: Workbench, params: nnx.State, urls: Sequen
     made, api_key=os.environ.get(API_KEY_VARIABLE, "")))
 
 
+def engine_dtype(config: ConfigDict) -> str | None:
+  """Of the weights that the sampler takes; None: the model's own."""
+  rollout = config.rollout
+  return rollout.embedded.dtype if rollout.engine == "embedded" else rollout.sglang.push_dtype
+
+
 def vision_stands(config: ConfigDict, adapters: LoraConfig | None) -> bool:
   """Whether RL leaves the vision tower as it was."""
   return config.model.freeze_vision or (adapters is not None and not adapters.in_vision)
@@ -294,7 +300,8 @@ def export(params: nnx.State, config: ConfigDict, bench: Workbench, policy: str 
   # A store gets the folder when it is whole, and config.json last: by that file a stage is known to be
   # done. In other processes `on_disk` is not written to.
   on_disk = paths.scratch(folder)
-  hf.save_checkpoint_hf(on_disk, lora.merge(params, bench.lora), bench.model_config,
+  hf.save_checkpoint_hf(on_disk, lora.merge(params, bench.lora, config.model.export_dtype),
+                        bench.model_config,
                         dtype=config.model.export_dtype,
                         tokenizer_from=paths.local(config.model.tokenizer or policy, hf.SMALL_FILES))
   if paths.is_remote(folder):

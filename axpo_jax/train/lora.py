@@ -7,6 +7,7 @@ only the learner knows), or a plain policy again, for samplers, exports and the 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,11 +58,12 @@ def switched_off(params: nnx.State) -> nnx.State:
     lambda path, x: jnp.zeros_like(x) if _is_b(path) else x, params)
 
 
-def merge(params: nnx.State, config: LoraConfig | None) -> nnx.State:
+def merge(params: nnx.State, config: LoraConfig | None, dtype: str | None = None) -> nnx.State:
   """A policy without adapters that computes the same up to rounding: products added to kernels.
 
-  Sums are float32, then rounded to the adapters' dtype: a frozen kernel may have a narrower one.
-  Other parameters stand in the buffers that they have. Without a config `params` themselves.
+  Sums are float32, then rounded to `dtype`, that of whoever takes the policy; None is the adapters'.
+  Of a frozen kernel's own dtype they are not: it may be narrower. Other parameters stand in the buffers
+  that they have. Without a config `params` themselves.
   """
   if config is None:
     return params
@@ -73,23 +75,24 @@ def merge(params: nnx.State, config: LoraConfig | None) -> nnx.State:
     inner = (*path[:-1], ADAPTER)
     if path[-1] == "kernel" and (*inner, "a", "kernel") in flat:
       a, b = (flat[*inner, name, "kernel"].get_value() for name in "ab")
-      variable = _merged(variable, a, b, config.alpha / config.rank)
+      variable = _merged(variable, a, b, config.alpha / config.rank, dtype or a.dtype)
     merged.append((path, variable))
   return nnx.from_flat_state(merged)
 
 
-def _merged(kernel: nnx.Variable, a: jax.Array, b: jax.Array, scale: float) -> nnx.Variable:
+def _merged(kernel: nnx.Variable, a: jax.Array, b: jax.Array, scale: float, dtype: Any
+            ) -> nnx.Variable:
   value = kernel.get_value()
   stacked = sharding.names_of(kernel)[0] == "layers"
-  return kernel.replace(_add_product(value, a, b, scale, stacked, value.sharding))
+  return kernel.replace(_add_product(value, a, b, scale, stacked, value.sharding, jnp.dtype(dtype)))
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "stacked", "where"))
+@functools.partial(jax.jit, static_argnames=("scale", "stacked", "where", "dtype"))
 def _add_product(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, stacked: bool,
-                 where: jax.sharding.Sharding) -> jax.Array:
+                 where: jax.sharding.Sharding, dtype: jnp.dtype) -> jax.Array:
   def one(kernel, a, b):
     product = jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)
-    return (kernel.astype(jnp.float32) + scale * product).astype(a.dtype)
+    return (kernel.astype(jnp.float32) + scale * product).astype(dtype)
 
   return jax.lax.with_sharding_constraint((jax.vmap(one) if stacked else one)(kernel, a, b), where)
 

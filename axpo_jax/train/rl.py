@@ -109,7 +109,9 @@ class Loop:
   async def sync(self) -> None:
     """Gives the sampler the current weights. It forgets its cached prefixes, so that a step or an
     evaluation begins alike whatever ran before it, in an unbroken run or a resumed one."""
-    await self.engine.update_weights(lora.merge(self.state.params, self.bench.lora), self.steps_done)
+    # Merged in the sampler's dtype: in float32 it would be all kernels of the model a second time.
+    merged = lora.merge(self.state.params, self.bench.lora, build.engine_dtype(self.config))
+    await self.engine.update_weights(merged, self.steps_done)
 
   async def evaluate(self) -> dict[str, float]:
     await self.sync()

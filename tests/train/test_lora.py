@@ -133,6 +133,11 @@ def test_merged_is_what_the_adapters_compute(plain, learner, base, noisy, batche
   real = np.asarray(batches[0].weights_BxG) > 0
   np.testing.assert_allclose(np.asarray(same)[real], np.asarray(logp)[real], atol=2e-5)
   assert np.abs(np.asarray(without)[real] - np.asarray(logp)[real]).max() > 0.05
+  # In another dtype: the same sums, rounded once.
+  narrow = lora.merge(noisy, EVERYWHERE, "bfloat16")["text"]["layers"]["gate"]["kernel"].get_value()
+  wide = merged["text"]["layers"]["gate"]["kernel"].get_value()
+  assert narrow.dtype == "bfloat16" and wide.dtype == "float32"
+  np.testing.assert_array_equal(narrow, wide.astype("bfloat16"))
   # By hand, for a kernel whose input is two axes wide; and what has no adapter is the same array.
   a, b = (np.asarray(noisy["text"]["layers"]["o"]["adapter"][name]["kernel"].get_value(), np.float64)
           for name in "ab")
