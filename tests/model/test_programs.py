@@ -55,8 +55,9 @@ def test_weights_are_converted_one_layer_at_a_time():
     dtype="bfloat16", param_dtype="bfloat16")
   mesh = sharding.make_mesh({"fsdp": 1}, jax.devices()[:1])
   learner = Learner(config, make_optimizer(OptimizerConfig(1e-3, 1)), supervised_objective(), mesh)
-  batch = aot.abstract_batch(mesh, config.vision, rows=1, length=64, image_pixels=4096,
-                             image_share=0.0, scored=False)
+  options = dict(rows=1, length=64, rows_multiple_of=1, image_rows_multiple_of=1, patch_buckets=(64,),
+                 row_buckets=(1,), vision_config=config.vision)
+  batch = aot.abstract_batch(mesh, options, image_share=0.0, scored=False)
   memory = learner.trace(batch)["score"].lower().compile().memory_analysis()
   model = nnx.eval_shape(lambda: nnx.state(Qwen3VL(config, rngs=nnx.Rngs(0)), nnx.Param))
   stack = sum(x.size for x in jax.tree.leaves(model["text"]["layers"]))
