@@ -257,7 +257,8 @@ def _rollout() -> ConfigDict:
     top_k=0,                  # 0 = off
     presence_penalty=0.0,
     # Steps that rollouts may run ahead of training; 0 = every token is drawn by the weights that
-    # are about to be trained. Above 0 runs are no longer repeatable bit for bit.
+    # are about to be trained. Above 0 runs are no longer repeatable bit for bit, and the embedded
+    # engine must have one device.
     staleness=0,
     embedded=ConfigDict(dict(
       # KV rows: running sequences and cached prefixes together. A row is a fixed block of memory:
