@@ -27,5 +27,5 @@ def get_config() -> ConfigDict:
   # on half of this machine's GPUs and trains on the others.
   c.rollout.engine = "sglang"
   # A row for each of four GPUs, since two do not fit 80 GB (docs/performance.md); more devices get one each.
-  c.batch.rows = 4
+  c.batch.update(rows=4, image_rows=4)
   return c

@@ -1,13 +1,14 @@
-"""Compiles the train step for a slice of TPUs on a machine that has none, and says what it needs.
+"""Compiles a run for TPUs or GPUs on a machine that has none, and says whether it fits.
 
-  pip install -e '.[aot]'
+  pip install -e '.[aot]'      # for TPUs; '.[aot-gpu]' for GPUs
   python launch/compile.py --config=configs/axpo_8b.py --config.model.preset=8b --topology=v5p:4x4x4
+  python launch/compile.py --config=configs/axpo_8b.py --config.model.preset=8b --topology=h100:8
 
-It prints the memory of a chip by kind against its limit, FLOPs, bytes over the interconnect, the least
-time of a step and the largest micro-batch that fits; where a step does not fit, by how much and what
-would make it fit. Sizes come from --config.model.preset or from a checkpoint's config.json; no
-parameters are made. The mesh is config.mesh over the slice's chips, the micro-batch is config.batch
-at its fullest, and the functions are those that a run of the config jits.
+It prints the memory of a chip by kind against its limit, FLOPs, and collectives by kind with the bytes that a
+chip sends; collectives that should be others; and in the last line whether the run fits, or what would
+make it fit. Sizes come from --config.model.preset or from a checkpoint's config.json; no parameters are
+made. The mesh is config.mesh over the chips, the micro-batch is config.batch at its fullest, and the
+functions are those that a run of the config jits: of the step, and of the embedded engine if that samples.
 """
 
 import os
@@ -24,7 +25,8 @@ from launch import command
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, such as configs/axpo_8b.py.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string(
-  "topology", None, "Chips of the slice: v5p:4x4x4 (that is v5p-128), v5e:8x16, v6e:8x8.")
+  "topology", None, "Chips: a slice such as v5p:4x4x4 (that is v5p-128), v5e:8x16, v6e:8x8; or GPUs of a "
+  "host, h100:8, and hosts x GPUs, h100:4x8; also a100, h200, b200.")
 _LAYERS = flags.DEFINE_integer(
   "layers", 0, "Text layers, if fewer than the model's: to see what does not depend on them.")
 _IMAGES = flags.DEFINE_float(
