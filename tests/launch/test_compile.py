@@ -117,6 +117,9 @@ def test_servers_that_the_run_starts_leave_the_trainer_the_other_gpus():
   assert plan.mesh.size == plan.servers == 4
   config.rollout.urls = ("http://sampler:30000",)
   assert slice_plan.Plan.from_config(config, "h100:8").mesh.size == 8
+  config.model.preset = "32b"
+  with pytest.raises(ConfigError, match="tensor_parallel=1"):  # 67 GB of weights on a GPU of 80
+    slice_plan.Plan.from_config(config, "h100:8").describe()
 
 
 @pytest.mark.parametrize("kind", [kind for kind, chip in chips.CHIPS.items() if chip.gpu])
