@@ -20,13 +20,12 @@ import pathlib
 import signal
 import sys
 
-from absl import flags
+from absl import app, flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from axpo_jax.rollout.sidecar import Sidecar, SidecarError, SidecarSpec, environment, sizing
 from axpo_jax.rollout.sidecar.spec import API_KEY_VARIABLE, DEVICES
-from launch import command
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint folder in Hugging Face layout.")
 _DEVICE = flags.DEFINE_enum("device", "cuda", DEVICES, "What the servers run on.")
@@ -125,4 +124,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  command.run(main)
+  # Not `launch.command`: --install must work where nothing but absl is installed yet.
+  app.run(main)

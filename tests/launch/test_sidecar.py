@@ -196,3 +196,21 @@ def test_sizing_of_the_docs_is_what_is_computed():
   done = subprocess.run([sys.executable, "launch/sidecar.py", "--print_sizing"], cwd=REPO,
                         capture_output=True, text=True, timeout=120, check=True)
   assert done.stdout.strip() in (REPO / "docs" / "sidecar.md").read_text()
+
+
+def test_the_install_needs_nothing_but_absl():
+  """CI and new users run it before anything else is installed."""
+  code = """
+import runpy, sys
+
+class Only:
+  def find_spec(self, name, path=None, target=None):
+    top = name.partition(".")[0]
+    if top not in sys.stdlib_module_names and top not in ("absl", "axpo_jax"):
+      raise ModuleNotFoundError(f"{name} is not installed yet")
+
+sys.meta_path.insert(0, Only())
+runpy.run_path("launch/sidecar.py", run_name="imported")
+"""
+  done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
