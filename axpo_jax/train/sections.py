@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from axpo_jax import paths
 from axpo_jax.config import (
   ConfigError,
   engine_length,
@@ -23,6 +24,7 @@ from axpo_jax.config import (
 from axpo_jax.data import readers
 from axpo_jax.data.miniworld import perception, reasoning, world
 from axpo_jax.data.miniworld.habits import TeacherConfig
+from axpo_jax.model import hf
 from axpo_jax.model.config import PRESETS, ModelConfig, VisionConfig
 from axpo_jax.model.images import ImageProcessor
 from axpo_jax.model.vision_inputs import patch_lengths
@@ -157,7 +159,7 @@ def _model(config: ConfigDict) -> ModelConfig:
   if not config.model.checkpoint:
     return computed_as(PRESETS[config.model.preset], config.model)
   with _named(f"config.model.checkpoint={config.model.checkpoint!r}: "):
-    base = ModelConfig.from_hf(config.model.checkpoint)
+    base = hf.load_config(paths.local(config.model.checkpoint, hf.SMALL_FILES))
   return computed_as(base, config.model)
 
 
@@ -165,7 +167,7 @@ def _processor(config: ConfigDict) -> None:
   """The image processor's numbers are the vision tower's, or pictures would be cut into other patches
   than the model reads."""
   folder, vision = config.model.tokenizer or config.model.checkpoint, _model(config).vision
-  form = ImageProcessor.from_checkpoint(folder).format
+  form = ImageProcessor.from_checkpoint(paths.local(folder, hf.SMALL_FILES)).format
   for ours, theirs in (("patch_size", "patch_size"), ("temporal_patch_size", "temporal_patch_size"),
                        ("merge_size", "spatial_merge_size")):
     if getattr(form, ours) != getattr(vision, theirs):
@@ -193,7 +195,8 @@ def _engine_records(config: ConfigDict) -> Iterator[tuple[str, Callable[[], Any]
     yield "config.rollout.embedded: ", lambda: embedded(config)
     return
   if machine.starts_servers(config) and config.model.checkpoint:
-    yield "config.rollout.sidecar: ", lambda: sidecar(config, config.model.checkpoint)
+    yield "config.rollout.sidecar: ", lambda: sidecar(
+      config, str(paths.local(config.model.checkpoint, hf.SMALL_FILES)))
   yield "config.rollout.sglang: ", lambda: sglang(config, "push")
 
 
