@@ -94,9 +94,9 @@ def rehearse(args: argparse.Namespace, folder: pathlib.Path, watch: Watch) -> No
              *(f"--config.{name}={value}" for name, value in OVERRIDES.items()), *args.override]
   print("command   " + " ".join(command), flush=True)
   start, step = r"axpo:\s+0%", [("weights to the sampler", r"rollouts:\s+0%"),
-                                ("rollouts", r"continuations:\s+0%"),
+                                ("rollouts", r"continuations:"),
                                 # A bar that ends is overwritten by spaces.
-                                ("continuations", r"continuations:[\s\S]*?\n {20,}")]
+                                ("continuations", r"\n {20,}")]
   first = watch.run("killed run: ", command, [
     ("start, load", start), *step, ("update, checkpoint", r"axpo:\s+50%"),
     ("step 2 until kill -9", r"rollouts:\s+0%")],
