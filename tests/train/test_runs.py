@@ -184,7 +184,8 @@ def test_config_of_the_8b_trains_any_checkpoint(overrides, tmp_path, python_isol
            "--config.agent.search.backend=miniworld",
            f"--config.agent.python.isolation={python_isolation}"]
   flags += [f"--config.{section}.{name}={value}" for section, values in (
-    ("batch", micro_sizes.batch), ("rollout.embedded", micro_sizes.rollout.embedded))
+    ("batch", micro_sizes.batch), ("rollout.embedded", micro_sizes.rollout.embedded),
+    ("images", micro_sizes.images))
     for name, value in values.items()]
   flags += [f"--config.{section}.{name}={limit}" for section in ("agent", "eval") for name, limit in (
     ("max_new_tokens", 64), ("max_response_tokens", 192), ("max_total_tokens", 704))]
@@ -365,7 +366,8 @@ def test_evaluation_of_benchmarks(overrides, one_device, tmp_path, capsys):
     "gt_answer": "B", "alternative_gt_answers": ["B C"]} for number in range(2)]),
     folder / "mmsearch" / "end2end.parquet")
   small, config = micro(overrides), load_config(REPO / "configs" / "eval_8b.py")
-  config.update(model=small.model, agent=small.agent, mesh=small.mesh, log=small.log)
+  config.update(model=small.model, agent=small.agent, mesh=small.mesh, log=small.log,
+                images=small.images)
   config.rollout.update(engine="embedded", embedded=small.rollout.embedded)
   config.eval.update(folder=str(folder), benchmarks=("vstar", "mmsearch"), max_turns=2,
                      max_new_tokens=64, max_response_tokens=192, max_total_tokens=384, shard=2)
