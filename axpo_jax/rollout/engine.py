@@ -169,7 +169,11 @@ class Engine(Protocol):
     """
 
   async def update_weights(self, params: Any, version: int) -> None:
-    """Waits for running work, installs a copy of `params`, drops every cached prefix."""
+    """Waits for running work, installs a copy of `params`, drops every cached prefix.
+
+    A request that arrives meanwhile is sampled from the old or from the new weights, never from both:
+    `Sample.weight_version` says from which.
+    """
 
   async def health(self) -> bool:
     """True when the engine can take work now."""

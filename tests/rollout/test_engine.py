@@ -219,6 +219,7 @@ def test_new_weights_are_used_and_the_old_cache_is_not(subject, ask, text, image
 
 
 def test_an_update_waits_for_running_samples(subject, ask, text, other_params):
+  """What runs ends on its weights; what comes meanwhile is of one version, and says of which."""
   request, late = ask(text(0, 9), max_new=60, temperature=0), ask(text(1, 9), temperature=0)
 
   async def scenario():
@@ -227,12 +228,15 @@ def test_an_update_waits_for_running_samples(subject, ask, text, other_params):
       await asyncio.sleep(0)
     update = asyncio.create_task(subject.engine.update_weights(other_params, 1))
     await asyncio.sleep(0)
-    queued = asyncio.create_task(subject.engine.generate(late))
-    return await running, await queued, await update
+    meanwhile = asyncio.create_task(subject.engine.generate(late))
+    await update
+    return await running, await meanwhile, await subject.engine.generate(late)
 
-  (old,), (new,), _ = asyncio.run(scenario())
+  (old,), (either,), (new,) = asyncio.run(scenario())
+  by_old_weights = subject.reference.greedy(late.ids, (), 8)
   assert old.ids == subject.reference.greedy(request.ids, (), 60) and old.weight_version == 0
-  assert new.ids != subject.reference.greedy(late.ids, (), 8) and new.weight_version == 1
+  assert new.ids != by_old_weights and new.weight_version == 1
+  assert either.ids == {0: by_old_weights, 1: new.ids}[either.weight_version]
 
 
 def test_a_cancelled_request_leaves_the_engine_working(subject, ask, text):

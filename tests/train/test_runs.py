@@ -366,8 +366,8 @@ def test_evaluation_of_benchmarks(overrides, one_device, tmp_path, capsys):
     "gt_answer": "B", "alternative_gt_answers": ["B C"]} for number in range(2)]),
     folder / "mmsearch" / "end2end.parquet")
   small, config = micro(overrides), load_config(REPO / "configs" / "eval_8b.py")
-  config.update(model=small.model, agent=small.agent, mesh=small.mesh, log=small.log,
-                images=small.images)
+  config.update(model=small.model, agent=small.agent.copy_and_resolve_references(),
+                mesh=small.mesh, log=small.log, images=small.images)
   config.rollout.update(engine="embedded", embedded=small.rollout.embedded)
   config.eval.update(folder=str(folder), benchmarks=("vstar", "mmsearch"), max_turns=2,
                      max_new_tokens=64, max_response_tokens=192, max_total_tokens=384, shard=2)
