@@ -8,6 +8,7 @@ the others, which are the trainer's. Call it before JAX looks for devices.
 """
 
 import dataclasses
+import logging
 import os
 import pathlib
 from collections.abc import Sequence
@@ -45,6 +46,10 @@ def prepare(config: ConfigDict) -> None:
     ConfigError: a key, the servers' environment or GPUs are missing; says what to set.
   """
   _check_keys(config)
+  if not visible_gpus():
+    # The extra aot-gpu installs jax's CUDA plugin as a compiler. Without a GPU jax goes on without it, but
+    # logs a traceback first.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)
   if not (starts_servers(config) and _place_servers(config)):
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
 

@@ -1,5 +1,6 @@
 """Who gets which GPUs of a machine, and what is said where they do not suffice."""
 
+import logging
 import os
 
 import pytest
@@ -106,3 +107,17 @@ def test_several_processes_need_servers_that_run(config):
   machine.check_processes(config, 1)
   config.rollout.sidecar.device = "cpu"
   machine.check_processes(config, 2)
+
+
+def test_jax_does_not_complain_of_a_missing_gpu(monkeypatch):
+  """The extra aot-gpu installs a CUDA plugin that cannot start here; with a GPU its reasons are told."""
+  told = logging.getLogger("jax._src.xla_bridge")
+  monkeypatch.setattr(told, "level", logging.WARNING)
+  told.setLevel(logging.WARNING)  # clears what the logger remembers
+  config = base_config()
+  monkeypatch.setattr(machine, "visible_gpus", lambda: EIGHT)
+  machine.prepare(config)
+  assert told.isEnabledFor(logging.ERROR)
+  monkeypatch.setattr(machine, "visible_gpus", lambda: ())
+  machine.prepare(config)
+  assert not told.isEnabledFor(logging.ERROR)
