@@ -169,6 +169,9 @@ def test_evaluation_needs_no_questions_but_its_benchmarks(ready):
   config = ready(load(FOLDER / "eval_8b.py").get_config())
   config.data.path = config.data.eval_path = ""
   validate(config)
+  config.eval.benchmarks = ()
+  with pytest.raises(ConfigError, match=r"config.data.eval_path is empty"):
+    validate(config)
 
 
 def test_sft_alone_needs_no_questions(ready):

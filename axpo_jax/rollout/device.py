@@ -116,8 +116,8 @@ class Device:
   def install(self, params: Any) -> None:
     """Takes a private copy of `params`: a trainer donates its buffers on its next step.
 
-    Matrices are cast to the engine's dtype, as the model would cast them on use; what belongs to a
-    norm is computed in float32 and stands in it.
+    Matrices are cast to the engine's dtype, as the model would cast them on use; norms are
+    computed in float32 and keep it.
 
     Raises:
       ValueError: shapes or names differ from those of the parameters before.

@@ -130,7 +130,7 @@ def _named(where: str, names: Container[str] = ()) -> Iterator[None]:
 
 
 def _records(config: ConfigDict) -> Iterator[tuple[str, Callable[[], Any]]]:
-  """(what stands before an error's message, what builds the records), the quick ones first."""
+  """(prefix of an error's message, function that builds the records), the quick ones first."""
   yield "config.rl.", lambda: Recipe.from_config(config.rl)
   yield "config.model.", lambda: _model(config)
   if config.model.tokenizer or config.model.checkpoint:

@@ -218,7 +218,7 @@ def _write_checkpoints(folder):
 
 @pytest.fixture
 def main(monkeypatch, capfd):
-  """launch/main.py in this process: flags -> (exit code, what stands on stderr). No stage may begin."""
+  """launch/main.py in this process: flags -> (exit code, text of stderr). No stage may begin."""
   def began(*_):
     raise AssertionError("the run began")
 

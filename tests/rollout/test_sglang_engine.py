@@ -99,6 +99,7 @@ def test_bfloat16_pushes_and_servers_in_float32_agree_on_what_changed(
   engine = connect(server.urls, push={"dtype": "bfloat16"})
   for version, params in enumerate((reference.params, other_params, reference.params)):
     asyncio.run(engine.update_weights(params, version))
+    assert engine.gauges()["servers_in"] == len(server.urls)  # their checksums are those of the push
   asyncio.run(engine.close())
 
 

@@ -52,6 +52,8 @@ def test_what_defines_the_numbers_is_refused_field_by_field(run, changes, said):
 ])
 def test_what_leaves_the_numbers_may_change(run, changes):
   run(**changes)
+  with pytest.raises(ConfigError, match=r"configuration: seed: 0 there, 1 here\. Resume"):
+    run(seed=1)  # and is not named beside what may not
 
 
 def test_sections_of_stages_that_did_not_run_may_change(config, tmp_path):

@@ -283,9 +283,9 @@ def test_the_vision_tower_is_pushed_where_it_has_adapters():
   """Servers begin with the tower that they are not sent."""
   config = get_config()
   config.model.freeze_vision, config.stages = False, ("rl",)
-  for names, stands in ((("q", "v"), True), (("q", "fc1"), False)):
+  for names, expected in ((("q", "v"), True), (("q", "fc1"), False)):
     config.lora.update(rank=4, targets=names)
-    assert build.vision_stands(config, lora.from_config(config)) == stands
+    assert build.vision_stands(config, lora.from_config(config)) == expected
   assert not build.vision_stands(config, None)
   config.model.freeze_vision = True
   assert build.vision_stands(config, None)
