@@ -84,12 +84,13 @@ def _tell(message: str) -> None:
 
 
 def _publish(sidecar: Sidecar) -> None:
+  """The file first: who has read the line on stdout finds it there."""
   line = json.dumps({"urls": sidecar.urls, "router": sidecar.router_url, "logs": _LOGS.value})
-  print(line, flush=True)
   if _URLS_FILE.value:  # renamed into place: who waits for the file never reads half of it
     part = pathlib.Path(f"{_URLS_FILE.value}.part")
     part.write_text(line + "\n")
     part.rename(_URLS_FILE.value)
+  print(line, flush=True)
 
 
 def _stop(signum, frame):
