@@ -2,6 +2,7 @@
 
   python launch/sweep.py --config=configs/horizon_tiny.py --points=configs/sweeps/horizon.py \
     --workdir=runs/horizon --parallel=2
+  python launch/main.py --config=configs/horizon_tiny.py --workdir=runs/horizon_one   # one run alone
 
 World, teacher and updates are those of `evidence_tiny.py`. Every 10 steps it is evaluated on 128 held-out questions,
 two rollouts each; the sweep evaluates each trained policy once more, on more questions and with calls
