@@ -14,11 +14,10 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from axpo_jax.eval import summary
+from axpo_jax.eval import statistics, summary
 from axpo_jax.eval.report import tables
 from axpo_jax.eval.report.runs import Run
-from axpo_jax.eval.results import statistics
-from axpo_jax.eval.results.statistics import Estimate
+from axpo_jax.eval.statistics import Estimate
 
 # What a name says of the seed: "grpo-seed3", "seed=3,rl.algorithm=grpo", "grpo/seed_3".
 _SEED = re.compile(r"[^A-Za-z0-9]?seed[^A-Za-z0-9]?\d+")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from axpo_jax.eval.results import counts
-from axpo_jax.eval.results.store import Run
+from experiments.evidence import counts
+from experiments.evidence.store import Run
 
 _WINDOW = 10  # training steps averaged at the end of a run
 # Means over the last steps of a run: name -> metric.
@@ -29,7 +29,7 @@ _MEANS = {
   "budget_used": "axpo/budget_used",
   "prefix_cached": "axpo/prefix_cached_share",
 }
-_COSTS = {
+COSTS = {
   "decoded": "engine/decode_tokens",
   "prefilled": "engine/prefill_tokens_computed",
   "trained": "pack/tokens",
@@ -72,7 +72,7 @@ def cost(run: Run, *, first: bool = False) -> dict[str, float]:
   if not rollouts:
     return {}
   out = {"rollouts": rollouts, "continuations": total("axpo/continuations")}
-  out |= {name: total(metric) for name, metric in _COSTS.items()}
+  out |= {name: total(metric) for name, metric in COSTS.items()}
   out["sampled"] = out["rollouts"] + out["continuations"]
   out["tokens"] = out["decoded"] + out["prefilled"] + out["trained"]
   # The median: a step that compiles a program takes ten times as long, one in a paused run any time.

@@ -1,7 +1,7 @@
 """Finished runs as small files: what tables and figures need of them, and nothing of the machine's.
 
 In: folders of runs, named as the sweep names them: `<recipe>-sft<n>-seed<m>`, and `sft-<n>` for what
-they begin with. Out: one .json.gz a run; the same run gives the same bytes. Every run that was evaluated is
+they begin with; a run's last evaluation is in its own folder or in `<run>-full` beside it. Out: one .json.gz a run; the same run gives the same bytes. Every run that was evaluated is
 packed, however it went.
 """
 
@@ -18,12 +18,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from axpo_jax.eval import shards
-from axpo_jax.eval.results import counts
-from axpo_jax.eval.results.counts import Counts
 from axpo_jax.train.metrics import read_metrics
+from experiments.evidence import counts
+from experiments.evidence.counts import Counts
 
 SFT = "sft"
 _NAME = re.compile(r"(?P<recipe>\w+)-sft(?P<sft>\d+)-seed(?P<seed>\d+)|sft-(?P<alone>\d+)")
+FULL = "-full"  # ends the name of a folder that evaluates the run beside it
 _DIGITS = 5  # that metrics keep
 
 
@@ -78,7 +79,8 @@ def pack(folder: pathlib.Path) -> Run | None:
   found = _NAME.fullmatch(folder.name)
   if not found:
     raise StoreError(f"{folder} is not named <recipe>-sft<n>-seed<m> or sft-<n>")
-  held_out = folder / "eval" / shards.HELD_OUT
+  full = folder.with_name(folder.name + FULL)
+  held_out = (full if full.exists() else folder) / "eval" / shards.HELD_OUT
   if not (shards.done(held_out) and (folder / "config.json").exists()):
     return None
   forced = held_out / shards.FORCED

@@ -1,10 +1,10 @@
 """The command: packs runs, and makes a results page's tables and figures from what was packed.
 
-  python -m axpo_jax.eval.results pack runs/evidence --into docs/results/raw
-  python -m axpo_jax.eval.results page docs/results.md
+  python -m experiments.evidence pack runs/evidence --into docs/results/raw
+  python -m experiments.evidence page docs/results.md
 
 `page` reads the folder raw/ in the folder that has the page's name (docs/results/raw), draws the figures
-beside it, and writes every table and figure between its marks in the page, `<!-- table: main -->` or
+that the page asks for beside it, and writes every table and figure between its marks in the page, `<!-- table: main -->` or
 `<!-- figure: curves -->` and `<!-- end -->`. The text around them is left alone. Runs that repeat
 those, wherever they were made, are packed into repeat/, beside raw/: a table tells whether they agree.
 """
@@ -17,8 +17,11 @@ import re
 import sys
 from collections.abc import Sequence
 
-from axpo_jax.eval.results import figures, store
-from axpo_jax.eval.results.tables import TABLES, Comparison
+from experiments.evidence import figures, horizon, store, tables
+from experiments.evidence.tables import Comparison
+
+TABLES = tables.TABLES | horizon.TABLES
+FIGURES = figures.FIGURES | horizon.FIGURES
 
 MARKS = re.compile(r"(<!-- (table|figure): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -40,6 +43,8 @@ def _pack(arguments: argparse.Namespace) -> int:
     raise store.StoreError(f"{arguments.sweep} holds no runs (folders with a config.json): name the "
                            "--workdir of a sweep")
   for folder in folders:
+    if folder.name.endswith(store.FULL):
+      continue  # packed with its run
     run = store.pack(folder)
     if run is None:
       unfinished.append(folder.name)
@@ -59,8 +64,9 @@ def _page(arguments: argparse.Namespace) -> int:
   comparison = packed(folder)
   text = filled(page.read_text(encoding="utf-8"), comparison, folder.name)
   page.write_text(text, encoding="utf-8")
-  for path in (page, *figures.draw(comparison, folder)):
-    print(path)
+  print(page)
+  for name in dict.fromkeys(name for _, kind, name, _ in MARKS.findall(text) if kind == "figure"):
+    print(figures.draw(FIGURES[name][1](comparison), folder / f"{name}.png"))
   return 0
 
 
@@ -83,17 +89,17 @@ def filled(text: str, comparison: Comparison, folder: str) -> str:
   """
   def content(match: re.Match) -> str:
     opening, kind, name, closing = match.groups()
-    known = TABLES if kind == "table" else figures.FIGURES
+    known = TABLES if kind == "table" else FIGURES
     if name not in known:
       raise store.StoreError(f"the page asks for a {kind} {name!r}; there are {sorted(known)}")
     inside = (TABLES[name](comparison) if kind == "table"
-              else f"![{figures.FIGURES[name][0]}]({folder}/{name}.png)")
+              else f"![{FIGURES[name][0]}]({folder}/{name}.png)")
     return f"{opening}{inside}\n{closing}"
   return MARKS.sub(content, text)
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(prog="python -m axpo_jax.eval.results",
+  parser = argparse.ArgumentParser(prog="python -m experiments.evidence",
                                    description="Packs the runs of a sweep; makes a results page.")
   commands = parser.add_subparsers(required=True)
   pack = commands.add_parser("pack", help="finished runs as small files")

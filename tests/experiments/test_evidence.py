@@ -10,14 +10,14 @@ import shutil
 import pytest
 from scipy import stats as scipy_stats
 
-from axpo_jax.eval import shards
-from axpo_jax.eval.results import __main__ as command
-from axpo_jax.eval.results import counts, figures, measures, statistics, store, tables
-from axpo_jax.eval.results.counts import Counts, Shares
+from axpo_jax.eval import shards, statistics
 from axpo_jax.eval.shards import Record
 from axpo_jax.rl.census import RolloutStats
+from experiments.evidence import __main__ as command
+from experiments.evidence import counts, figures, measures, store, tables
+from experiments.evidence.counts import Counts, Shares
 
-REPO = pathlib.Path(command.__file__).parents[3]
+REPO = pathlib.Path(command.__file__).parents[2]
 # id, family, tool, tool_right, direct, direct_right, forced, forced_right
 QUESTIONS = [Counts("a", "search", 3, 1, 1, 1, 4, 2), Counts("b", "search", 1, 0, 3, 3, 4, 0),
              Counts("c", "reasoning", 0, 0, 4, 1, 4, 1), Counts("d", "reasoning", 2, 0, 2, 0, 4, 0)]
@@ -102,7 +102,7 @@ def test_interval_over_questions_covers_the_mean_of_most_samples():
   rng = random.Random(0)
   inside = 0
   for trial in range(40):
-    found = statistics.over_questions([rng.gauss(0.1, 0.5) for _ in range(100)], seed=trial)
+    found = statistics.bootstrapped([rng.gauss(0.1, 0.5) for _ in range(100)], seed=trial)
     inside += found.low < 0.1 < found.high
   assert inside >= 34
 
@@ -159,7 +159,8 @@ def sweep(tmp_path) -> pathlib.Path:
 def test_a_sweep_becomes_a_page(sweep, tmp_path, capsys):
   page = tmp_path / "results.md"
   marks = "".join(f"\nabout {name}\n<!-- table: {name} -->\nold\n<!-- end -->\n" for name in tables.TABLES)
-  page.write_text(f"# Title\n{marks}\n<!-- figure: cost -->\n<!-- end -->\nthe end\n")
+  drawn = "".join(f"<!-- figure: {name} -->\n<!-- end -->\n" for name in figures.FIGURES)
+  page.write_text(f"# Title\n{marks}\n{drawn}the end\n")
   assert command.main(["pack", str(sweep), "--into", str(tmp_path / "results" / "raw")]) == 0
   assert "not evaluated, so left out: cispo-sft0-seed0" in capsys.readouterr().out
   assert command.main(["page", str(page)]) == 0

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from axpo_jax.eval.results import counts, paper, statistics
-from axpo_jax.eval.results.measures import cost, families, family, measures
-from axpo_jax.eval.results.statistics import Estimate
-from axpo_jax.eval.results.store import SFT, Run
+from axpo_jax.eval import statistics
+from axpo_jax.eval.statistics import Estimate
+from experiments.evidence import counts, paper
+from experiments.evidence.measures import cost, families, family, measures
+from experiments.evidence.store import SFT, Run
 
 # Recipe -> its name in tables, in their order.
 LABELS = {
@@ -104,7 +105,7 @@ def _by_recipe(c: Comparison, columns: Mapping[str, str],
   for recipe in c.recipes if recipes is None else recipes:
     rows.append([LABELS[recipe], str(len(c.of(recipe))),
                  *(_cell(c.mean(recipe, name)) for name in columns.values())])
-  return _markdown(rows)
+  return markdown(rows)
 
 
 def _pairs(c: Comparison) -> str:
@@ -118,7 +119,7 @@ def _pairs(c: Comparison) -> str:
         continue
       rows.append([f"{_plain(other)} − {_plain(base)}", str(found["pass_at_1"].n),
                    *(_interval(one) for one in found.values()), _p(found["pass_at_1"])])
-  return _markdown(rows)
+  return markdown(rows)
 
 
 def _questions(c: Comparison) -> str:
@@ -126,10 +127,10 @@ def _questions(c: Comparison) -> str:
   rows = [["points", "seeds", "questions", "Pass@1", "tool rate", "forced success"]]
   pairs = [(a, b) for a in c.of("grpo") for b in c.of("axpo") if a.seed == b.seed]
   for name in ("", *families(c.runs)):
-    found = [statistics.over_questions(_by_question(pairs, name, rate)) for rate in _RATES]
+    found = [statistics.bootstrapped(_by_question(pairs, name, rate)) for rate in _RATES]
     if pairs and found[0]:
       rows.append([name or "all", str(len(pairs)), str(found[0].n), *map(_interval, found)])
-  return _markdown(rows)
+  return markdown(rows)
 
 
 _RATES: tuple[Callable[[counts.Counts], float], ...] = (
@@ -161,7 +162,7 @@ def _families(c: Comparison) -> str:
         rows.append([name, LABELS[recipe], str(len(found)),
                      *(_cell(statistics.over_seeds([one[key] for one in found if key in one]))
                        for key in columns.values())])
-  return _markdown(rows)
+  return markdown(rows)
 
 
 def _policies(c: Comparison) -> str:
@@ -172,7 +173,7 @@ def _policies(c: Comparison) -> str:
   for run in c.starts:
     rows.append([f"{run.sft}", f"`{run.made[:8]}`",
                  *(_cell(c.mean(SFT, name, run.sft)) for name in columns.values())])
-  return _markdown(rows)
+  return markdown(rows)
 
 
 def _across(c: Comparison) -> str:
@@ -187,7 +188,7 @@ def _across(c: Comparison) -> str:
       if found[0]:
         rows.append([f"{_plain(other)} − {_plain(base)}", name, str(found[0].n),
                      *map(_interval, found), _p(found[0])])
-  return _markdown(rows)
+  return markdown(rows)
 
 
 def _repeat(c: Comparison) -> str:
@@ -214,7 +215,7 @@ def _repeat(c: Comparison) -> str:
     if recipe not in (SFT, "grpo"):
       row(f"{_plain(recipe)} − GRPO", recipe, _interval,
           lambda which, other, key: which.difference("grpo", other, key))
-  return _markdown(rows)
+  return markdown(rows)
 
 
 def _cost(c: Comparison) -> str:
@@ -233,7 +234,7 @@ def _cost(c: Comparison) -> str:
                    *("" if first and name == "step_seconds" else
                      _cell(statistics.over_seeds([ratio[name] for ratio in ratios]), 1.0, 2)
                      for name in columns.values())])
-  return _markdown(rows)
+  return markdown(rows)
 
 
 def _ratios(base: Run, other: Run, first: bool) -> dict[str, float]:
@@ -256,7 +257,7 @@ def _health(c: Comparison) -> str:
       rows.append([LABELS[recipe], str(len(runs)), *(
         f"{sign * max(sign * value for value in found[name]):.3g}" if found[name] else _NONE
         for name, sign in columns.values())])
-  return _markdown(rows)
+  return markdown(rows)
 
 
 def _paper(c: Comparison) -> str:
@@ -285,7 +286,7 @@ def _paper(c: Comparison) -> str:
         row(f"Pass@{k}: {_plain(other)} − AXPO (ablations)",
             reported[place] - paper.ABLATIONS["axpo"][place],
             c.difference("axpo", other, f"pass_at_{k}"))
-  return _markdown(rows)
+  return markdown(rows)
 
 
 def _from_start(c: Comparison, recipe: str, name: str) -> Estimate | None:
@@ -329,7 +330,7 @@ def _p(one: Estimate) -> str:
   return _NONE if math.isnan(one.p) else f"{one.p:.3f}"
 
 
-def _markdown(rows: Iterable[Sequence[str]]) -> str:
+def markdown(rows: Iterable[Sequence[str]]) -> str:
   head, *rest = rows
   lines = [head, ["---"] * len(head), *rest]
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)

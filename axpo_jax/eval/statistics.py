@@ -64,18 +64,29 @@ def sign_flip(differences: Sequence[float]) -> float:
   return float(test.pvalue)
 
 
-def over_questions(differences_Q: Sequence[float], seed: int = 0) -> Estimate | None:
-  """Mean of paired differences by question, with a bootstrap interval over questions; None of
-  fewer than two.
+def bootstrapped(differences: Sequence[float], draws: int = DRAWS, seed: int = 0) -> Estimate | None:
+  """Mean of paired differences with a percentile bootstrap interval over them; None of fewer than two.
 
-  It says how sure the difference between these very policies is; it knows nothing of other seeds.
+  Over questions it says how sure the difference between these very policies is, and knows nothing of
+  other seeds; over runs it says what other seeds would give.
   """
-  values_Q = np.asarray(differences_Q, float)
-  if len(values_Q) < 2:
+  values = np.asarray(differences, float)
+  if len(values) < 2:
     return None
-  if np.ptp(values_Q) == 0:  # nothing varies that could be resampled
-    return Estimate(float(values_Q[0]), float(values_Q[0]), float(values_Q[0]), len(values_Q))
-  found = stats.bootstrap((values_Q,), np.mean, confidence_level=LEVEL, n_resamples=DRAWS,
+  if np.ptp(values) == 0:  # nothing varies that could be resampled
+    return Estimate(float(values[0]), float(values[0]), float(values[0]), len(values))
+  found = stats.bootstrap((values,), np.mean, confidence_level=LEVEL, n_resamples=draws,
                           method="percentile", rng=np.random.default_rng(seed))
   low, high = found.confidence_interval
-  return Estimate(float(values_Q.mean()), float(low), float(high), len(values_Q))
+  return Estimate(float(values.mean()), float(low), float(high), len(values))
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+  """Holm's correction: p values of a family of tests, in their order, such that any at most 0.05 is still
+  wrong in at most 5 % of the families in which nothing is true. NaN stays and counts as no test."""
+  tested = sorted((p, i) for i, p in enumerate(ps) if not math.isnan(p))
+  corrected, largest = [math.nan] * len(ps), 0.0
+  for rank, (p, i) in enumerate(tested):
+    largest = max(largest, min(1.0, (len(tested) - rank) * p))
+    corrected[i] = largest
+  return corrected

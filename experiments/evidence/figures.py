@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from axpo_jax.eval.results import statistics
-from axpo_jax.eval.results.store import Run
-from axpo_jax.eval.results.tables import LABELS, Comparison
+from axpo_jax.eval import statistics
+from experiments.evidence.store import Run
+from experiments.evidence.tables import LABELS, Comparison
 
 _SMOOTH = 5  # steps of the running mean
 _COLOURS = {"grpo": "#4878a8", "grpo_x125": "#74a9cf", "grpo_x2": "#8c96c6", "axpo": "#d95f02"}
@@ -41,18 +41,8 @@ _AXES = {
 }
 
 
-def draw(comparison: Comparison, folder: pathlib.Path) -> list[pathlib.Path]:
-  """Writes all FIGURES; returns their paths."""
-  folder.mkdir(parents=True, exist_ok=True)
-  paths = []
-  for name, (_, figure) in FIGURES.items():
-    paths.append(folder / f"{name}.png")
-    _save(figure(comparison), paths[-1])
-  return paths
-
-
 def _curves(c: Comparison):
-  figure, axes = _axes(2, 2, (10, 6.4))
+  figure, axes = axes_of(2, 2, (10, 6.4))
   for axis, (title, metric) in zip(axes.flat, _CURVES.items()):
     for recipe in _shown(c):
       _line(axis, c.of(recipe), metric, "step", recipe)
@@ -62,7 +52,7 @@ def _curves(c: Comparison):
 
 
 def _cost(c: Comparison):
-  figure, axes = _axes(1, len(_AXES), (12, 3.8))
+  figure, axes = axes_of(1, len(_AXES), (12, 3.8))
   for axis, label in zip(axes.flat, _AXES):
     for recipe in _shown(c):
       _line(axis, c.of(recipe), _CURVES["reward"], label, recipe)
@@ -73,7 +63,7 @@ def _cost(c: Comparison):
 
 def _health(c: Comparison):
   """Every run, of every recipe and SFT policy: none is left out."""
-  figure, axes = _axes(2, 2, (10, 6.4))
+  figure, axes = axes_of(2, 2, (10, 6.4))
   runs = [run for run in c.runs if run.training("train/grad_norm")]
   for axis, (title, metric) in zip(axes.flat, _HEALTH.items()):
     for run in runs:
@@ -131,7 +121,7 @@ def _smoothed(values: Sequence[float | None]) -> list[float]:
   return out
 
 
-def _axes(rows: int, columns: int, size: tuple[float, float]):
+def axes_of(rows: int, columns: int, size: tuple[float, float]):
   import matplotlib
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt
@@ -142,9 +132,12 @@ def _axes(rows: int, columns: int, size: tuple[float, float]):
   return figure, axes
 
 
-def _save(figure, path: pathlib.Path) -> None:
+def draw(figure, path: pathlib.Path) -> pathlib.Path:
+  """Writes a figure as PNG; returns its path."""
   from matplotlib import pyplot as plt
 
+  path.parent.mkdir(parents=True, exist_ok=True)
   # No time and no version in the file: equal runs give equal figures.
   figure.savefig(path, dpi=110, metadata={"Software": None})
   plt.close(figure)
+  return path

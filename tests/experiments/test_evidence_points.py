@@ -8,13 +8,13 @@ import runpy
 import pytest
 
 import axpo_jax
-from axpo_jax.eval.results.store import _NAME
-from axpo_jax.eval.results.tables import LABELS
 from axpo_jax.rl import recipes
 from axpo_jax.rl.credit import CreditConfig
 from axpo_jax.rl.losses import LossConfig
 from axpo_jax.rl.recipes import ShapingConfig
 from axpo_jax.rl.resample import ResampleConfig, prefix_budget
+from experiments.evidence.store import _NAME
+from experiments.evidence.tables import LABELS
 
 REPO = pathlib.Path(axpo_jax.__file__).parents[1]
 POINTS = runpy.run_path(str(REPO / "configs" / "sweeps" / "evidence.py"))["points"]()
