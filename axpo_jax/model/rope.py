@@ -28,7 +28,10 @@ def mrope_axes(section: tuple[int, int, int]) -> np.ndarray:
 def _inverse_frequencies(dim: int, theta: float) -> np.ndarray:
   """theta^(-2i / dim) for i < dim / 2, rounded as the reference does: float32 [dim / 2]."""
   exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-  return np.float32(1.0) / np.power(np.float32(theta), exponent)
+  # The power in float64, rounded once: NumPy's float32 power differs from one kind of CPU to the next
+  # (2 ulp with AVX-512), and an angle is a frequency times a position of up to 262,144.
+  power = np.float64(theta) ** exponent.astype(np.float64)
+  return np.float32(1.0) / power.astype(np.float32)
 
 
 def text_rope(
