@@ -28,7 +28,7 @@ from axpo_jax.agent.parse import SpecialIds
 from axpo_jax.agent.rollout import Rollout
 from axpo_jax.agent.token_texts import token_texts
 from axpo_jax.agent.transcript import EpisodeImage, Kind, Outcome, Transcript, TranscriptError
-from axpo_jax.data.question import ImageSource
+from axpo_jax.data.question import ImageError, ImageSource, load_image
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageLimits, ImageProcessor, ProcessedImage, image_key
 
@@ -88,8 +88,10 @@ class ImageStore:
       TranscriptError: the file is missing or its pixels are not those of the key.
     """
     path = self.existing(key)
-    with path.open("rb") as file, PIL.Image.open(file) as opened:
-      image = opened.copy()
+    try:
+      image = load_image(path)
+    except ImageError as error:
+      raise TranscriptError(str(error)) from error
     if image_key(image) != key:
       raise TranscriptError(f"image {path} does not hold the pixels it was stored with")
     return image

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import io
 import pathlib
 import re
 import threading
@@ -21,6 +20,8 @@ import PIL.Image
 from etils import epath
 
 from axpo_jax import paths
+from axpo_jax.model import pictures
+from axpo_jax.model.pictures import MAX_PIXELS, ImageError
 
 # An image is opened only when it is needed: a path, the encoded bytes of a file, or pixels.
 ImageSource = pathlib.PurePath | bytes | PIL.Image.Image
@@ -28,10 +29,6 @@ ImageSource = pathlib.PurePath | bytes | PIL.Image.Image
 IMAGE_MARK = "<image>"
 KINDS = ("auto", "choice", "math", "number", "text")
 ACTING = ("either", "act", "decline")
-
-
-class ImageError(ValueError):
-  """An image that is missing or cannot be decoded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,25 +77,22 @@ class Question:
           f"question {self.id!r} has {marks} {IMAGE_MARK} marks but {len(self.images)} images")
 
 
-def load_image(source: ImageSource) -> PIL.Image.Image:
-  """Opens an image source as RGB pixels.
+def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
+  """Opens an image source as RGB pixels; `model.pictures` says how.
 
   Args:
     source: path, encoded bytes (PNG, JPEG, ...) or an image.
+    max_pixels: width times height that a file may have.
 
   Returns:
-    A fully decoded RGB image at its original resolution.
+    A fully decoded, upright RGB image at its original resolution.
 
   Raises:
-    ImageError: the file is missing, or the bytes do not decode.
+    ImageError: the file is missing, too large or of another format, or its bytes do not decode.
   """
   if isinstance(source, PIL.Image.Image):
-    return source if source.mode == "RGB" else source.convert("RGB")
-  with _open(source) as opened:
-    try:
-      return opened.convert("RGB")  # decodes all of it: a file that was cut fails here
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ...
-      raise ImageError(f"image ({_name(source)}) cannot be decoded: {error}") from error
+    return pictures.upright_rgb(source)
+  return pictures.decode(_local(source), name=_name(source), max_pixels=max_pixels)
 
 
 class _Decoded:
@@ -142,35 +136,32 @@ def check_header(source: ImageSource) -> None:
   """Reads no more of an image than tells that there is one.
 
   Raises:
-    ImageError: the file is missing, or is not an image.
+    ImageError: the file is missing, is not an image, or is too large.
   """
-  if not isinstance(source, PIL.Image.Image):
-    _open(source).close()
+  image_size(source)
 
 
 def image_size(source: ImageSource) -> tuple[int, int]:
   """Width and height in pixels, from the header alone.
 
   Raises:
-    ImageError: the file is missing, or is not an image.
+    ImageError: the file is missing, is not an image, or is too large.
   """
   if isinstance(source, PIL.Image.Image):
-    return source.size
-  with _open(source) as opened:
-    return opened.size
+    return pictures.upright_size(source)
+  return pictures.header_size(_local(source), name=_name(source))
 
 
-def _open(source: pathlib.PurePath | bytes) -> PIL.Image.Image:
+def _local(source: pathlib.PurePath | bytes) -> pathlib.PurePath | bytes:
+  """What PIL can open: a file on an object store is read whole."""
+  if isinstance(source, bytes) or not paths.is_remote(source):
+    return source
   try:
-    if isinstance(source, pathlib.PurePath) and paths.is_remote(source):
-      source = epath.Path(source).read_bytes()
-    return PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    return epath.Path(source).read_bytes()
   except FileNotFoundError as error:
     raise ImageError(f"image file {source} does not exist") from error
-  except PIL.UnidentifiedImageError as error:
-    raise ImageError(f"image ({_name(source)}) is of no known format") from error
   except Exception as error:
-    raise ImageError(f"image ({_name(source)}) cannot be opened: {error}") from error
+    raise ImageError(f"image ({source}) cannot be opened: {error}") from error
 
 
 def _name(source: pathlib.PurePath | bytes) -> str:

@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from axpo_jax.model.pictures import to_rgb
+
 MAX_ASPECT_RATIO = 200  # the processor's own limit
 
 
@@ -220,7 +222,7 @@ class ImageProcessor:
     Raises:
       ImageError: see `fitted_size`.
     """
-    image = image.convert("RGB")
+    image = to_rgb(image)
     size = fitted_size(*image.size, self.factor, limits)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 

@@ -122,3 +122,16 @@ def test_a_function_without_descriptions_is_refused():
     @tool(scope="s")
     def bare(x: int) -> str:
       return str(x)
+
+
+def test_a_transparent_picture_of_a_tool_is_shown_on_white():
+  @tool(scope="paint")
+  def formula():
+    """Draws black on nothing."""
+    image = PIL.Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    image.putpixel((1, 1), (0, 0, 0, 255))
+    return image
+
+  image, = call(formula, {}).images
+  assert image.mode == "RGB"
+  assert image.getpixel((0, 0)) == (255, 255, 255) and image.getpixel((1, 1)) == (0, 0, 0)

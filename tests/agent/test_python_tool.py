@@ -101,6 +101,11 @@ def test_a_picture_as_last_expression_is_shown(notebook):
   assert seen.images[0].tobytes() == PICTURE.rotate(180).tobytes()
 
 
+def test_a_transparent_picture_is_shown_on_white(notebook):
+  seen = notebook()("import PIL.Image; PIL.Image.new('RGBA', (3, 2), (0, 0, 0, 0))")
+  assert seen.images[0].getpixel((0, 0)) == (255, 255, 255)
+
+
 def test_many_and_large_figures_are_bounded(notebook):
   seen = notebook()("for i in range(20): display(_images[0] if _images else __import__('PIL.Image')"
                     ".Image.new('RGB', (5000, 100)))")

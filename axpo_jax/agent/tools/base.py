@@ -21,6 +21,7 @@ from axpo_jax.agent.parse import CallError, ToolCall
 from axpo_jax.agent.tools import background
 from axpo_jax.agent.tools.arguments import ArgumentError, check_arguments
 from axpo_jax.agent.tools.budget import NO_LIMITS, ToolLimits, Usage
+from axpo_jax.model.pictures import upright_rgb
 
 # Kinds of call errors beside those of parse.CallError.
 UNKNOWN_TOOL = "unknown_tool"
@@ -314,7 +315,9 @@ async def _run(tool: Tool, arguments: dict[str, Any], episode: EpisodeState,
   clock.begin = time.perf_counter()
   try:
     async with asyncio.timeout(tool.time_limit) as limit:
-      return await tool.run(arguments, episode)
+      observation = await tool.run(arguments, episode)
+    # Converted once, here: what the policy sees, what later calls get and what is dumped are alike.
+    return dataclasses.replace(observation, images=tuple(map(upright_rgb, observation.images)))
   except Exception as error:  # the tool's fault, told to the policy and counted by kind
     if isinstance(error, TimeoutError) and limit.expired():
       return failure(TIMEOUT, f"{tool.name} took longer than {tool.time_limit:g} seconds")

@@ -26,6 +26,7 @@ import PIL.Image
 from axpo_jax.agent.tools.sandbox import wire
 from axpo_jax.agent.tools.sandbox.server import NAMESPACES, RLIMITS
 from axpo_jax.agent.tools.sandbox.supervisor import MOST_FIGURE_BYTES
+from axpo_jax.model.pictures import to_rgb
 
 _ROOT = str(pathlib.Path(__file__).parents[3])
 _START = ("import sys; sys.path.append(sys.argv[1]); "
@@ -123,7 +124,7 @@ class Kernel:
   async def _run(self, code, timeout, images) -> CellResult:
     # Pixels are copied in a thread: a dozen photographs take a while.
     payloads = await asyncio.to_thread(
-      lambda: [image.convert("RGB").tobytes() for image in images]) if images else []
+      lambda: [to_rgb(image).tobytes() for image in images]) if images else []
     loop = asyncio.get_running_loop()
     head = wire.pack({"op": "run", "code": code, "timeout": timeout,
                       "images": [image.size for image in images]}, payloads)

@@ -13,6 +13,8 @@ import pathlib
 
 import PIL.Image
 
+from axpo_jax.data.question import ImageError, load_image
+
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
@@ -43,11 +45,10 @@ class Pictures:
 
   def _copy(self, path: pathlib.Path) -> Picture:
     try:
-      with PIL.Image.open(path) as opened:
-        width, height = opened.size
-        image = opened.convert("RGB")
-    except OSError:  # a dump that was moved without its images still shows its text
+      image = load_image(path)
+    except ImageError:  # a dump that was moved without its images still shows its text
       return Picture(1, 1, "")
+    width, height = image.size
     image.thumbnail((self._side, self._side), PIL.Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     # Few colours (drawings, screens of text) stay exact; photographs do not need to.

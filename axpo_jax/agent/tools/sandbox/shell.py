@@ -30,6 +30,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from axpo_jax.agent.tools.sandbox import wire
+from axpo_jax.model.pictures import to_rgb
 
 MOST_FIGURES = 8  # per cell
 MOST_PIXELS = 2_000_000  # of a figure that is shown; larger ones are drawn or scaled smaller
@@ -124,10 +125,10 @@ class Kernel:
       print(f"a figure is left out: at most {MOST_FIGURES} are shown a cell", file=sys.stderr)
       return
     try:
-      image = image.copy()
+      image = to_rgb(image).copy()
       side = (MOST_PIXELS * max(image.width, image.height) / min(image.size)) ** 0.5
       image.thumbnail((side, side))  # leaves smaller ones as they are
-      self.shown.append(image.convert("RGB"))
+      self.shown.append(image)
     except Exception as error:
       print(f"an image cannot be shown: {type(error).__name__}: {error}", file=sys.stderr)
 
