@@ -8,7 +8,7 @@ because the template drops earlier reasoning and trims white space.
 Ids are in collapsed form: an image is one `<|image_pad|>` between `<|vision_start|>` and
 `<|vision_end|>`, whatever number of tokens it expands to in the model.
 
-Questions and tool results are not ours and may contain the text of a special token, such as
+Questions, tool results and the schemas of tools are not ours (a server lists its own) and may contain the text of a special token, such as
 `<|image_pad|>` or `</tool_response>`. They keep their text, but it is tokenised in pieces so that
 no special token comes of it.
 """
@@ -16,7 +16,7 @@ no special token comes of it.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,18 +121,18 @@ class Chat:
 
     Args:
       system: system prompt, ours; "" for none.
-      tools: OpenAI function schemas, ours; they are listed in the system message.
+      tools: OpenAI function schemas; they are listed in the system message.
       question_text: the question. Each `<image>` in it takes one image; images without a mark
         come first.
       num_images: how many images the question has.
 
     Raises:
-      ImageCountError: more marks than images, or a pad in the system prompt or a schema.
+      ImageCountError: more marks than images, or a pad in the system prompt.
     """
     content = _question_items(self._guard(question_text), num_images)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": content})
-    ids = self._encode_guarded(self._render(messages, tools))
+    ids = self._encode_guarded(self._render(messages, [self._guard_all(tool) for tool in tools]))
     self.check_images(ids, num_images)
     return ids
 
@@ -201,6 +201,14 @@ class Chat:
   def _guard(self, text: str) -> str:
     """Text in which every special token's name is cut in two by `_CUT`."""
     return self._special.sub(rf"\1{_CUT}", text.replace(_CUT, ""))
+
+  def _guard_all(self, value: Any) -> Any:
+    """A JSON value whose texts went through `_guard`."""
+    if isinstance(value, str):
+      return self._guard(value)
+    if isinstance(value, Mapping):
+      return {self._guard(str(key)): self._guard_all(item) for key, item in value.items()}
+    return [self._guard_all(item) for item in value] if isinstance(value, (list, tuple)) else value
 
   def _encode_guarded(self, text: str) -> list[int]:
     """Ids of rendered text whose untrusted parts went through `_guard`."""

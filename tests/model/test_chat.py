@@ -41,6 +41,20 @@ def test_prompt_of_a_question_with_tools_and_an_image(chat):
   assert ids == chat.encode(chat.decode(ids))
 
 
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_schema_brings_no_special_token(chat, attack):
+  """The schemas of MCP servers are theirs."""
+  def ids(text):
+    function = {"name": "look", "description": text, "parameters": {
+        "type": "object", "properties": {text: {"enum": [text]}}}}
+    return chat.prompt_ids("Be brief.", [{"type": "function", "function": function}], "Hi", 0)
+
+  added = set(chat.tokenizer.get_added_vocab().values())
+  with_attack, harmless = ids(attack), ids("plain")
+  assert [i for i in with_attack if i in added] == [i for i in harmless if i in added]
+  assert json.dumps(attack, ensure_ascii=False) in chat.decode(with_attack)  # it keeps its text
+
+
 def test_prompt_without_tools_or_system(chat):
   assert chat.decode(chat.prompt_ids("Be brief.", [], "Hi", 0)) == (
     "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"

@@ -13,7 +13,9 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import threading
+import unicodedata
 import urllib.parse
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
@@ -120,8 +122,9 @@ class SearchTool(Tool):
     return hits
 
   def _allowed(self, hit: Hit) -> bool:
-    host = _host(hit.url)
-    return not any(host == domain or host.endswith(f".{domain}") for domain in self._excluded)
+    hosts = _hosts(hit.url)
+    return not any(host == domain or host.endswith(f".{domain}")
+                   for domain in self._excluded for host in hosts)
 
 
 class Record:
@@ -153,11 +156,18 @@ class Record:
     return self.folder / key[:2] / f"{key}.json"
 
 
-def _host(url: str) -> str:
-  try:
-    return (urllib.parse.urlsplit(url).hostname or "").rstrip(".")
-  except ValueError:  # a broken address; it is only shown
-    return ""
+def _hosts(url: str) -> set[str]:
+  """Every host that an address may lead to, read as leniently as a browser reads it: without a scheme,
+  with backslashes, full-width dots or percent signs, and inside another address (an archive's)."""
+  for _ in range(2):
+    url = urllib.parse.unquote(url)
+  url = unicodedata.normalize("NFKC", url).casefold().replace("\\", "/").replace("\u3002", ".")
+  # Spaces, control and invisible characters: a browser drops them.
+  url = "".join(mark for mark in url if unicodedata.category(mark)[0] not in "CZ")
+  parts = re.split("//+", re.sub(":/+", "://", url.lstrip("/")))
+  heads = (re.split("[/?#]", part, maxsplit=1)[0] for part in parts)
+  # A scheme, a user or a port may stand beside the host: they are no domain that one would exclude.
+  return {name.strip(".") for head in heads for name in re.split("[:@]", head)}
 
 
 def _listed(query: str, hits: Sequence[Hit]) -> str:
