@@ -22,7 +22,7 @@ import asyncio
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import PIL.Image
 
@@ -44,7 +44,7 @@ from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageError, ImageLimits, ImageProcessor
 from axpo_jax.rollout.engine import Engine, PromptTooLong, Sample, SampleRequest, SamplingParams
 
-Judge = Callable[[Question, str], float]
+Judge = Callable[[Question, str], Awaitable[rewards.Verdict]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def start_transcript(question: Question, chat: Chat, tools: ToolBox, system: str
 async def continue_episode(transcript: Transcript, question: Question, engine: Engine,
                            tools: ToolBox, limits: EpisodeLimits, sampling: SamplingParams,
                            chat: Chat, processor: ImageProcessor, seed: int, *,
-                           judge: Judge | None = rewards.judge, session: str = "") -> Rollout:
+                           judge: Judge | None = rewards.judge_soon, session: str = "") -> Rollout:
   """Continues a transcript to its end.
 
   Args:
@@ -137,10 +137,12 @@ async def continue_episode(transcript: Transcript, question: Question, engine: E
   finally:
     tools.end_episode(episode.state)
   answer = episode.answer() if stop == rollout_lib.ANSWER else None
-  reward = float(judge(question, answer)) if judge is not None and answer is not None else 0.0
+  verdict = rewards.Verdict(0.0)
+  if judge is not None and answer is not None:
+    verdict = await judge(question, answer)
   return Rollout(
-      question_id=question.id, transcript=episode.transcript, reward=reward, answer=answer,
-      stop=stop, calls=episode.calls, seed=seed, prompt_tokens=sum(episode.prompt_tokens),
+      question_id=question.id, transcript=episode.transcript, reward=verdict.reward, answer=answer,
+      reward_timed_out=verdict.timed_out, stop=stop, calls=episode.calls, seed=seed, prompt_tokens=sum(episode.prompt_tokens),
       cached_tokens=sum(episode.cached_tokens),
       first_prompt_tokens=next(iter(episode.prompt_tokens), 0),
       first_cached_tokens=next(iter(episode.cached_tokens), 0),

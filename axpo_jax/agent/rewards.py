@@ -6,23 +6,20 @@ match against any gold answer (it decides most cases in microseconds and never c
 others), then multiple choice by letter or option text, then mathematics with math-verify, then
 numbers with a tolerance. An answer of 1,000 characters or more is wrong whatever it says.
 
-math-verify's own time limits use signals, which work on the main thread only; they are off here.
-Instead it never sees an expression that is long or whose powers and factorials could run for
-minutes. Such an answer is right only if it matches exactly.
+math-verify runs in processes of its own (`agent.mathematics`). An answer on which it runs out of time
+or memory is wrong, and the verdict says so.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
-import math
 import re
 from fractions import Fraction
+from typing import NamedTuple
 
+from axpo_jax.agent import mathematics
 from axpo_jax.data.question import Question, named_option, normalise
 
 MAX_ANSWER = 1000  # characters; from here on an answer is wrong
-MAX_MATH = 200  # characters; longer answers are not handed to math-verify
 # A decimal gold answer is met within this relative distance; an integer one must be met exactly.
 # `question.meta["tolerance"]` sets an absolute distance instead.
 RELATIVE_TOLERANCE = 1e-3
@@ -61,25 +58,56 @@ def extract_answer(text: str, *, thinking: bool = True) -> str | None:
 
 def last_boxed(text: str) -> str | None:
   """Content of the last `\\boxed{...}` with balanced braces; None without one."""
-  start = text.rfind("\\boxed{")
-  while start >= 0:
-    depth = 0
-    for i in range(start + len("\\boxed"), len(text)):
-      depth += (text[i] == "{") - (text[i] == "}")
-      if depth == 0:
-        return text[start + len("\\boxed{"):i]
-    start = text.rfind("\\boxed{", 0, start)
-  return None
+  # One pass: a policy may write thousands of boxes that nobody closes.
+  opened: list[int] = []  # positions of braces that are not closed yet
+  last: tuple[int, int] | None = None
+  for brace in re.finditer(r"[{}]", text):
+    if brace[0] == "{":
+      opened.append(brace.start())
+    elif opened:
+      start = opened.pop()
+      if text.endswith("\\boxed", 0, start) and (last is None or start > last[0]):
+        last = start, brace.start()
+  return None if last is None else text[last[0] + 1:last[1]]
+
+
+class Verdict(NamedTuple):
+  """What an answer is worth: 1 or 0, and whether math-verify ran out of time or memory over it."""
+
+  reward: float
+  timed_out: bool = False
 
 
 def judge(question: Question, answer: str) -> float:
-  """1.0 if `answer` is right by any gold answer of `question`, else 0.0. Never raises."""
+  """1.0 if `answer` is right by any gold answer of `question`, else 0.0. May block for seconds.
+
+  Raises:
+    MathematicsError: only math-verify can tell, and it cannot be asked.
+  """
+  return _verdict([mathematics.same(answer, gold) if found is None else found
+                   for gold, found in _by_rule(question, answer)]).reward
+
+
+async def judge_soon(question: Question, answer: str) -> Verdict:
+  """`judge` for an event loop. It waits only where math-verify must be asked."""
+  return _verdict([await mathematics.same_soon(answer, gold) if found is None else found
+                   for gold, found in _by_rule(question, answer)])
+
+
+def _verdict(found: list[bool | None]) -> Verdict:
+  return Verdict(float(any(found)), not any(found) and None in found)
+
+
+def _by_rule(question: Question, answer: str) -> list[tuple[str, bool | None]]:
+  """Each gold answer and whether it is met; None: math-verify must tell."""
   if len(answer) >= MAX_ANSWER:
-    return 0.0
-  return float(any(_matches(question, answer, gold) for gold in question.answers))
+    return []
+  found = [(gold, _matches(question, answer, gold)) for gold in question.answers]
+  # What one gold answer settles needs no others.
+  return [pair for pair in found if pair[1]] or found
 
 
-def _matches(question: Question, answer: str, gold: str) -> bool:
+def _matches(question: Question, answer: str, gold: str) -> bool | None:
   if normalise(answer) == normalise(gold):
     return True
   kind = question.kind
@@ -94,7 +122,7 @@ def _matches(question: Question, answer: str, gold: str) -> bool:
       return same
   if kind == "auto" and not _MATHEMATICAL.search(gold):
     return False
-  return _same_mathematics(answer, gold)
+  return None
 
 
 # ---- multiple choice ----
@@ -146,63 +174,3 @@ def _same_number(answer: str, gold: str, tolerance: float | None) -> bool | None
 # ---- mathematics ----
 
 _MATHEMATICAL = re.compile(r"[\\^=+*/(\[{√π∞°%]|\d\s*[-−]|^[-−\s]*[\d.,]+")
-_EXPONENT = re.compile(r"(?:\^|\*\*)\s*[{(]*\s*[-+]?\s*(\d+)")
-MAX_POWER = 10_000  # product of all numeric exponents of an expression
-
-
-def is_safe_mathematics(text: str) -> bool:
-  """False for expressions that could take math-verify more than moments to evaluate."""
-  if len(text) > MAX_MATH or text.count("!") > 1 or re.search(r"\d{4,}\s*!", text):
-    return False
-  if re.search(r"\\?binom|\d{16,}|\d[eE]\d{4,}", text):
-    return False
-  exponents = [int(digits[:6]) for digits in _EXPONENT.findall(text)]
-  if math.prod(max(1, e) for e in exponents) > MAX_POWER:
-    return False
-  return not _has_power_tower(text)
-
-
-def _has_power_tower(text: str) -> bool:
-  """True when an exponent itself holds a power, as in 9^{9^9} or 2**3**4."""
-  text = text.replace("**", "^").replace(" ", "")
-  for i, character in enumerate(text):
-    if character == "^" and "^" in _exponent_text(text, i + 1):
-      return True
-  return False
-
-
-_EXPONENT_HEAD = re.compile(r"[-+]*(?:\\[A-Za-z]+|[\d.]+|[A-Za-z])?")
-
-
-def _exponent_text(text: str, start: int) -> str:
-  """The exponent that begins at `start`, and one character more: a ^ there binds to it."""
-  i = _EXPONENT_HEAD.match(text, start).end()
-  depth = 0
-  while i < len(text) and (depth or text[i] in "{(["):
-    depth += (text[i] in "{([") - (text[i] in "})]")
-    i += 1
-  return text[start:i + 1]
-
-
-@functools.lru_cache(maxsize=4096)
-def _same_mathematics(answer: str, gold: str) -> bool:
-  if not (is_safe_mathematics(answer) and is_safe_mathematics(gold)):
-    return False
-  parse, verify = _math_verify()
-  try:
-    right, given = (parse(f"\\boxed{{{text.strip(' $')}}}", parsing_timeout=None)
-                    for text in (gold, answer))
-    return bool(verify(right, given, timeout_seconds=None))
-  except Exception:  # sympy raises nearly anything on odd input; what cannot be read is not right
-    return False
-
-
-@functools.cache
-def _math_verify():
-  """(parse, verify), imported on first use: sympy takes a while."""
-  import math_verify
-
-  # It warns that its time limits are off, which is what we want.
-  for name in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):
-    logging.getLogger(name).setLevel(logging.ERROR)
-  return math_verify.parse, math_verify.verify

@@ -64,6 +64,7 @@ class Rollout:
     first_prompt_tokens: those of the first request alone: for a resample, its frozen prefix.
     first_cached_tokens: and how many of them came from the cache.
     start: collapsed length of the transcript that was continued; own tokens begin there.
+    reward_timed_out: the answer is wrong because comparing it took too much time or memory.
     error: what the engine said when stop is "engine_error", or what failed at "episode_error".
   """
 
@@ -79,6 +80,7 @@ class Rollout:
   first_prompt_tokens: int = 0
   first_cached_tokens: int = 0
   start: int = 0
+  reward_timed_out: bool = False
   error: str | None = None
 
   @property

@@ -17,6 +17,7 @@ benchmarks with `judged`, and only where the rules find no match; a judge that f
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import math
 import re
@@ -70,7 +71,7 @@ class Benchmark:
       f1 = scoring.token_f1(answer, question.answers) if scoring.is_scorable(answer) else 0.0
     if not scoring.is_scorable(answer):
       return Score(0.0, scoring.NO_ANSWER, f1)
-    if scoring.right_by_rule(question, answer):
+    if await asyncio.to_thread(scoring.right_by_rule, question, answer):
       return Score(1.0, scoring.RULE, f1)
     if self.judged and judge is not None:
       try:

@@ -21,7 +21,7 @@ import unicodedata
 from collections.abc import Hashable, Mapping, Sequence
 from fractions import Fraction
 
-from axpo_jax.agent import rewards
+from axpo_jax.agent import mathematics, rewards
 from axpo_jax.data.question import Question
 
 # How a score came about.
@@ -97,16 +97,8 @@ def numeric_value(text: str) -> Fraction | None:
   plain = rewards.parse_number(text)
   if plain is not None:
     return plain / 100 if text.strip().endswith("%") else plain
-  if not rewards.is_safe_mathematics(text):
-    return None
-  import math_verify  # loads sympy, which takes a while
-
-  try:
-    parsed = math_verify.parse(f"\\boxed{{{text.strip(' $')}}}", parsing_timeout=None)
-    value = float(parsed[0])
-  except Exception:  # sympy raises nearly anything on odd input
-    return None
-  return Fraction(value) if math.isfinite(value) else None
+  value = mathematics.value(text)
+  return Fraction(value) if value is not None and math.isfinite(value) else None
 
 
 # ---- token F1 ----

@@ -51,6 +51,7 @@ class RolloutStats:
     total_tokens: length of the expanded sequence, prompt and observations included.
     prompt_tokens: prompt tokens sent to the sampler over all turns (expanded).
     cached_tokens: those of them served from its prefix cache.
+    reward_timed_out: judging it ran out of time or memory; its reward is 0.
   """
 
   reward: float
@@ -65,6 +66,7 @@ class RolloutStats:
   total_tokens: int = 0
   prompt_tokens: int = 0
   cached_tokens: int = 0
+  reward_timed_out: bool = False
 
   @property
   def right(self) -> bool:
@@ -124,6 +126,8 @@ def census(
   out = {"questions": float(len(groups)), "rollouts": float(len(rollouts))}
   out |= _tool_use(rollouts) | _subgroups(groups) | _all_wrong(groups, fixed_counts)
   out |= _calls(rollouts) | _lengths(rollouts) | _endings(rollouts)
+  judged = (*rollouts, *(r for g in groups for branch in g.branches for r in branch.rollouts))
+  out["reward_timeouts"] = float(sum(r.reward_timed_out for r in judged)) or None
   return {f"{prefix}/{name}": value for name, value in out.items() if value is not None}
 
 

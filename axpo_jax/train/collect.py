@@ -297,7 +297,8 @@ def rollout_stats(rollout: Rollout, chat: Chat) -> census.RolloutStats:
     tool_errors=dict(collections.Counter(call.error for call in rollout.calls if call.error)),
     mentions_tool_without_call=not rollout.used_tool and _mentions(transcript, chat),
     confidence=rollout.confidence(), total_tokens=transcript.expanded_length,
-    prompt_tokens=rollout.prompt_tokens, cached_tokens=rollout.cached_tokens)
+    prompt_tokens=rollout.prompt_tokens, cached_tokens=rollout.cached_tokens,
+    reward_timed_out=rollout.reward_timed_out)
 
 
 def _mentions(transcript: Transcript, chat: Chat) -> bool:

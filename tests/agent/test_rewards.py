@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from axpo_jax.agent import rewards
+from axpo_jax.agent import mathematics, rewards
 from axpo_jax.data.question import Question
 
 
@@ -115,22 +115,12 @@ def test_a_very_long_answer_is_wrong_even_if_it_matches():
   assert right("x" * 999, "x" * 999) and not right("x" * 1000, "x" * 1000)
 
 
-@pytest.mark.parametrize("answer", [
-    "9^{9^{9}}", "9^{(9^9)}", "9^{{9}^{9}}", "9^(0+9^9)", "2**3**9**9", "9^9^9^9", "10^{99999999}",
-    "100000!", "((9!)!)!", "\\binom{100000}{50000}", "((((((1+x)^9)^9)^9)^9)^9)^9",
-    "9^{\\frac{9^{9^9}}{1}}", "9^{1{9^9}}", "1e999999999", "9" * 900, "(" * 150 + "x" + ")" * 150,
+@pytest.mark.parametrize("answer, gold, same", [
+    ("e^{-x^2}", "e^{-x^{2}}", True), ("5!", "120", True), ("2^{10}", "1024", True),
+    ("\\binom{5}{2}", "10", True), ("2^{2^3}", "256", True), ("e^{-x^2}", "e^{-x^3}", False),
 ])
-def test_expressions_that_would_run_for_minutes_are_wrong_at_once(answer):
-  begin = time.perf_counter()
-  assert not right(answer, "\\frac{1}{2}", kind="math")
-  assert not right(answer, "3", kind="auto")
-  assert time.perf_counter() - begin < 5
-
-
-@pytest.mark.parametrize("text", ["e^{-x^2}", "2^{10}", "x^2+y^2", "10^{3}", "5!", "x^{12}y^{30}",
-                                  "\\sqrt{2}^{3}", "x^n + x^{n+1}"])
-def test_ordinary_expressions_reach_math_verify(text):
-  assert rewards.is_safe_mathematics(text) == (text != "e^{-x^2}")  # towers need an exact match
+def test_powers_and_factorials_reach_math_verify(answer, gold, same):
+  assert right(answer, gold, kind="math") == same
 
 
 def test_math_verify_works_off_the_main_thread_and_inside_a_loop():
@@ -140,15 +130,15 @@ def test_math_verify_works_off_the_main_thread_and_inside_a_loop():
   thread.join()
 
   async def main():
-    return right("\\frac{4}{8}", "\\frac12")
+    return await rewards.judge_soon(Question("q", "?", (), ("\\frac12",)), "\\frac{4}{8}")
 
-  assert results == [True] and asyncio.run(main())
+  assert results == [True] and asyncio.run(main()) == (1.0, False)
 
 
 def test_plain_answers_never_reach_math_verify(monkeypatch):
   def refuse(*_):
     raise AssertionError("slow path")
-  monkeypatch.setattr(rewards, "_same_mathematics", refuse)
+  monkeypatch.setattr(mathematics, "_asked", refuse)
   for kind in ("auto", "text"):
     for gold in ("K", "K7", "7", "red", "Mount Orla"):
       for answer in ("K", "M", "7", "8", "red", "blue", "Mount Orla"):

@@ -1,14 +1,58 @@
 """Answers that a policy writes to stop or to fool the rewards."""
 
+import asyncio
+import time
+
 import pytest
 
-from axpo_jax.agent import rewards
+from axpo_jax.agent import mathematics, rewards
 from axpo_jax.data.question import Question
 from tests.hostile import corpus
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_workers():
+  """The real processes with a tenth of their time, so that many attacks take seconds."""
+  patch = pytest.MonkeyPatch()
+  patch.setattr(mathematics, "CPU_SECONDS", 0.2)
+  mathematics._threads.cache_clear()
+  yield
+  patch.undo()
+  mathematics._threads.cache_clear()
+  mathematics._asked.cache_clear()
 
 
 @pytest.mark.parametrize("case", corpus.cases("answers"))
 def test_answers(case):
   answer = case.get("answer") or "9" * case["long"]
-  with corpus.bounds(seconds=5):
-    assert rewards.judge(Question("q", "?", (), (case.get("gold", "3"),)), answer) == 0.0
+  question = Question("q", "?", (), (case.get("gold", "\\frac{1}{2}"),), kind="math")
+  with corpus.bounds(seconds=10):
+    assert rewards.judge(question, answer) == 0.0
+
+
+def test_an_event_loop_goes_on_while_answers_run_out_of_time():
+  """32 rollouts with one endless answer: counted as such, asked once, and nobody else waits."""
+  question = Question("q", "?", (), ("x^2",), kind="math")
+  pauses = []
+
+  async def other():
+    while True:
+      begin = time.perf_counter()
+      await asyncio.sleep(0.01)
+      pauses.append(time.perf_counter() - begin)
+
+  async def main():
+    beside = asyncio.create_task(other())
+    verdicts = await asyncio.gather(*(rewards.judge_soon(question, f"(x+y+z+1)^{{99{i % 2}}}")
+                                      for i in range(32)))
+    beside.cancel()
+    return verdicts
+
+  with corpus.bounds(seconds=10):
+    assert set(asyncio.run(main())) == {rewards.Verdict(0.0, timed_out=True)}
+  assert max(pauses) < 1
+
+
+def test_thousands_of_open_boxes():
+  with corpus.bounds(seconds=2):
+    assert rewards.extract_answer("</think>" + "\\boxed{" * 30_000) is None

@@ -51,7 +51,8 @@ def _documented():
 def _produced():
   tool = {"used_tool": True, "num_calls": 2, "turns": 2, "sampled_tokens": 5, "confidence": 0.5}
   bare = {"used_tool": False, "num_calls": 0, "turns": 1, "sampled_tokens": 5}
-  more = {"total_tokens": 9, "prompt_tokens": 9, "cached_tokens": 3, "tool_errors": {"x": 1}}
+  more = {"total_tokens": 9, "prompt_tokens": 9, "cached_tokens": 3, "tool_errors": {"x": 1},
+          "reward_timed_out": True}
   rollouts = [census.RolloutStats(0.0, **tool, stop="x", **more) for _ in range(5)]
   rollouts += [census.RolloutStats(1.0, **bare, stop="x")]
   branch = census.BranchStats(0, rollouts[1:3], prefix_tokens=4, cached_tokens=3)
