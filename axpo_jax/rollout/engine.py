@@ -37,10 +37,14 @@ class SamplingParams:
 
   One step, from the model's logits: banned ids are removed; the policy's distribution is the
   softmax of what is left, divided by `temperature`. Its log-probabilities are the ones reported. The
-  draw itself also applies, in this order, the presence penalty (before the temperature), then top-k,
-  then top-p: these shape WHAT is drawn and not the reported numbers, which the trainer must be able to
-  recompute. One exception: SGLang reports log-probabilities behind a presence penalty, so rollouts
-  that are trained on have none there.
+  draw itself also applies the presence penalty (before the temperature), then top-k and top-p: these
+  shape WHAT is drawn and not the reported numbers, which the trainer must be able to recompute. One
+  exception: SGLang reports log-probabilities behind a presence penalty, so rollouts that are trained
+  on have none there.
+
+  Top-k and top-p are joint, as in SGLang: an id is kept if it is among the k most likely AND the ids
+  before it hold at most top_p of the whole vocabulary's mass. vLLM and transformers take top_p of the
+  mass that top-k left: at the same settings they draw from fewer ids.
 
   Attributes:
     max_new_tokens: most tokens to generate, the stop token included.

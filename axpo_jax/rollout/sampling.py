@@ -5,7 +5,8 @@ the log-probability of each under the POLICY'S distribution: banned ids excluded
 (temperature 1 for greedy rows), before penalty, top-k and top-p. That is the number
 a trainer can recompute from the model alone.
 
-Order of the draw, vLLM's and SGLang's: ban, presence penalty, temperature, top-k, top-p.
+The draw, as SGLang's: ban, presence penalty, temperature; then top-k and top-p jointly, each of the whole
+distribution (vLLM and transformers take top-p of what top-k left, which keeps fewer ids).
 
 The draw is a two-level Gumbel-max: a block of ids first (by its total mass), then an id in it. Same
 distribution as one Gumbel per id, with about 2*sqrt(V) instead of V random numbers per row. The key
@@ -146,11 +147,10 @@ def _cut_tail(z_BxV, params, asks_B, *, ranks):
   rank_R = jnp.arange(ranks)
   k_B = jnp.where(params.top_k_B > 0, params.top_k_B, ranks)
   in_k_BxR = rank_R < k_B[:, None]
-  mass_BxR = jnp.where(in_k_BxR, jnp.exp(top_BxR - top_BxR[:, :1]), 0.0)
-  # Top-p is taken of what top-k left, so the mass is relative to the kept ranks.
-  before_BxR = jnp.cumsum(mass_BxR, axis=1) - mass_BxR
-  wanted_B = params.top_p_B * jnp.sum(mass_BxR, axis=1)
-  in_p_BxR = (before_BxR < wanted_B[:, None]) | (params.top_p_B == 1)[:, None]
+  # Of the whole vocabulary's mass, also where top-k cuts: the two filters are joint.
+  probs_BxR = jnp.exp(top_BxR - jax.nn.logsumexp(z_BxV, axis=1, keepdims=True))
+  before_BxR = jnp.cumsum(probs_BxR, axis=1) - probs_BxR
+  in_p_BxR = (before_BxR <= params.top_p_B[:, None]) | (params.top_p_B == 1)[:, None]
   last_B = jnp.maximum(jnp.sum(in_k_BxR & in_p_BxR, axis=1) - 1, 0)[:, None]
   cut_Bx1 = jnp.take_along_axis(top_BxR, last_B, axis=1)
   cut_id_Bx1 = jnp.take_along_axis(ids_BxR, last_B, axis=1)

@@ -30,8 +30,11 @@ def _many(logits_V, params, count, seen_V=None):
   return _sample(logits, [params] * count, range(count), seen=seen)
 
 
-def _reference(logits_V, p, seen_V=None):
-  """The distribution that is drawn from, written independently: sorts, loops, float64."""
+def _reference(logits_V, p, seen_V=None, joint=True):
+  """The distribution that is drawn from, written independently: sorts, loops, float64.
+
+  joint: top-p of the whole distribution, SGLang's reading; else of what top-k left, vLLM's.
+  """
   z = np.asarray(logits_V, np.float64).copy()
   z[list(p.banned_ids)] = -np.inf
   if seen_V is not None:
@@ -40,7 +43,8 @@ def _reference(logits_V, p, seen_V=None):
   order = sorted(range(len(z)), key=lambda i: (-z[i], i))
   kept = order[: p.top_k] if p.top_k else order
   probs = np.exp(z[kept] - z[kept].max())
-  probs /= probs.sum()
+  whole = np.exp(z - z[kept].max()).sum() if joint else probs.sum()
+  probs /= whole
   total, stop = 0.0, len(kept)
   for rank, prob in enumerate(probs):
     total += prob
@@ -87,6 +91,27 @@ def test_draws_follow_the_reference_distribution(params):
   seen_V = seen if params.presence_penalty else None
   ids, _ = _many(logits, params, 20_000, seen_V)
   _assert_drawn_from(ids, _reference(logits, params, seen_V))
+
+
+@pytest.mark.parametrize("top_k, top_p", [(20, 0.22), (80, 0.7)])  # up to `_FEW_RANKS`, and more
+def test_top_k_and_top_p_are_joint_as_in_sglang(top_k, top_p):
+  logits = np.linspace(0.5, 0.0, VOCAB, dtype=np.float32)
+  params = SamplingParams(1, temperature=0.7, top_p=top_p, top_k=top_k)
+  ids, _ = _many(logits, params, 20_000)
+  sglang, vllm = (_reference(logits, params, joint=joint) for joint in (True, False))
+  assert (vllm > 0).sum() < (sglang > 0).sum() < top_k
+  _assert_drawn_from(ids, sglang)
+
+
+def test_at_the_papers_settings_twenty_ids_are_kept_where_vllm_keeps_nine():
+  """Eight likely ids and a flat tail: of the first twenty's mass nine ids are the nucleus."""
+  probs = np.concatenate([np.full(8, 0.042), np.full(VOCAB - 8, 0.664 / (VOCAB - 8))])
+  params = SamplingParams(1, temperature=0.7, top_p=0.8, top_k=20)
+  logits = (0.7 * np.log(probs) + np.linspace(1e-3, 0, VOCAB)).astype(np.float32)  # no ties
+  sglang, vllm = (np.flatnonzero(_reference(logits, params, joint=joint)) for joint in (True, False))
+  assert (len(sglang), len(vllm)) == (20, 9)
+  ids, _ = _many(logits, params, 20_000)
+  assert set(ids) == set(sglang)
 
 
 def test_logprobs_are_the_policys_own():
