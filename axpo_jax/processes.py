@@ -1,5 +1,5 @@
 """What several processes of one run need of each other: to wait, to swap small values, to copy large
-ones, and to end together. With one process each of these is free.
+ones or deal them out, and to end together. With one process each of these is free.
 
 Small values go through JAX's coordinator, on the host. Large ones go over the devices' own network.
 
@@ -9,23 +9,25 @@ Every function here is called by all processes, in the same order.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import pickle
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, PartitionSpec
 
 T = TypeVar("T")
 Outcome = tuple[Any, Exception | None]  # a result, or what was raised in its place
 
-# Bytes that are broadcast at once: they stand on every device.
+# Bytes that are broadcast or dealt out at once: they stand on every device.
 _PIECE = 1 << 26
 # Seconds that processes wait for each other: a step's rollouts, an evaluation.
 _PATIENCE = 24 * 3600
@@ -74,6 +76,49 @@ def on_all(function: Callable[..., T], *args: Any) -> list[T]:
 def share(outcome: Outcome | None) -> Any:
   """The main process's result, of any size, or its error, in all of them; the others give None."""
   return _result(_broadcast(outcome) if jax.process_count() > 1 else outcome)
+
+
+def deal(make: Callable[[], Sequence[bytes]]) -> bytes:
+  """Of what `make` returns in the main process, which alone calls it, each process gets the part with its
+  number and nothing of the others'. Parts may have any size; the main process keeps its own.
+
+  Over the devices' network, in rounds of a piece for each process.
+  """
+  parts, error = attempt(make) if is_main() else (None, None)
+  sizes = share((parts and [len(part) for part in parts], error) if is_main() else None)
+  me, count, out = jax.process_index(), jax.process_count(), bytearray()
+  mesh, to_each, width = _dealer(_PIECE) if count > 1 else (None, None, 1)
+  for start in range(0, max(sizes[1:], default=0), width):
+    pieces = np.zeros((1, count, width), np.uint8)
+    for i, part in enumerate(parts or ()):
+      piece = part[start:start + width] if i else b""
+      pieces[0, i, :len(piece)] = np.frombuffer(piece, np.uint8)
+    sent = multihost_utils.host_local_array_to_global_array(pieces, mesh, _SENT)
+    got = multihost_utils.global_array_to_host_local_array(to_each(sent), mesh, _GOT)
+    if start < sizes[me] and not is_main():
+      out += np.asarray(got).data
+  return parts[0] if is_main() else bytes(out[:sizes[me]])
+
+
+# Of bytes [from process, to process, n] and [to process, n]: devices of a process have a share of n each.
+_SENT, _GOT = PartitionSpec("process", None, "device"), PartitionSpec("process", "device")
+
+
+@functools.cache
+def _dealer(together: int) -> tuple[Mesh, Callable[[jax.Array], jax.Array], int]:
+  """The mesh of all devices by process, the function that sends each process its piece, and the bytes of
+  one, which hold `together` bytes on all."""
+  count, devices = jax.process_count(), jax.local_device_count()
+  mesh = Mesh(np.array([[device for device in jax.devices() if device.process_index == i]
+                        for i in range(count)]), ("process", "device"))
+
+  @jax.jit
+  @functools.partial(jax.shard_map, mesh=mesh, in_specs=_SENT, out_specs=_GOT, check_vma=False)
+  def to_each(x_1xPxN):
+    # Point to point: a broadcast or an all-to-all would take the same bytes to all.
+    return sum(jax.lax.ppermute(x_1xPxN[:, i], "process", [(0, i)]) for i in range(1, count))
+
+  return mesh, to_each, max(together // (count * devices), 1) * devices
 
 
 def _result(outcome: Outcome) -> Any:

@@ -187,7 +187,7 @@ def _image(rng, pixels: float, model: ModelConfig, least: int, most: int) -> Pro
   height = max(int((patches / wide) ** 0.5) // factor, 1) * factor
   width = max(int(patches / height) // factor, 1) * factor
   form = dataclasses.replace(FORMAT, merge_size=factor)
-  return ProcessedImage(np.broadcast_to(np.uint8(0), (height, width, 3)), str(rng.integers(2**60)), form)
+  return ProcessedImage((width, height), str(rng.integers(2**60)), form, None)
 
 
 FORMAT = PatchFormat(1, 2, 2, (0.5,) * 3, (0.5,) * 3)

@@ -79,25 +79,28 @@ class ProcessedImage:
   """An image as the model sees it. What is stored, sent and kept is its pixels: 3 bytes each.
 
   Attributes:
-    pixels_HxWx3: uint8 RGB, after resizing; read-only.
+    size: width and height in pixels, as PIL gives them.
     key: SHA-256 of the picture's size and pixels. Equal keys mean equal pixels.
     format: how its patches are made.
+    pixels_HxWx3: uint8 RGB, after resizing; read-only. None in a process that needs the size alone,
+      see `train.pictures`.
   """
 
-  pixels_HxWx3: np.ndarray
+  size: tuple[int, int]
   key: str
   format: PatchFormat
+  pixels_HxWx3: np.ndarray | None
 
   @classmethod
   def of(cls, image: Image.Image, format: PatchFormat) -> ProcessedImage:
     """From an RGB picture whose sides are multiples of `format.factor`."""
     pixels = np.asarray(image)  # PIL itself takes 4 bytes a pixel
-    return cls(pixels, image_key(image), format)
+    return cls(image.size, image_key(image), format, pixels)
 
   @property
   def grid_hw(self) -> tuple[int, int]:
     """Rows and columns of the patch grid; their product is P."""
-    height, width, _ = self.pixels_HxWx3.shape
+    width, height = self.size
     return height // self.format.patch_size, width // self.format.patch_size
 
   @property
@@ -118,11 +121,6 @@ class ProcessedImage:
   @property
   def patch_dim(self) -> int:
     return self.format.patch_dim
-
-  @property
-  def size(self) -> tuple[int, int]:
-    """Width and height in pixels, as PIL gives them."""
-    return self.pixels_HxWx3.shape[1], self.pixels_HxWx3.shape[0]
 
   def patches(self) -> np.ndarray:
     """Normalised float32 patches [P, C], made anew: (channel, time, row, column) flattened, in

@@ -70,11 +70,19 @@ class LazyPatches:
   def __init__(self, shape: tuple[int, int, int],
                images: Sequence[tuple[HasPatches, int, slice]]):
     """images: each with its row and its places there."""
-    self.shape, self._images = shape, images
+    self.shape, self._placed = shape, images
+
+  @property
+  def images(self) -> list[HasPatches]:
+    return [image for image, _, _ in self._placed]
+
+  def map(self, function: Callable[[HasPatches], HasPatches]) -> LazyPatches:
+    """With function(image) in the place of every image."""
+    return LazyPatches(self.shape, [(function(image), *at) for image, *at in self._placed])
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
     out = np.zeros(self.shape, self.dtype)
-    for image, row, where in self._images:
+    for image, row, where in self._placed:
       out[row, where] = image.patches()
     return out if dtype is None else out.astype(dtype, copy=False)
 

@@ -168,14 +168,12 @@ async def resample(actor: Actor, groups: Sequence[Group], config: ResampleConfig
 
 
 def for_training(groups: Sequence[Group]) -> list[Group]:
-  """Copies with what credit and batches are made of, for the other processes of a run: questions by
-  name, and every distinct picture once, as it was shown and without its original."""
-  shown: dict[str, images.ProcessedImage] = {}
-
+  """Copies with what credit and batches are planned by, for the other processes of a run: questions by
+  name, pictures by size and key (`pictures.fetched` gets pixels)."""
   def light(rollout: Rollout) -> Rollout:
     transcript = copy.copy(rollout.transcript)
     transcript.images = [
-      dataclasses.replace(image, source=None, shown=shown.setdefault(image.shown.key, image.shown))
+      dataclasses.replace(image, source=None, shown=dataclasses.replace(image.shown, pixels_HxWx3=None))
       for image in transcript.images]
     return dataclasses.replace(rollout, transcript=transcript)
 

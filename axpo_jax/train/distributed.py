@@ -6,10 +6,9 @@ the terminal) the main process does, and shares the outcome: `on_main`. Nothing 
 one process and many, so a run may be resumed with another number of them.
 
 The alternative, every process with its own questions, would spread the host's work, but plan, budget
-and packing are decisions about a whole step. What is shared is transcripts, about 20 bytes a token, and
-every distinct picture once as the policy was shown it, 3 bytes a pixel (`Collected.for_training`): some
-hundred megabytes a step at the paper's sizes. Patches, which are ten times larger, a process makes for
-its own devices' rows alone. What grows with a run's speed, sampling, lives in servers.
+and packing are decisions about a whole step. So all processes get a step's tokens (`Collected.for_training`),
+and each the pixels that its own rows show (`pictures`, which has the figures). What grows with a run's
+speed, sampling, lives in servers.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ from axpo_jax.train import (
   distributed,
   examples,
   lora,
+  pictures,
   preemption,
   seeds,
   selection,
@@ -48,6 +49,7 @@ from axpo_jax.train.batch import Batch, packing_metrics, sums_by_example, weigh
 from axpo_jax.train.checkpoint import Checkpoints
 from axpo_jax.train.collect import Group
 from axpo_jax.train.metrics import read_metrics
+from axpo_jax.train.packing import Example
 from axpo_jax.train.sections import Recipe
 from axpo_jax.train.state import TrainState, move_params
 from axpo_jax.train.step import Learner, policy_objective, whole
@@ -205,8 +207,7 @@ class Loop:
                                 self.steps_done)
     metrics = census.credit_census(credits)
     parts = _split(list(zip(trained, credits, strict=True)), config.rl.updates)
-    updates = [build.pack_examples(config, self.bench, [example for example, _ in part])
-               for part in parts]
+    updates = [self._packed([example for example, _ in part]) for part in parts]
     metrics |= packing_metrics([batch for batches in updates for batch in batches], trained)
     updates = [self._annotated(batches) for batches in updates]
     logged = []
@@ -216,6 +217,9 @@ class Loop:
       self.state, result = self.learner.update(self.state, batches, divisor)
       logged.append(self.learner.metrics(result, batches, self.workdir / "nonfinite") | counted)
     return metrics | _joined(logged)
+
+  def _packed(self, trained: list[Example]) -> list[Batch]:
+    return pictures.fetched(build.pack_examples(self.config, self.bench, trained), trained)
 
   def _weighed(self, batches: list[Batch], credits: list[credit.Credit], questions: float
                ) -> tuple[list[Batch], float, dict[str, float]]:

@@ -296,7 +296,8 @@ class Learner:
     step = int(applied["step"])
     bad = [i for i, s in enumerate(sums) if not s["finite"]]
     if bad or not applied["finite"]:
-      raise _non_finite(step, bad or range(len(batches)), sums, applied, batches, epath.Path(folder))
+      raise _non_finite(step, bad or range(len(batches)), sums, applied, batches, epath.Path(folder),
+                        self.mesh, self.rules)
     joined = functools.reduce(losses.add_metrics, [
       {k: float(v) for k, v in s.items() if k != "finite"} for s in sums])
     out = {"train/loss": joined.pop("loss") / result.divisor,
@@ -362,10 +363,12 @@ def _unscored(batch: Batch) -> Batch:
   return dataclasses.replace(batch, old_logp_BxG=None, ref_logp_BxG=None)
 
 
-def _non_finite(step, bad, sums, applied, batches, folder: epath.Path) -> NonFiniteError:
+def _non_finite(step, bad, sums, applied, batches, folder: epath.Path, mesh, rules) -> NonFiniteError:
   paths = [folder / f"step_{step}_micro_{i}.npz" for i in bad]
   for i, path in zip(bad, paths, strict=True):
-    gathered = jax.tree.map(whole, batches[i])
+    # Placed: a process has made the patches of its own rows alone.
+    gathered = jax.tree.map(whole, place(batches[i], mesh, rules))
+    gathered = dataclasses.replace(gathered, example_BxG=batches[i].example_BxG)
     if jax.process_index() == 0:
       save_batch(path, gathered)
   found = [float(sums[i]["loss"]) for i in bad]

@@ -229,6 +229,14 @@ except OSError as error:
 processes._PIECE = 1000
 data = processes.share((os.urandom(4567), None) if rank == "0" else None)
 print("SHARED", len(data), data.hex())
+# And of it a part for each, of unequal size.
+part = processes.deal(lambda: [b"mine", bytes(range(256)) * 9])
+print("DEALT", rank, part.hex())
+print("DEALT", rank, processes.deal(lambda: [b"mine", b""]).hex())
+try:
+  processes.deal(lambda: [][0])
+except IndexError as error:
+  print("DEALT", rank, error)
 """
 
 
@@ -250,6 +258,9 @@ def test_two_processes_write_each_shard_once_and_fail_together(reference, model_
 
   assert "push_folder must be one folder that all hosts" in both("APART")
   assert "disk full" in both("BOTH") and both("SHARED").split()[1] == "4567"
+  for rank, parts in enumerate(([b"mine", b"mine"], [bytes(range(256)) * 9, b""])):
+    assert [line.split(" ", 2)[2:] for line in outputs[rank].splitlines() if line.startswith("DEALT")] == [
+      *([part.hex()] for part in parts), ["list index out of range"]]
   said = both("TAG")
   tag, names = said.split()[2], int(said.split()[3])
   grown = jax.tree.map(lambda x: jnp.asarray(x) + 1, reference.params)
