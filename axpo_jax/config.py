@@ -43,7 +43,7 @@ class RunStopped(RuntimeError):
 def base_config() -> ConfigDict:
   """The paper's values for an 8B policy; experiments in `configs/` derive from it."""
   c = ConfigDict()
-  c.seed = 0
+  c.seed = 0  # of every random choice: sampling, order of questions, initialisation
   # What to do, in order: "teach" (a teacher samples the training questions), "sft", "screen" (the
   # policy at hand samples them), "rl" (which evaluates at its start and end), "eval" (only that).
   c.stages = ("rl",)
@@ -76,7 +76,7 @@ def base_config() -> ConfigDict:
   c.checkpoint = ConfigDict(dict(every=10, keep=2))
   c.log = ConfigDict(dict(
     dump_every=10,       # steps between dumps of all rollouts as readable transcripts; 0 = never
-    tensorboard=True,
+    tensorboard=True,    # event files beside metrics.jsonl
     # Alarm when the mean |log-prob gap| between sampler and trainer exceeds this (nats).
     gap_alarm=0.05,
     stop_on_gap=False,   # stop the run on that alarm instead of only warning
@@ -211,8 +211,9 @@ def _agent() -> ConfigDict:
     # Waiting tools run beside the sampling. False: on the spot, so that runs repeat bit for bit.
     overlap_tools=True,
     max_observation_tokens=4096,  # of a call's text; more is cut in the middle
-    # What calls may use up, 0 = no limit: of one episode, and of the whole run.
+    # What calls may use up in one episode: their number, seconds, bytes of text, images; 0 = no limit.
     episode_limits=ConfigDict(dict(calls=0, seconds=0.0, bytes=0, images=0)),
+    # The same, for the whole run.
     run_limits=ConfigDict(dict(calls=0, seconds=0.0, bytes=0, images=0)),
     python=_python_tool(),
     search=ConfigDict(dict(
@@ -221,7 +222,7 @@ def _agent() -> ConfigDict:
       record="",              # folder of answers, by query: read first, and added to by tavily
       excluded=("huggingface.co",),  # domains whose pages are left out [paper]
       per_minute=100.0,       # requests
-      max_concurrent=16,
+      max_concurrent=16,      # requests at once
     )),
     image_search=ConfigDict(dict(cache="", max_results=5)),  # JSON file of results by question id
     max_turns=3,              # [paper] in training
@@ -242,8 +243,8 @@ def _python_tool() -> ConfigDict:
     isolation="namespaces",   # "rlimits" sees the trainer's files and network: docs/tools.md
     memory_mb=2048,           # of a process's address space, and of a kernel's processes together
     cpu_seconds=120,          # of a process, over all cells of an episode
-    file_mb=64,
-    processes=16,
+    file_mb=64,               # of a file that a cell writes
+    processes=16,             # of a kernel, at once
     output_kb=24,             # kept of a cell's stdout and of its stderr
     warm=4,                   # kernels kept ready
   ))
@@ -253,9 +254,9 @@ def _rollout() -> ConfigDict:
   return ConfigDict(dict(
     engine="embedded",        # in this process; or sglang: servers, see docs/sidecar.md
     temperature=1.0,          # [paper]
-    top_p=1.0,
-    top_k=0,                  # 0 = off
-    presence_penalty=0.0,
+    top_p=1.0,                # nucleus; 1 = off
+    top_k=0,                  # most likely tokens that are drawn from; 0 = off
+    presence_penalty=0.0,     # taken from the logit of every token that the response has already
     # Steps that rollouts may run ahead of training; 0 = every token is drawn by the weights that
     # are about to be trained. Above 0 runs are no longer repeatable bit for bit, and the embedded
     # engine must have one device.
@@ -313,7 +314,7 @@ def _rollout() -> ConfigDict:
 def _rl() -> ConfigDict:
   return ConfigDict(dict(
     algorithm="axpo",         # axpo, or grpo: the same without resampling
-    steps=300,
+    steps=300,                # rollout phases, each with its updates
     questions=128,            # B, questions a step
     num_rollouts=8,           # N, rollouts a question [paper]
     updates=1,                # optimizer updates a step
@@ -351,7 +352,7 @@ def _rl() -> ConfigDict:
       dual_clip=_optional(3.0),  # lower bound for A < 0; None = off
       entropy_coef=0.0,       # bonus per nat
       variant="grpo",         # or "cispo", with its bounds of the ratio:
-      cispo_min_ratio=0.0, cispo_max_ratio=5.0,
+      cispo_min_ratio=0.0, cispo_max_ratio=5.0,  # of "cispo" alone
       tis_cap=_optional(2.0),  # cap of the sampler-to-trainer importance weight; None = off
       tis_mask=placeholder(float),  # leave out sequences further apart than this factor; None = off
       aggregation="token_mean",  # or "sequence_mean", "sequence_sum" (docs/algorithm.md)
@@ -369,9 +370,9 @@ def _rl() -> ConfigDict:
     # The fields of rl.recipes.ShapingConfig: rewards of neighbouring recipes, off in the paper's.
     shaping=ConfigDict(dict(
       tool_bonus=0.0,         # added to a tool-using rollout's reward
-      tool_bonus_needs_right=True,
+      tool_bonus_needs_right=True,  # False pays wrong ones too
       tool_penalty="none",    # or "otc"
-      otc_smoothing=3.0,
+      otc_smoothing=3.0,      # c of "otc": larger is milder where no call is needed
     )),
   ))
 
@@ -379,10 +380,10 @@ def _rl() -> ConfigDict:
 def _optimizer(learning_rate: float, schedule: str, warmup: float) -> ConfigDict:
   return ConfigDict(dict(
     name="adamw",             # or "muon": for learning from scratch
-    learning_rate=learning_rate,
+    learning_rate=learning_rate,  # its peak
     schedule=schedule,        # constant or cosine (to zero)
     warmup=warmup,            # share of all steps
-    weight_decay=0.01, b1=0.9, b2=0.999, eps=1e-8,
+    weight_decay=0.01, b1=0.9, b2=0.999, eps=1e-8,  # of AdamW
     clip_norm=1.0,            # global gradient norm
     mu_dtype="float32",       # of Adam's first moment
   ))
@@ -431,7 +432,7 @@ def _sft() -> ConfigDict:
     steps=1500,               # optimizer steps; 3 epochs [paper] of 64,274 trajectories
     examples=128,             # trajectories a step
     max_length=20_480,        # longer trajectories are dropped whole [paper]
-    freeze_vision=True,
+    freeze_vision=True,       # keep the vision tower and its mergers fixed
     # Mix of each family's kinds of questions that the teacher answers (miniworld).
     kinds=ConfigDict(dict(read=1.0, two_hop=1.0, total=1.0)),
     # The scripted teacher's habits: fields of data.miniworld.habits.TeacherConfig.
@@ -448,7 +449,7 @@ def _eval() -> ConfigDict:
     # Benchmarks of the stage "eval" (BENCHMARKS), each in a folder of its name in `folder`; none:
     # held-out questions, which RL measures too.
     benchmarks=(),
-    folder="",
+    folder="",                # that holds the benchmarks
     # An OpenAI-compatible endpoint that decides where no rule does; "" = none. Its key is read from
     # AXPO_JUDGE_API_KEY.
     judge=ConfigDict(dict(url="", model="")),
