@@ -24,6 +24,7 @@ import PIL.Image
 from etils import epath
 
 from axpo_jax import paths
+from axpo_jax.agent.lines import to_line
 from axpo_jax.agent.parse import SpecialIds
 from axpo_jax.agent.rollout import Rollout
 from axpo_jax.agent.token_texts import token_texts
@@ -180,10 +181,11 @@ def dump_rollouts(path: str | os.PathLike, rollouts: Sequence[Rollout], *,
     if chat is not None:
       record["transcript"]["pieces"] = token_texts(rollout.transcript.ids, chat.decode, known)
       pages.append(_page(rollout, more, chat))
-    lines.append(json.dumps(record, allow_nan=False))
+    lines.append(to_line(record))
   paths.write_text(path, "".join(f"{line}\n" for line in lines))
   if chat is not None:
-    paths.write_text(path.with_suffix(".txt"), "\n".join(pages))
+    text = "\n".join(pages).encode("utf-8", "backslashreplace")  # halves of characters too
+    paths.write_bytes(path.with_suffix(".txt"), text)
 
 
 def load_rollouts(path: str | os.PathLike, processor: ImageProcessor) -> Iterator[Rollout]:

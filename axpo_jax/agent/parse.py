@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -60,6 +61,11 @@ class CallError:
   kind: str
   message: str
   text: str
+
+
+# Far more than a tool needs, and far less than what takes Python's JSON or a dump apart.
+MAX_DEPTH = 64  # arrays and objects within each other
+MAX_CHARACTERS = 1 << 18  # of one call
 
 
 class CallSpan(NamedTuple):
@@ -122,13 +128,22 @@ def parse_turn(ids: Sequence[int], special: SpecialIds,
 
 
 def parse_call(text: str) -> ToolCall | CallError:
-  """Parses the JSON between the tags: `{"name": ..., "arguments": {...}}`."""
+  """Parses the JSON between the tags: `{"name": ..., "arguments": {...}}`.
+
+  What it returns can be encoded, copied and written by everybody: no deeper than `MAX_DEPTH`, all
+  numbers finite, and no half of a surrogate pair in any text.
+  """
+  if len(text) > MAX_CHARACTERS:
+    return CallError("bad_call", f"a call has at most {MAX_CHARACTERS} characters, this one has "
+                     f"{len(text)}", text[:MAX_CHARACTERS])
   try:
-    value = json.loads(text, parse_constant=_no_constant)
+    value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
   except json.JSONDecodeError as error:
     return CallError("bad_json", f"not valid JSON: {error.msg} at character {error.pos}", text)
-  except (ValueError, RecursionError) as error:  # NaN, 5,000-digit integers, 10,000 brackets
+  except (ValueError, RecursionError) as error:  # NaN, 1e999, 5,000-digit integers, 10,000 brackets
     return CallError("bad_json", f"not valid JSON: {error}", text)
+  if problem := _beyond_bounds(value):
+    return CallError("bad_call", problem, text)
   if not isinstance(value, dict):
     return CallError("bad_call", f"a call must be a JSON object, got {_type_name(value)}", text)
   if not isinstance(value.get("name"), str):
@@ -140,6 +155,29 @@ def parse_call(text: str) -> ToolCall | CallError:
 
 def _no_constant(name: str):
   raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(digits: str) -> float:
+  number = float(digits)
+  if not math.isfinite(number):
+    raise ValueError(f"{digits[:40]} is too large for a number")
+  return number
+
+
+def _beyond_bounds(value: Any) -> str | None:
+  """What makes a value unfit to be a call, in words; None if nothing does."""
+  level, depth = [value], 0
+  while level := [part for part in level if isinstance(part, (dict, list))]:
+    depth += 1
+    if depth > MAX_DEPTH:
+      return f"a call is at most {MAX_DEPTH} arrays and objects deep"
+    level = [part for outer in level
+             for part in (outer.values() if isinstance(outer, dict) else outer)]
+  try:
+    json.dumps(value, ensure_ascii=False).encode()
+  except UnicodeEncodeError:
+    return "\\ud800 to \\udfff are halves of characters: write both halves"
+  return None
 
 
 def _type_name(value: Any) -> str:

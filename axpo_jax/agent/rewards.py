@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from axpo_jax.agent import mathematics
-from axpo_jax.data.question import Question, named_option, normalise
+from axpo_jax.data.question import Question, leading_letter, named_option, normalise
 
 MAX_ANSWER = 1000  # characters; from here on an answer is wrong
 # A decimal gold answer is met within this relative distance; an integer one must be met exactly.
@@ -132,7 +132,26 @@ _LETTER = re.compile(r"[A-Z]")
 
 def _same_choice(answer: str, gold: str, options: tuple[str, ...]) -> bool:
   right, given = named_option(gold, options), named_option(answer, options)
-  return right is not None and right == given
+  return right is not None and right == given and not _hedges(answer, right, options)
+
+
+# Not a unit behind its number, and not the article.
+_LONE_LETTER = re.compile(r"(?<![\w'\\])(?<!\d )(?!a \w\w)([a-h])(?![\w'])")
+_HEDGE = re.compile(r"\b(?:or|nor|either|neither|not|no|wrong|incorrect|false)\b|n't\b", re.IGNORECASE)
+
+
+def _hedges(answer: str, own: int, options: tuple[str, ...]) -> bool:
+  """Whether an answer says more behind its letter than what the letter stands for: a second option, or
+  that the first is wrong. `B. two cats` is fine, `A, B, C` and `A) wrong, it is B` are not."""
+  letter, rest = leading_letter(answer)
+  rest = normalise(rest.strip(" ).:,]"))
+  texts = [normalise(option) for option in options]
+  if letter != own or (own < len(texts) and rest == texts[own]):
+    return False  # the text of the option, whatever words it has
+  others = [re.escape(text) for index, text in enumerate(texts) if text and index != own]
+  return (_HEDGE.search(rest) is not None
+          or any(ord(other) - ord("a") != own for other in _LONE_LETTER.findall(rest))
+          or any(re.search(rf"(?<!\w){text}(?!\w)", rest) for text in others))
 
 
 # ---- numbers ----

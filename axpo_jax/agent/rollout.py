@@ -125,7 +125,8 @@ class Rollout:
     """All fields but the transcript, as JSON values; see agent.dump for the transcript."""
     fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
               if field.name != "transcript"}
-    fields["calls"] = [dataclasses.asdict(call) for call in self.calls]
+    # Not asdict: it copies arguments level by level, and they may have many.
+    fields["calls"] = [vars(call) for call in self.calls]
     if isinstance(self.reward, float) and not math.isfinite(self.reward):
       fields["reward"] = None
     return fields

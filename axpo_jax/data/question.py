@@ -186,18 +186,21 @@ def normalise(text: str) -> str:
 
 
 # "B", "(b)", "B.", "option B", "B. red", "(B) red"; but not "A cat".
-_CHOICE = re.compile(r"(?:option|choice|answer)?\s*[:\s]?\s*[(\[]?([A-Za-z])(?:[)\].:,].*)?",
+_CHOICE = re.compile(r"(?:option|choice|answer)?\s*[:\s]?\s*[(\[]?([A-Za-z])([)\].:,].*)?",
                      re.IGNORECASE | re.DOTALL)
+
+
+def leading_letter(text: str) -> tuple[int | None, str]:
+  """The option whose letter a text begins with (A is 0; None without one), and what follows it."""
+  found = _CHOICE.fullmatch(_TEXT_WRAPPER.sub(r"\1", text).strip(" \t\n\r$*"))
+  return (ord(found[1].upper()) - ord("A"), found[2] or "") if found else (None, "")
 
 
 def named_option(text: str, options: tuple[str, ...]) -> int | None:
   """Which option a text names, by letter first and else by the option's text."""
-  text = _TEXT_WRAPPER.sub(r"\1", text).strip(" \t\n\r$*")
-  found = _CHOICE.fullmatch(text)
-  if found:
-    index = ord(found[1].upper()) - ord("A")
-    if not options or index < len(options):
-      return index
+  index, _ = leading_letter(text)
+  if index is not None and (not options or index < len(options)):
+    return index
   plain = normalise(text)
   for index, option in enumerate(options):
     if plain == normalise(option):

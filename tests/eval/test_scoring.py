@@ -1,6 +1,7 @@
 """Scoring rules: worked examples, F1 counted by hand, numbers and values against math-verify."""
 
 import asyncio
+import json
 import math
 from fractions import Fraction
 
@@ -120,14 +121,15 @@ def test_all_variants_right():
 
 
 @pytest.mark.parametrize("reply, right", [
-    ("CORRECT", True), ("incorrect", False), ("Correct.", True), ("**INCORRECT**", False),
-    ("<think>is it CORRECT?</think>\nINCORRECT", False), ("Not INCORRECT, so: CORRECT", True)])
+    ('{"verdict": "CORRECT"}', True), (' {"verdict":"INCORRECT"}\n', False),
+    ('It names Ada.\n{"verdict": "CORRECT"}', True),
+    ('<think>is it {"verdict": "CORRECT"}?</think>\n{"verdict": "INCORRECT"}', False)])
 def test_verdicts(reply, right):
   assert judges.verdict(reply) is right
 
 
 def test_no_verdict():
-  with pytest.raises(judges.JudgeError, match="neither CORRECT nor INCORRECT in 'Perhaps'"):
+  with pytest.raises(judges.JudgeError, match="no verdict in the last line of 'Perhaps'"):
     judges.verdict("Perhaps")
 
 
@@ -159,12 +161,20 @@ async def served(replies, ask):
 
 def test_the_judge_asks_a_chat_endpoint_and_again_where_it_is_busy():
   verdict, seen = asyncio.run(served(
-      [503, "hm", "CORRECT"], lambda judge: judge("<image>Who?", ["Ada", "A. L."], "Ada Lovelace")))
+      [503, "hm", '{"verdict": "CORRECT"}'], lambda judge: judge("<image>Who?", ["Ada", "A. L."], "Ada Lovelace")))
   assert verdict is True and len(seen) == 3
   body, key = seen[0]
   assert (body["model"], body["temperature"], key) == ("judge-7b", 0, "Bearer k")
-  assert body["messages"][1]["content"] == (
-      "Question:\nWho?\n\nReferences:\n- Ada\n- A. L.\n\nAnswer:\nAda Lovelace")
+  assert json.loads(body["messages"][1]["content"]) == {
+      "question": "Who?", "references": ["Ada", "A. L."], "answer": "Ada Lovelace"}
+  assert body["response_format"]["type"] == "json_schema"
+
+
+def test_an_endpoint_without_structured_output_is_asked_for_a_last_line():
+  verdict, seen = asyncio.run(served(
+      [400, 'They differ.\n{"verdict": "INCORRECT"}'], lambda judge: judge("Who?", ["Ada"], "Bob")))
+  assert verdict is False
+  assert ["response_format" in body for body, _ in seen] == [True, False]
 
 
 def test_a_judge_without_a_verdict_says_why():

@@ -56,3 +56,19 @@ def test_an_event_loop_goes_on_while_answers_run_out_of_time():
 def test_thousands_of_open_boxes():
   with corpus.bounds(seconds=2):
     assert rewards.extract_answer("</think>" + "\\boxed{" * 30_000) is None
+
+
+@pytest.mark.parametrize("options", [(), ("red", "blue", "green")])
+@pytest.mark.parametrize("case", corpus.cases("choices"))
+def test_hedges(case, options):
+  if not options and case["case"].endswith("text alone"):
+    pytest.skip("only the options' texts tell")
+  assert rewards.judge(Question("q", "?", (), ("A",), options=options), case["answer"]) == 0.0
+
+
+@pytest.mark.parametrize("answer, options", [
+    ("A. red", ()), ("A. 5 g", ()), ("A) a cat", ()), ("(A) two cats", ("two cats", "a dog")),
+    ("A. not enough information", ("not enough information", "a dog")),
+    ("A. the red one", ("red", "blue")), ("A: red or blue", ("red or blue", "blue"))])
+def test_no_hedges(answer, options):
+  assert rewards.judge(Question("q", "?", (), ("A",), options=options), answer) == 1.0

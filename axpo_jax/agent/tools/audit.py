@@ -25,6 +25,7 @@ import PIL.Image
 from etils import epath
 
 from axpo_jax import paths
+from axpo_jax.agent.lines import to_line
 from axpo_jax.agent.parse import CallError, ToolCall
 from axpo_jax.agent.tools.base import EpisodeState, Observation, PastCall, ToolBox
 from axpo_jax.agent.tools.budget import Usage
@@ -56,7 +57,7 @@ class AuditLog:
 
   def __call__(self, entry: dict[str, Any]) -> None:
     line = {"run": self.run, "time": round(time.time(), 3), **entry}
-    self._file.write(json.dumps(line).encode() + b"\n")
+    self._file.write(to_line(line).encode() + b"\n")
 
   def flush(self) -> None:
     """Returns when all lines are where they belong."""
