@@ -32,6 +32,9 @@ _REPORT = ["plotly>=6.0,<8"]
 _GCS = ["gcsfs>=2026.10,<2027"]
 _S3 = ["s3fs>=2026.9,<2027"]
 
+# The documents as a site: mkdocs build --strict.
+_DOCS = ["mkdocs>=1.6,<2"]
+
 # jax's extras bring the plugin, and the compiler, of its own release.
 _JAX = next(line.removeprefix("jax") for line in _requirements() if line.startswith("jax>"))
 _X86 = "platform_system == 'Linux' and platform_machine == 'x86_64'"
@@ -46,6 +49,8 @@ setup(
   description="AXPO (arXiv 2605.28774) in JAX: train vision-language models that act",
   long_description=(_HERE / "README.md").read_text(),
   long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  license_files=["LICENSE"],
   python_requires=">=3.11,<3.14",
   classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],
   packages=find_packages(include=["axpo_jax", "axpo_jax.*"]),
@@ -57,6 +62,7 @@ setup(
     "cuda": [f"jax[cuda12]{_JAX}"],
     # For the servers' environment, which is best one of its own: docs/sidecar.md.
     "sglang": _requirements("requirements-sidecar.txt"),
+    "docs": _DOCS,
     "gcs": _GCS,
     "report": _REPORT,
     "s3": _S3,
@@ -65,7 +71,7 @@ setup(
     # torch is here to compare with: the port's second implementation. Never imported by the package.
     # playwright drives a Chromium that the system has; it need not install one.
     # Stores are tested against servers on loopback.
-    "test": [*_AOT, *_GCS, *_REPORT, *_S3, *_TOOLS,
+    "test": [*_AOT, *_DOCS, *_GCS, *_REPORT, *_S3, *_TOOLS,
              "gcp-storage-emulator>=2026.7",
              "hypothesis>=6.100", "moto[server]>=5.2", "playwright>=1.50", "pytest>=8",
              "pytest-xdist>=3.7", "ruff>=0.9", "torch==2.13.0"],
