@@ -70,6 +70,7 @@ class VisionConfig:
   in_channels: int = 3
   num_position_embeddings: int = 2304
   deepstack_layers: tuple[int, ...] = (5, 11, 17)
+  rope_theta: float = 10_000.0
 
   def __post_init__(self):
     if self.hidden_size % (4 * self.num_heads):
@@ -177,6 +178,10 @@ class ModelConfig:
         f"vision out_hidden_size={self.vision.out_hidden_size} must equal text hidden_size="
         f"{self.text.hidden_size}: merged patches stand in the text's residual stream"
       )
+    for field in _TOKEN_ID_FIELDS:
+      if not 0 <= getattr(self, field) < self.text.vocab_size:
+        raise UnsupportedConfig(f"{field}={getattr(self, field)} is outside the vocabulary of "
+                                f"{self.text.vocab_size}")
     if len(self.vision.deepstack_layers) > self.text.num_layers:
       raise UnsupportedConfig(
         f"{len(self.vision.deepstack_layers)} DeepStack features need as many text layers, "
@@ -217,7 +222,8 @@ class ModelConfig:
         f"model_type={raw.get('model_type')!r}; only 'qwen3_vl' (dense Qwen3-VL) is implemented"
       )
     text, vision = (_section(raw, name) for name in ("text_config", "vision_config"))
-    tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    # The top level alone counts, as for transformers and SGLang, whatever text_config says.
+    tied = raw.get("tie_word_embeddings", False)
     ids = {k: raw[k] for k in _TOKEN_ID_FIELDS if k in raw}
     return cls(text=_text_from_hf(text, tied), vision=_vision_from_hf(vision), **{**ids, **options})
 
@@ -245,6 +251,7 @@ class ModelConfig:
         "model_type": "qwen3_vl",
         **{hf: getattr(vision, ours) for ours, hf in _VISION_FIELDS.items()},
         "deepstack_visual_indexes": list(vision.deepstack_layers),
+        **_vision_rope_to_hf(vision.rope_theta),
         **_VISION_FIXED,
       },
     }
@@ -313,7 +320,26 @@ def _vision_from_hf(raw: Mapping[str, Any]) -> VisionConfig:
       f"vision_config.deepstack_visual_indexes={taps!r}: write the list of the checkpoint's blocks, such "
       "as [8, 16, 24]"
     )
-  return VisionConfig(**_sizes("vision_config", raw, _VISION_FIELDS), deepstack_layers=tuple(taps))
+  return VisionConfig(**_sizes("vision_config", raw, _VISION_FIELDS), deepstack_layers=tuple(taps),
+                      rope_theta=_vision_theta(raw))
+
+
+def _vision_theta(raw: Mapping[str, Any]) -> float:
+  """transformers 5 writes rope_parameters; the released files say nothing."""
+  rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+  kind = rope.get("rope_type", rope.get("type", "axial"))
+  theta = rope.get("rope_theta", raw.get("rope_theta", VisionConfig.rope_theta))
+  if kind not in ("axial", "default") or not isinstance(theta, (int, float)) or theta <= 0:
+    raise UnsupportedConfig(f"vision_config's rotary settings {rope}: only rope_type 'axial' with a "
+                            "positive rope_theta is implemented")
+  return float(theta)
+
+
+def _vision_rope_to_hf(theta: float) -> dict[str, Any]:
+  """Nothing where the released files, and readers that know no such field, say nothing."""
+  if theta == VisionConfig.rope_theta:
+    return {}
+  return {"rope_parameters": {"rope_type": "axial", "rope_theta": theta}}
 
 
 def _section(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -343,7 +369,7 @@ def _read_json(path: Path) -> Mapping[str, Any]:
                             "*.safetensors and tokenizer")
   try:
     raw = json.loads(path.read_bytes())
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UnsupportedConfig(f"not JSON: {error}") from error
   if not isinstance(raw, Mapping):
     raise UnsupportedConfig(f"not a JSON object but {type(raw).__name__}")

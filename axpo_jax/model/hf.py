@@ -14,7 +14,6 @@ Legend: L layers, V vocabulary, D model.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -30,15 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from axpo_jax.model import sharding
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.qwen3_vl import Qwen3VL
+from axpo_jax.model.tensor_files import INDEX_FILE, SINGLE_FILE, CheckpointError, Reader
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 # What a tokenizer or image processor leaves beside the weights; copied as they are.
 _COMPANIONS = (
   "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
@@ -46,14 +43,11 @@ _COMPANIONS = (
   "preprocessor_config.json", "video_preprocessor_config.json", "generation_config.json",
 )  # fmt: skip
 CONFIG_FILE = "config.json"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 # What must be there to make prompts of a checkpoint, without its weights.
 SMALL_FILES = (*_COMPANIONS, CONFIG_FILE)
 
 Path_ = tuple[str, ...]
-
-
-class CheckpointError(ValueError):
-  """A file of a checkpoint that is damaged or does not fit the others; the message names it."""
 
 
 class CheckpointMismatch(CheckpointError):
@@ -104,7 +98,7 @@ def stored_dtype(path: str | os.PathLike) -> str | None:
 
   Raises: FileNotFoundError if the folder holds no safetensors.
   """
-  with _Reader(Path(path)) as reader:
+  with Reader(Path(path)) as reader:
     return "bfloat16" if reader.dtypes() == {"BF16"} else None
 
 
@@ -127,19 +121,22 @@ def load_params(
 
   Raises:
     CheckpointMismatch: lists all unknown, missing and misshapen tensors, before anything is read.
-    CheckpointError: a file is cut or damaged.
+    CheckpointError: a file is cut or damaged, holds other numbers than floats, NaN or infinity, or a
+      head that differs from the embedding to which the config ties it.
     FileNotFoundError: the folder holds no safetensors.
   """
   abstract = abstract_params(config)
   trees = [abstract]
   if mesh is not None:
     trees.append(sharding.param_shardings(abstract, mesh, rules))
-  with _Reader(Path(path)) as reader:
+  with Reader(Path(path)) as reader:
     table = name_table(config)
     _check(reader.shapes(), table, tied=config.text.tie_word_embeddings)
     entries: dict[Path_, list[Entry]] = {}
     for entry in table:
       entries.setdefault(entry.path, []).append(entry)
+    if config.text.tie_word_embeddings:
+      _check_tied(reader)
 
     def load(path, leaf, target=None):
       return _load_leaf(reader.read, entries[_names(path)], leaf, target)
@@ -149,7 +146,7 @@ def load_params(
 
 def check_checkpoint(path: str | os.PathLike, config: ModelConfig) -> None:
   """Reads the headers of a folder's files alone. Raises: what `load_params` raises."""
-  with _Reader(Path(path)) as reader:
+  with Reader(Path(path)) as reader:
     _check(reader.shapes(), name_table(config), tied=config.text.tie_word_embeddings)
 
 
@@ -272,51 +269,18 @@ def _norm(hf: str, path: Path_, size: int, layer: int | None = None) -> list[Ent
 # Loading --------------------------------------------------------------------------------------
 
 
-class _Reader(contextlib.ExitStack):
-  """The tensors of all safetensors files of a folder, by name; files are memory-mapped."""
-
-  def __init__(self, folder: Path):
-    super().__init__()
-    self._files = {}
-    for file in _safetensors_files(folder):
-      try:
-        handle = self.enter_context(safe_open(file, framework="numpy"))
-      except SafetensorError as error:
-        raise CheckpointError(f"{file} is cut or damaged ({error}): copy it again") from error
-      self._files.update(dict.fromkeys(handle.keys(), handle))
-
-  def shapes(self) -> dict[str, tuple[int, ...]]:
-    return {n: tuple(f.get_slice(n).get_shape()) for n, f in self._files.items()}
-
-  def dtypes(self) -> set[str]:
-    return {f.get_slice(n).get_dtype() for n, f in self._files.items()}
-
-  def read(self, name: str) -> np.ndarray:
-    return self._files[name].get_tensor(name)
-
-
-def _safetensors_files(folder: Path) -> list[Path]:
-  if (folder / INDEX_FILE).exists():
-    try:
-      names = set(json.loads((folder / INDEX_FILE).read_bytes())["weight_map"].values())
-      files = [folder / name for name in sorted(names)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-      raise CheckpointError(f"{folder / INDEX_FILE} is no index with a weight_map of tensors to files "
-                            f"({type(error).__name__}: {error}): copy it again") from error
-  else:
-    files = [folder / SINGLE_FILE]
-  if lost := [str(f) for f in files if not f.exists()]:
-    raise FileNotFoundError(
-      f"no {', '.join(lost)}; a checkpoint folder holds {SINGLE_FILE}, or {INDEX_FILE} and the "
-      "shards that it names"
-    )
-  return files
+def _check_tied(reader: Reader) -> None:
+  """A head that is stored beside a tied embedding must be equal to it."""
+  if _HEAD in reader and not np.array_equal(reader.read(_HEAD), reader.read(_EMBEDDING)):
+    raise CheckpointError(
+      f"{_HEAD} differs from {_EMBEDDING}, and config.json ties them: one of the two files belongs to another "
+      'checkpoint; if the head is right, write "tie_word_embeddings": false')
 
 
 def _check(found: Mapping[str, tuple[int, ...]], table: list[Entry], *, tied: bool) -> None:
   wanted = {entry.name: entry.shape for entry in table}
   # Some writers store the tied head a second time; it is the embedding.
-  ignored = {"lm_head.weight"} if tied else set()
+  ignored = {_HEAD} if tied else set()
   problems = {
     "missing": [f"{n} {list(s)}" for n, s in wanted.items() if n not in found],
     "unknown": [f"{n} {list(s)}" for n, s in found.items() if n not in wanted.keys() | ignored],
@@ -327,11 +291,14 @@ def _check(found: Mapping[str, tuple[int, ...]], table: list[Entry], *, tied: bo
     ],
   }
   lines = [f"  {kind}: {item}" for kind, items in problems.items() for item in sorted(items)]
+  if set(wanted) - set(found) == {_HEAD}:
+    hint = ('if the embedding is the head too, config.json must say "tie_word_embeddings": true at its top '
+            "level, not in text_config alone")
+  else:
+    hint = "is it this checkpoint's config.json?"
   if lines:
     raise CheckpointMismatch(
-      f"{len(lines)} tensors do not fit the config (is it this checkpoint's config.json?):\n"
-      + "\n".join(lines)
-    )
+      f"{len(lines)} tensors do not fit the config ({hint}):\n" + "\n".join(lines))
 
 
 Bounds = tuple[tuple[int, int], ...]  # (start, stop) of every axis

@@ -45,7 +45,7 @@ def text_rope(
 
 
 def vision_rope(
-  positions_RxPx2: jax.Array, *, head_dim: int, theta: float = 10_000.0
+  positions_RxPx2: jax.Array, *, head_dim: int, theta: float
 ) -> tuple[jax.Array, jax.Array]:
   """(cos, sin) of 2-D rotary: rows turn the first F / 2 frequencies, columns the others."""
   frequencies = _inverse_frequencies(head_dim // 2, theta)

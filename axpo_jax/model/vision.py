@@ -121,7 +121,8 @@ class VisionTower(nnx.Module):
     """
     vision = self.config.vision
     x_RxPxD = constrain(self._embed(inputs), _ROW)
-    angles = rope.vision_rope(inputs.positions_RxPx2, head_dim=vision.head_dim)
+    angles = rope.vision_rope(
+      inputs.positions_RxPx2, head_dim=vision.head_dim, theta=vision.rope_theta)
     image_RxP = jnp.asarray(inputs.segments_RxP)
     tags = attention.Tags(image_RxP, jnp.where(image_RxP > 0, image_RxP + 1, 0))
     sees = attention.visibility(tags, [tags], self.config.attention_chunk)

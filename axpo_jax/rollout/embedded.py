@@ -150,7 +150,8 @@ class EmbeddedEngine:
   async def generate(self, request: SampleRequest) -> list[Sample]:
     """See `Engine.generate`. A cancelled caller frees its rows after the running block."""
     self._check_open()
-    check_request(request, self._model.image_token_id, self.config.length)
+    check_request(request, self._model.image_token_id, self._model.text.vocab_size,
+                  self.config.length)
     check_images(request, self._model.vision, max(self.config.patch_lengths))
     check_numbers(request)
     prompt = Prompt.of(request, self._model)

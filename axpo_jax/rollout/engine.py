@@ -192,8 +192,17 @@ class Engine(Protocol):
     """Fails what is queued with EngineClosed and frees the engine's buffers. Idempotent."""
 
 
-def check_request(request: SampleRequest, image_token_id: int, max_length: int) -> None:
-  """Raises RequestError when `request` cannot be served by rows of `max_length` expanded tokens."""
+def check_request(
+  request: SampleRequest, image_token_id: int, vocab_size: int, max_length: int
+) -> None:
+  """Raises RequestError when `request` cannot be served by rows of `max_length` expanded tokens, or
+  has ids outside the vocabulary: JAX would read the last one's embedding, SGLang's process would end."""
+  p = request.params
+  for name, ids in (("ids", request.ids), ("stop_ids", p.stop_ids), ("banned_ids", p.banned_ids)):
+    if wrong := [i for i in ids if not 0 <= i < vocab_size]:
+      raise RequestError(f"{name} holds {wrong[:5]}, outside the vocabulary of {vocab_size}")
+  if len(set(p.banned_ids)) == vocab_size:
+    raise RequestError(f"banned_ids are all {vocab_size} ids of the vocabulary: leave one to draw")
   pads = request.ids.count(image_token_id)
   if pads != len(request.images):
     raise RequestError(

@@ -146,8 +146,8 @@ class SGLangEngine:
       NoServer: there was no server to ask within the fleet's deadline.
     """
     self._check_open()
-    check_request(request, self._model.image_token_id, self.config.length)
-    wire.check_ids(request, self._model.text.vocab_size)
+    check_request(request, self._model.image_token_id, self._model.text.vocab_size,
+                  self.config.length)
     if self._push is None:
       raise RequestError("there are no weights to sample from: call update_weights first")
     self._stats.requests += 1

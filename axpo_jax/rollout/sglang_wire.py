@@ -20,7 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from axpo_jax.rollout.engine import RequestError, Sample, SampleRequest, SamplingParams
+from axpo_jax.rollout.engine import Sample, SampleRequest, SamplingParams
 from axpo_jax.rollout.sglang_api import ServerError
 
 # Added to a banned id's logit: its probability is then an exact zero in any float type.
@@ -53,14 +53,6 @@ class Reply:
   logprobs: tuple[float, ...]
   stopped: bool
   cached_tokens: int
-
-
-def check_ids(request: SampleRequest, vocab_size: int) -> None:
-  """Raises RequestError for ids outside the vocabulary: one such id can end the server's process."""
-  p = request.params
-  for name, ids in (("ids", request.ids), ("stop_ids", p.stop_ids), ("banned_ids", p.banned_ids)):
-    if wrong := [i for i in ids if not 0 <= i < vocab_size]:
-      raise RequestError(f"{name} holds {wrong[:5]}, outside the vocabulary of {vocab_size}")
 
 
 def payload(request: SampleRequest, seed: int, images: Sequence[str], length: int) -> dict[str, Any]:

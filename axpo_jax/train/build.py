@@ -113,6 +113,10 @@ def _model_config(config: ConfigDict, chat: Chat) -> ModelConfig:
     base = PRESETS[m.preset]
     if m.preset == "tiny":
       base = _with_tokenizer(base, chat)
+  if chat.vocab_size > base.text.vocab_size:
+    raise ConfigError(
+      f"config.model.{'tokenizer' if m.tokenizer else 'checkpoint'}: its tokenizer has {chat.vocab_size} ids, "
+      f"the model {base.text.vocab_size}: take the tokenizer that belongs to the checkpoint")
   return computed_as(base, m)
 
 
@@ -182,7 +186,8 @@ def _trainable(config: ConfigDict, bench: Workbench) -> Callable[[Transcript], N
 
 def _check_packable(example: Example, config: ConfigDict, bench: Workbench) -> None:
   check_example(example, config.batch.length, bench.chat.banned_ids,
-                max(sections.patch_rows(config, bench.model_config.vision)))
+                max(sections.patch_rows(config, bench.model_config.vision)),
+                bench.model_config.text.vocab_size)
 
 
 @contextlib.contextmanager
@@ -270,6 +275,7 @@ def optimizer(section: ConfigDict, total_steps: int, freeze_vision: bool,
 def pack_examples(config: ConfigDict, bench: Workbench, batch: list[Example]) -> list[Batch]:
   """Micro-batches in the shapes that the config fixes, so that few programs are compiled."""
   return pack(batch, banned_ids=bench.chat.banned_ids,
+              vocab_size=bench.model_config.text.vocab_size,
               image_rows_here=vision_rows_here(bench.mesh, bench.rules),
               **pack_options(config, bench.model_config, bench.mesh, bench.rules))
 

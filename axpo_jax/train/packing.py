@@ -83,6 +83,7 @@ def pack(
   vision_config: VisionConfig,
   share_prefixes: bool = True,
   banned_ids: Sequence[int] = (),
+  vocab_size: int | None = None,
   rows_multiple_of: int = 1,
   image_rows_multiple_of: int | None = None,
   image_rows_here: Callable[[int], Collection[int]] | None = None,
@@ -100,6 +101,7 @@ def pack(
     share_prefixes: equal beginnings (ids, positions, images) of examples are computed once a row.
       The result is the same without.
     banned_ids: ids that a target may not have, since the softmax leaves them out.
+    vocab_size: ids must be below it; None: it is not checked.
     rows_multiple_of: the number of rows is a multiple of it, and `rows` is rounded up to one: a
       shard holds at least one row. See `batch.batch_shards`.
     image_rows_multiple_of: the number of vision rows is one of it; default `rows_multiple_of`.
@@ -118,7 +120,7 @@ def pack(
   if length % block:
     raise PackingError(f"rows of {length} tokens: batch.length must be a multiple of {block}")
   for number, example in enumerate(examples):
-    check_example(example, length, banned_ids, max(patch_buckets), f"example {number}")
+    check_example(example, length, banned_ids, max(patch_buckets), vocab_size, f"example {number}")
   if not examples:
     return []
   pieces_R = _place(examples, length, share_prefixes)
@@ -137,7 +139,7 @@ def pack(
 
 
 def check_example(example: Example, length: int, banned_ids: Sequence[int], most_patches: int,
-                  where: str = "the example") -> None:
+                  vocab_size: int | None = None, where: str = "the example") -> None:
   """Raises PackingError for an example that `pack` cannot put into rows of `length` tokens."""
   size = len(example)
   if size > length:
@@ -148,6 +150,11 @@ def check_example(example: Example, length: int, banned_ids: Sequence[int], most
     value = getattr(example, field.name)
     if field.name != "images" and value is not None and len(value) != size:
       raise PackingError(f"{where}: {field.name} has length {len(value)}, ids_T has {size}")
+  # An id beyond the vocabulary would silently act as its last one.
+  beyond_T = example.ids_T[(example.ids_T < 0) | (example.ids_T >= (vocab_size or np.inf))]
+  if beyond_T.size:
+    raise PackingError(f"{where} has the id {int(beyond_T[0])}, the vocabulary {vocab_size}: was it made "
+                       "with another tokenizer?")
   if size and example.loss_mask_T[0]:
     raise PackingError(f"{where}: loss_mask_T[0] is set, but nothing predicts the first token")
   banned_T = np.isin(example.ids_T, np.asarray(banned_ids, np.int64)) & example.loss_mask_T

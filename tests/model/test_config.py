@@ -64,6 +64,9 @@ def test_hf_round_trip_through_transformers(name, tmp_path):
     (("vision_config",), {"deepstack_visual_indexes": [5, 40]}, "below depth"),
     (("vision_config",), {"deepstack_visual_indexes": None}, "deepstack_visual_indexes=None"),
     (("vision_config",), {"depth": "many"}, "vision_config.depth='many' is not a number"),
+    (("vision_config",), {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "only rope_type 'axial'"),
+    (("vision_config",), {"rope_parameters": {"rope_theta": -1.0}}, "positive rope_theta"),
+    ((), {"image_token_id": 151936}, "image_token_id=151936 is outside the vocabulary of 151936"),
     ((), {"text_config": None}, "text_config is missing"),
     ((), {"vision_config": []}, "vision_config is missing"),
   ],
@@ -84,6 +87,30 @@ def test_what_is_not_implemented_is_refused(where, change, message):
 def test_wrong_options_are_refused(change, message):
   with pytest.raises(UnsupportedConfig, match=message):
     dataclasses.replace(PRESETS["tiny"], **change)
+
+
+@pytest.mark.parametrize("inside", [True, False, None])
+@pytest.mark.parametrize("top", [True, False, None])
+def test_tying_is_what_transformers_makes_of_it(top, inside):
+  """The top level decides, whatever text_config says."""
+  raw = PRESETS["tiny"].to_hf()
+  for target, value in ((raw, top), (raw["text_config"], inside)):
+    del target["tie_word_embeddings"]
+    if value is not None:
+      target["tie_word_embeddings"] = value
+  assert ModelConfig.from_hf(raw).text.tie_word_embeddings == Qwen3VLConfig(**raw).tie_word_embeddings
+
+
+@pytest.mark.parametrize("change", [{"rope_parameters": {"rope_theta": 500.0}}, {"rope_theta": 500.0},
+                                    {"rope_parameters": {"rope_type": "axial", "rope_theta": 500.0}}])
+def test_rotary_settings_of_the_tower_are_read_as_transformers_reads_them(change):
+  raw = PRESETS["tiny"].to_hf()
+  raw["vision_config"] |= change
+  theirs = Qwen3VLConfig(**raw)
+  config = ModelConfig.from_hf(raw)
+  assert config.vision.rope_theta == theirs.vision_config.rope_parameters["rope_theta"] == 500.0
+  assert Qwen3VLConfig(**config.to_hf()).vision_config.rope_parameters["rope_theta"] == 500.0
+  assert "rope_parameters" not in PRESETS["tiny"].to_hf()["vision_config"]  # as in the released files
 
 
 def test_head_size_that_is_left_out_is_that_of_transformers():

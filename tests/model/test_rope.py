@@ -1,10 +1,15 @@
 """Rotary tables against transformers' own modules, far down a sequence too."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from transformers import Qwen3VLConfig
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
+from transformers.models.qwen3_vl.modeling_qwen3_vl import (
+  Qwen3VLTextRotaryEmbedding,
+  Qwen3VLVisionRotaryEmbedding,
+)
 
 from axpo_jax.model import rope
 from axpo_jax.model.config import PRESETS
@@ -31,3 +36,15 @@ def test_cosines_and_sines_of_a_long_sequence_are_those_of_transformers():
   for mine, full in zip(ours, theirs, strict=True):
     want = full[..., :mine.shape[-1]].numpy()
     assert np.linalg.norm(mine - want) / np.linalg.norm(want) < 5e-6
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500.0])
+def test_angles_of_the_tower_are_those_of_transformers(theta):
+  vision = dataclasses.replace(PRESETS["8b"].vision, rope_theta=theta)
+  config = dataclasses.replace(PRESETS["8b"], vision=vision)
+  grid_Px2 = np.stack(np.meshgrid(np.arange(40), np.arange(60), indexing="ij"), -1).reshape(-1, 2)
+  ours = rope.vision_rope(grid_Px2[None], head_dim=vision.head_dim, theta=theta)
+  reference = Qwen3VLVisionRotaryEmbedding(Qwen3VLConfig(**config.to_hf()).vision_config)
+  theirs = reference(torch.zeros(1), torch.tensor(grid_Px2))
+  for mine, full in zip(ours, theirs, strict=True):
+    np.testing.assert_allclose(mine[0], full[:, :mine.shape[-1]].numpy(), rtol=0, atol=1e-5)

@@ -194,6 +194,14 @@ def test_prompts_that_cannot_be_served_are_refused(subject, ask, text, image):
     ask(())
   with pytest.raises(RequestError, match="seeds is empty"):
     ask((5,), seeds=())
+  # JAX would read the last embedding for an id beyond the table, and draw NaN where nothing is left.
+  beyond = {"outside the vocabulary of 92": (ask((5, 92)), ask((5, -1)), ask((5, 6), banned_ids=(92,)),
+                                             ask((5,), stop_ids=(99,))),
+            "banned_ids are all 92 ids": (ask((5, 6), banned_ids=tuple(range(92))),)}
+  for reason, requests in beyond.items():
+    for request in requests:
+      with pytest.raises(RequestError, match=reason):
+        subject.run(request)
   assert subject.engine.stats().requests == 0
 
 

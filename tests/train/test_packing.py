@@ -268,6 +268,10 @@ def test_errors_name_the_example_and_the_numbers(make_example, make_image, optio
     pack([first], **options)
   with pytest.raises(PackingError, match=f"banned id {fine.ids_T[3]}"):
     pack([fine], banned_ids=(int(fine.ids_T[3]),), **options)
+  largest = int(fine.ids_T.max())
+  with pytest.raises(PackingError, match=f"example 0 has the id {largest}, the vocabulary {largest}: "):
+    pack([fine], vocab_size=largest, **options)
+  pack([fine], vocab_size=largest + 1, **options)
   with pytest.raises(PackingError, match="advantages_T has length 3, ids_T has 4"):
     pack([dataclasses.replace(fine, advantages_T=np.zeros(3))], **options)
   with pytest.raises(PackingError, match="rows of 18 tokens"):

@@ -20,7 +20,7 @@ import pathlib
 import socket
 from collections.abc import Mapping
 
-from axpo_jax.model.config import ModelConfig, UnsupportedConfig
+from axpo_jax.model.config import ModelConfig, UnsupportedConfig, VisionConfig
 
 SERVE = pathlib.Path(__file__).with_name("serve.py")
 DEVICES = ("cuda", "cpu")
@@ -105,7 +105,11 @@ class SidecarSpec:
         f"gpus={self.gpus} are {len(self.gpus)}, but servers={self.servers} x "
         f"tensor_parallel={self.tensor_parallel} takes {needed}"
       )
-    text = model_config(self.model).text
+    config = model_config(self.model)
+    text = config.text
+    if config.vision.rope_theta != VisionConfig.rope_theta:
+      raise SidecarError(f"model={self.model!r}: vision rope_theta={config.vision.rope_theta:g}, and SGLang "
+                         f"takes {VisionConfig.rope_theta:g} whatever config.json says")
     if text.num_heads % self.tensor_parallel:
       raise SidecarError(
         f"tensor_parallel={self.tensor_parallel} does not divide {text.num_heads} heads")
