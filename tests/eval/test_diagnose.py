@@ -3,7 +3,6 @@
 import collections
 import json
 import pathlib
-import random
 import subprocess
 import sys
 
@@ -18,158 +17,16 @@ from axpo_jax.eval.diagnose.traces import Call, Fields, Trace, TraceError
 from axpo_jax.eval.diagnose.warnings import collapse
 from axpo_jax.rl import census
 from axpo_jax.rl.acting import acting_census
+from tests.eval.logs import (
+  as_openai,
+  as_qwen,
+  counted,
+  episodes,
+  unreadable_calls_are_nameless,
+  write,
+)
 
 REPO = pathlib.Path(__file__).parents[2]
-# What each kind of call looks like in the two foreign ways of writing, and what it counts as.
-KINDS = ("ok", "tool_error", "bad_json", "no_result")
-
-
-def episodes(seed: int) -> list[dict]:
-  """What happened, before anyone writes it down: 6 questions x 5 rollouts x 3 steps."""
-  rng = random.Random(seed)
-  out = []
-  for step in (1, 2, 3):
-    for question in range(6):
-      for _ in range(5):
-        calls = []
-        if rng.random() < 0.5:
-          calls = [(rng.choice(["lookup", "draw"]), rng.choices(KINDS, [6, 2, 1, 1])[0])
-                   for _ in range(rng.choice([1, 1, 2]))]
-        out.append({"question": f"q{question}", "step": step, "right": rng.random() < 0.4,
-                    "calls": calls, "mentions": rng.random() < 0.3,
-                    "acting": ("act", "decline", "either")[question % 3]})
-  return out
-
-
-def counted(items: list[dict]) -> dict[str, tuple[int, int]]:
-  """The figures again, as plainly as can be."""
-  n = collections.Counter()
-  of = collections.Counter()
-
-  def add(name, yes):
-    n[name] += bool(yes)
-    of[name] += 1
-
-  groups = collections.defaultdict(list)
-  for item in items:
-    groups[item["step"], item["question"]].append(item)
-  for members in groups.values():
-    tool = [m for m in members if m["calls"]]
-    plain = [m for m in members if not m["calls"]]
-    if tool:
-      add("tool_all_wrong_rate", all(not m["right"] for m in tool))
-    if plain:
-      add("no_tool_all_wrong_rate", all(not m["right"] for m in plain))
-    worked = any(m["right"] for m in tool)
-    for m in members:
-      add("success_rate", m["right"])
-      add("tool_attempt_rate", m["calls"])
-      add("mention_without_call_rate", not m["calls"] and m["mentions"])
-      for name, error in m["calls"]:
-        add("tool_error_rate", error != "ok")
-        add(f"error_rate of {name}", error != "ok")
-      if m["calls"]:
-        add("tool_success_rate", m["right"])
-        add("stop_after_first_call_rate", len(m["calls"]) == 1)
-      else:
-        add("no_tool_success_rate", m["right"])
-        add("declined_well", m["right"])
-        add("failed_to_act", not m["right"] and worked)
-        add("acting_failed_too", not m["right"] and tool and not worked)
-        add("nobody_acted", not m["right"] and not tool)
-  return {name: (n[name], of[name]) for name in of}
-
-
-def as_openai(item: dict) -> dict:
-  thought = "I could use a tool." if item["mentions"] else "I know this."
-  messages = [{"role": "system", "content": "Be right."},
-              {"role": "user", "content": [{"type": "text", "text": item["question"]}]}]
-  for number, (name, kind) in enumerate(item["calls"]):
-    arguments = '{"at": ' if kind == "bad_json" else '{"at": 1}'
-    messages.append({"role": "assistant", "content": None, "reasoning_content": thought,
-                     "tool_calls": [{"id": f"c{number}", "type": "function",
-                                     "function": {"name": name, "arguments": arguments}}]})
-    if kind != "no_result":
-      text = {"ok": '{"found": 3}', "tool_error": '{"error": "no such place"}',
-              "bad_json": "Error: cannot parse"}[kind]
-      messages.append({"role": "tool", "tool_call_id": f"c{number}", "content": text})
-  messages.append({"role": "assistant", "content": "It is 3.", "reasoning_content": thought})
-  return {"messages": messages, "metadata": {
-    "correct": item["right"], "qid": item["question"], "step": item["step"]}}
-
-
-def qwen_turns(item: dict) -> list[tuple[str, str]]:
-  # A call quoted in the thinking is no call; where there is none at all, it would be a mention.
-  thought = "I could use a tool." if item["mentions"] else "I know this."
-  quoted = " <tool_call>{}</tool_call> is how." if item["calls"] else ""
-  thought = f"<think>\n{thought}{quoted}\n</think>\n"
-  turns = [("user", item["question"])]
-  for name, kind in item["calls"]:
-    inside = '{"name": ' if kind == "bad_json" else json.dumps(
-      {"name": name, "arguments": {"at": 1}})
-    turns.append(("assistant", f"{thought}<tool_call>\n{inside}\n</tool_call>"))
-    if kind != "no_result":
-      text = {"ok": "found 3", "tool_error": "Error: no such place",
-              "bad_json": "Error: cannot parse"}[kind]
-      turns.append(("tool", f"<tool_response>\n{text}\n</tool_response>"))
-  return [*turns, ("assistant", f"{thought}It is 3.")]
-
-
-def as_qwen(item: dict) -> dict:
-  """What verl writes: prompt and output as ChatML, score, step."""
-  (_, asked), *rest = qwen_turns(item)
-  system = 'Call so: <tool_call>\n{"name": <name>}\n</tool_call>'
-  role = {"tool": "user", "assistant": "assistant"}
-  output = "".join(f"<|im_start|>{role[who]}\n{text}<|im_end|>\n" for who, text in rest)
-  return {"input": f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{asked}<|im_end|>\n"
-                   "<|im_start|>assistant\n",
-          "output": output.removeprefix("<|im_start|>assistant\n"),
-          "score": float(item["right"]), "step": item["step"]}
-
-
-def as_hermes(item: dict) -> dict:
-  """ShareGPT turns, by day instead of by step."""
-  names = {"user": "human", "assistant": "gpt", "tool": "tool"}
-  return {"conversations": [{"from": names[who], "value": text}
-                            for who, text in qwen_turns(item)],
-          "extra_info": {"score": int(item["right"]), "question_id": item["question"],
-                         "date": f"2026-03-0{item['step']}T12:00:00Z"}}
-
-
-def write(path: pathlib.Path, records: list) -> pathlib.Path:
-  path.write_text("".join(json.dumps(record) + "\n" for record in records))
-  return path
-
-
-def unreadable_calls_are_nameless(items: list[dict]) -> list[dict]:
-  """In text logs the name of a call that is not JSON is not known."""
-  return [{**item, "calls": [("(unreadable)" if kind == "bad_json" else name, kind)
-                             for name, kind in item["calls"]]} for item in items]
-
-
-@pytest.mark.parametrize("style, form, seen", [
-  (as_openai, "openai", lambda items: items),
-  (as_qwen, "text", unreadable_calls_are_nameless),
-  (as_hermes, "text", unreadable_calls_are_nameless)])
-def test_figures_are_those_of_a_plain_count(style, form, seen, tmp_path):
-  items = episodes(seed=5)
-  reading = read([write(tmp_path / "log.jsonl", [style(item) for item in items])])
-  assert (reading.formats, reading.problems) == ({form: len(items)}, [])
-  result = diagnose(reading.traces)
-  found = {name: (share["count"], share["of"]) for name, share in result["figures"].items()}
-  found |= {f"error_rate of {tool}": (share["errors"], share["calls"])
-            for tool, share in result["tools"].items()}
-  assert found == counted(seen(items))
-  for share in result["figures"].values():
-    assert share["value"] == pytest.approx(share["count"] / share["of"])
-    assert share["low"] <= share["value"] <= share["high"]
-  by_step = [counted([item for item in items if item["step"] == step])["tool_attempt_rate"]
-             for step in (1, 2, 3)]
-  assert [(row["figures"]["tool_attempt_rate"]["count"], row["rollouts"])
-          for row in result["over_time"]] == by_step
-  times = [row["when"] for row in result["over_time"]]
-  assert times == ([1, 2, 3] if style is not as_hermes
-                   else ["2026-03-01", "2026-03-02", "2026-03-03"])
 
 
 def test_a_plain_text_file_of_conversations(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from axpo_jax.eval.diagnose.traces import FIELDS, Fields, TraceError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Returns the exit status: 0, 1 with --strict where something warns, 2 if nothing was read."""
+  """Returns the exit status: 0, 1 with --strict where something warns, 2 if nothing was read, or if
+  some rollouts were not counted because no known notation explains their calls."""
   arguments = _parser().parse_args(argv)
   try:
     names = dict(item.split("=", 1) if "=" in item else (item, "") for item in arguments.field)
@@ -26,15 +28,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"diagnose: {error}", file=sys.stderr)
     return 2
   result = diagnose(reading.traces, arguments.words)
+  result["warnings"] = output.unread_warnings(reading) + result["warnings"]
   text = output.markdown(result, reading)
-  _write(arguments.out, result | {
-    "formats": reading.formats, "left_out": reading.left_out,
-    "problems": [dataclasses.asdict(problem) for problem in reading.problems]}, text)
-  if sys.stdout.isatty() and not arguments.plain:
-    output.show(result, reading)
-  else:
-    print(text)
-  if not reading.traces:
+  try:
+    _write(arguments.out, result | {
+      "formats": reading.formats, "left_out": reading.left_out, **{
+        name: [dataclasses.asdict(problem) for problem in getattr(reading, name)]
+        for name in ("problems", "unread", "skipped")}}, text)
+  except OSError as error:
+    print(f"diagnose: --out {arguments.out}: {error.strerror}", file=sys.stderr)
+    return 2
+  try:
+    if sys.stdout.isatty() and not arguments.plain:
+      output.show(result, reading)
+    else:
+      print(text, flush=True)
+  except BrokenPipeError:  # `| head` has seen enough; what is still buffered must not be written
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  if not reading.traces or reading.unread:
     return 2
   return int(arguments.strict and bool(result["warnings"]))
 
@@ -43,8 +54,8 @@ def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m axpo_jax.eval.diagnose",
     description="How an agent thinks and acts, from its logs; docs/diagnose.md explains all figures.")
-  parser.add_argument("traces", nargs="+", help=".jsonl, .json, .txt or .log files, or folders")
-  parser.add_argument("--format", choices=FORMATS, help="instead of detecting it file by file")
+  parser.add_argument("traces", nargs="+", help="logs, or folders of them")
+  parser.add_argument("--format", choices=FORMATS, help="instead of detecting it record by record")
   parser.add_argument("--field", action="append", default=[], metavar="NAME=PATH",
                       help=f"where a record keeps {', '.join(FIELDS)}: reward=result.score")
   parser.add_argument("--words", nargs="*", default=(), metavar="WORD",
@@ -60,9 +71,10 @@ def _parser() -> argparse.ArgumentParser:
 def _write(folder: str, result: dict, text: str) -> None:
   place = pathlib.Path(folder)
   place.mkdir(parents=True, exist_ok=True)
-  (place / "diagnosis.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n",
-                                        encoding="utf-8")
-  (place / "diagnosis.md").write_text(text, encoding="utf-8")
+  # What is no text (half of a surrogate pair) becomes the JSON escape of it.
+  for name, content in (("diagnosis.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n"),
+                        ("diagnosis.md", text)):
+    (place / name).write_text(content, encoding="utf-8", errors="backslashreplace")
 
 
 if __name__ == "__main__":

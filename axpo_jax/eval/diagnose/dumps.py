@@ -30,7 +30,7 @@ def read_dump(record: Mapping[str, Any], place: str, step: int | None, pieces: S
   extra, transcript = record.get("extra") or {}, record["transcript"]
   if "branch" in extra or record["stop"] in FAILED_STOPS:
     return None
-  kinds = spread(transcript["kinds"])
+  kinds = kinds_of(transcript)
   calls = tuple(Call(call["name"], call["error"]) for call in record["calls"])
   if not calls and CALL in kinds:  # opened, but the turn was cut before it could be read
     calls = (Call("", "unclosed"),)
@@ -76,8 +76,15 @@ def load_decode(path: pathlib.Path) -> Decode:
   return lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False)
 
 
-def spread(runs: Sequence[Sequence[int]]) -> list[int]:
-  """[[value, how many], ...] as values."""
+def kinds_of(transcript: Mapping[str, Any]) -> list[int]:
+  """The kind of every token, from [[value, how many], ...].
+
+  Raises:
+    ValueError: it is not one kind a token.
+  """
+  tokens, runs = len(transcript["ids"]), transcript["kinds"]
+  if sum(count for _, count in runs) != tokens or any(count < 0 for _, count in runs):
+    raise ValueError(f"the kinds are not those of {tokens} tokens")
   return [value for value, count in runs for _ in range(count)]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from axpo_jax.eval.diagnose.figures import LABELS
-from axpo_jax.eval.diagnose.reading import Reading
+from axpo_jax.eval.diagnose.reading import Problem, Reading
 
 _SHOWN_PROBLEMS = 10
 _SHOWN_TIMES = 20
@@ -20,7 +20,7 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[st
   """(title, head, rows) of every table that has rows."""
   figures = [[label, *_cells(result["figures"].get(name))] for name, label in LABELS.items()
              if name in result["figures"]]
-  tools = [[tool, str(found["calls"]), *_cells(found.get("error_rate"))[:2],
+  tools = [[clean(tool), str(found["calls"]), *_cells(found.get("error_rate"))[:2],
             ", ".join(f"{kind} {count}" for kind, count in found["kinds"].items()) or "–"]
            for tool, found in result["tools"].items()]
   times = [[str(row["when"]), str(row["rollouts"]),
@@ -43,13 +43,12 @@ def thinned(rows: Sequence[Any]) -> list[Any]:
 def markdown(result: Mapping[str, Any], reading: Reading) -> str:
   """Everything as Markdown."""
   parts = ["# Thinking and acting", "", summary(result, reading), ""]
-  parts += [f"> **Warning ({warning['kind']}):** {warning['text']}\n"
+  parts += [f"> **Warning ({warning['kind']}):** {clean(warning['text'])}\n"
             for warning in result["warnings"]]
   for title, head, rows in tables(result):
     parts += [f"## {title}", "", _rendered(head, rows), ""]
-  if reading.problems:
-    parts += [f"## Not read: {len(reading.problems)}", "",
-              *(f"- {line}" for line in problem_lines(reading)), ""]
+  for title, problems in _lists(reading):
+    parts += [f"## {title}: {len(problems)}", "", *(f"- {line}" for line in lines(problems)), ""]
   return "\n".join(parts)
 
 
@@ -68,10 +67,11 @@ def show(result: Mapping[str, Any], reading: Reading) -> None:
     for row in rows:
       table.add_row(*map(escape, row))
     console.print(table)
-  for line in problem_lines(reading):
-    console.print(f"[yellow]not read[/] {escape(line)}", highlight=False)
+  for title, problems in _lists(reading):
+    for line in lines(problems):
+      console.print(f"[yellow]{title.lower()}[/] {escape(line)}", highlight=False)
   for warning in result["warnings"]:
-    console.print(f"[bold red]warning[/] {escape(warning['text'])}", highlight=False)
+    console.print(f"[bold red]warning[/] {escape(clean(warning['text']))}", highlight=False)
 
 
 def summary(result: Mapping[str, Any], reading: Reading) -> str:
@@ -79,17 +79,45 @@ def summary(result: Mapping[str, Any], reading: Reading) -> str:
   formats = ", ".join(f"{count} {form}" for form, count in sorted(reading.formats.items()))
   text = (f"{result['rollouts']} rollouts of {result['questions']} questions, "
           f"{result['calls']} calls ({formats or 'nothing'} read, "
-          f"{reading.left_out} left out, {len(reading.problems)} not readable)")
+          f"{reading.left_out} left out, {len(reading.problems)} not readable, "
+          f"{len(reading.uncounted)} with unknown calls, {len(reading.skipped)} skipped)")
   unscored = result["rollouts"] - result["scored"]
   return text + (f"; {unscored} have no reward" if unscored else "")
 
 
-def problem_lines(reading: Reading) -> list[str]:
+def unread_warnings(reading: Reading) -> list[dict[str, str]]:
+  """The loudest warning there is: rollouts that may have acted, in a way that nobody reads."""
+  if not reading.unread:
+    return []
+  words = collections.Counter(problem.reason for problem in reading.unread)
+  named = ", ".join(f"{word} ({count})" for word, count in words.most_common(3))
+  first = reading.unread[0]
+  return [{"kind": "unread_calls", "text": (
+    f"{len(reading.unread)} rollouts hold words of calls, and no call could be read: {named}; the "
+    f"first at {first.file}:{first.line}. {len(reading.uncounted)} rollouts are not counted, since "
+    "they would look as if they did not act")}]
+
+
+def lines(problems: Sequence[Problem]) -> list[str]:
   """The first problems, and how many more there are."""
-  lines = [f"{problem.file}:{problem.line}: {problem.reason}"
-           for problem in reading.problems[:_SHOWN_PROBLEMS]]
-  rest = collections.Counter(problem.file for problem in reading.problems[_SHOWN_PROBLEMS:])
-  return lines + [f"{file}: {count} more" for file, count in rest.items()]
+  shown = [clean(f"{problem.file}:{problem.line}: {problem.reason}" if problem.line else
+                 f"{problem.file}: {problem.reason}") for problem in problems[:_SHOWN_PROBLEMS]]
+  rest = collections.Counter(problem.file for problem in problems[_SHOWN_PROBLEMS:])
+  more = [clean(f"{file}: {count} more") for file, count in rest.most_common(_SHOWN_PROBLEMS)]
+  left = len(rest) - len(more)
+  return shown + more + ([f"and {left} more files, all in diagnosis.json"] if left > 0 else [])
+
+
+def clean(text: str) -> str:
+  """Text of strangers for a terminal: control characters and the like as escapes."""
+  return "".join(character if character.isprintable() else
+                 character.encode("unicode_escape").decode() for character in text)
+
+
+def _lists(reading: Reading) -> list[tuple[str, Sequence[Problem]]]:
+  return [(title, problems) for title, problems in (
+    ("Calls not understood", reading.unread), ("Not read", reading.problems),
+    ("Skipped", reading.skipped)) if problems]
 
 
 def _cells(share: Mapping[str, Any] | None) -> list[str]:

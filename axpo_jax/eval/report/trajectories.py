@@ -119,7 +119,7 @@ def _group(r: int, run: Run, path: pathlib.Path, members: Sequence[dict], pictur
            texts: _Texts) -> dict:
   first = members[0]
   extra, transcript = first.get("extra") or {}, first["transcript"]
-  pieces, kinds = texts.pieces(first, path), dumps.spread(transcript["kinds"])
+  pieces, kinds = texts.pieces(first, path), dumps.kinds_of(transcript)
   pads = [i == transcript["special"]["image_pad"] for i in transcript["ids"]]
   prompt = "".join(IMAGE if pad else piece
                    for piece, pad, kind in zip(pieces, pads, kinds) if kind == PROMPT)
@@ -146,7 +146,7 @@ def _rollout(record: Mapping[str, Any], path: pathlib.Path, shown: int, pictures
              texts: _Texts) -> dict:
   """One rollout, or of a continuation what comes behind its frozen prefix."""
   extra, transcript = record.get("extra") or {}, record["transcript"]
-  kinds = dumps.spread(transcript["kinds"])
+  kinds = dumps.kinds_of(transcript)
   pieces, pad = texts.pieces(record, path), transcript["special"]["image_pad"]
   images = [{**_image(path, image, pictures), "at": number}
             for number, image in enumerate(transcript["images"]) if number >= shown]

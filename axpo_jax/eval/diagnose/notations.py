@@ -1,0 +1,176 @@
+"""How one call, one result or one text is written. No state.
+
+In: pieces of a message. Out: an Event of a call, the kind of an error, texts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from axpo_jax.agent.parse import CallError, parse_call
+
+SYSTEM, USER, THINK, SAY, CALL, RESULT = "system", "user", "think", "say", "call", "result"
+UNANSWERED = "no_result"
+CHATML = re.compile(r"<\|im_start\|>(\w+)\n?(.*?)(?:<\|im_end\|>|(?=<\|im_start\|>)|\Z)", re.DOTALL)
+
+_CALL_NAMES = ("name", "function_name", "tool_name", "toolName")
+ARGUMENTS = ("arguments", "input", "args", "parameters", "kwargs", "action")
+CALL_KEYS = ("call_id", "tool_call_id", "toolCallId", "id")
+
+# Up to the next tag of either kind: an opening tag repeated 100,000 times is read once, not squared.
+RESPONSE = re.compile(r"<tool_response>((?:(?!</?tool_response>).)*)</tool_response>", re.DOTALL)
+TEXT_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)|"
+                       r"<function=([^>\s]*)>(.*?)(</function>|\Z)", re.DOTALL)
+_FUNCTION = re.compile(r"\s*<function=([^>\s]*)>.*?(</function>|\Z)", re.DOTALL)
+_ERROR_TEXT = re.compile(r"\s*\W?(error|exception|failed|traceback \(most recent call last\))\b",
+                         re.IGNORECASE)
+# Words of calls in notations that are not read: XML and bracket tags, ReAct, JSON with a name and
+# arguments. And keys or types by which messages hold calls.
+CALL_WORDS = re.compile(
+  r"</?(?:tool_calls?|tool_use|tool_code|function_calls?|functions?|invoke|execute_\w+|antml:\w+)\b|"
+  r"<\|(?:tool|python_tag|plugin|action)|<｜tool|\[TOOL_CALLS\]|functools\[|<end_code>|"
+  r"```tool_(?:code|call)|^[ \t]*Action[ \t]*:\s*(?:\{|\w+\s*[\[(]|[^\n]*\n\s*Action Input\s*:)|"
+  r'"name"\s*:\s*"[^"\n]+"\s*,\s*"(?:arguments|parameters|args|kwargs|input)"\s*:', re.MULTILINE)
+_CALL_KEY = re.compile(r"(?:tool|function)s?[-_ ]?(?:use|call|invocation|request)s?", re.IGNORECASE)
+_DEEPEST = 12  # levels of a message that are searched for such keys
+
+
+@dataclasses.dataclass
+class Event:
+  """One thing that happened.
+
+  Attributes:
+    kind: SYSTEM, USER, THINK, SAY, CALL or RESULT.
+    text: what was said; of a call its arguments as written.
+    name: of a call, the tool; "" if it cannot be read.
+    key: by which a result finds its call.
+    error: of a call, the kind of its error; None if it worked.
+  """
+
+  kind: str
+  text: str = ""
+  name: str = ""
+  key: Any = None
+  error: str | None = None
+
+
+def split_text(text: str) -> list[dict[str, str]]:
+  """Messages of a text: of ChatML its blocks; else all is the agent's but results behind calls."""
+  if "<|im_start|>" in text:
+    if not text.lstrip().startswith("<|im_start|>"):
+      text = "<|im_start|>assistant\n" + text
+    return [{"role": role, "content": body} for role, body in CHATML.findall(text)]
+  turns, at = [], 0
+  for response in RESPONSE.finditer(text):
+    before = text[at:response.start()]
+    # What the agent quotes is no result: one follows a call, or another result.
+    if before.strip() and not before.rstrip().endswith(("</tool_call>", "</function>")):
+      continue
+    if before.strip():
+      turns.append({"role": "assistant", "content": before})
+    turns.append({"role": "tool", "content": response[1].strip()})
+    at = response.end()
+  if text[at:].strip() or not turns:
+    turns.append({"role": "assistant", "content": text[at:]})
+  return turns
+
+
+def error_of(text: str) -> str | None:
+  """"tool_error" if a tool's result reads like an error: an object with a truthy "error" (or
+  "is_error", or status "error"), or text that begins with Error, Exception, Failed or Traceback."""
+  value = parsed(text)
+  if isinstance(value, Mapping):
+    return "tool_error" if flagged(value) else None
+  if value is not None and not isinstance(value, str):
+    return None
+  return "tool_error" if _ERROR_TEXT.match(text if value is None else value) else None
+
+
+def text_of(content: Any) -> str:
+  """The text of a message's content: a string, or parts of which some are text."""
+  if isinstance(content, str):
+    return content
+  parts = [content] if isinstance(content, Mapping) else content
+  if not isinstance(parts, Sequence):
+    return ""
+  texts = (part if isinstance(part, str) else part.get("text") for part in parts
+           if isinstance(part, str | Mapping))
+  return "\n".join(text for text in texts if isinstance(text, str) and text)
+
+
+def parsed(text: str) -> Any:
+  """The value of JSON; None where it is none (or is null)."""
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError):
+    return None
+
+
+def structured_call(call: Mapping[str, Any]) -> Event:
+  function = call.get("function") or call.get("custom")
+  inner = function if isinstance(function, Mapping) else call
+  name = function if isinstance(function, str) else first(inner, _CALL_NAMES)
+  written, key = first(inner, ARGUMENTS), first(call, CALL_KEYS)
+  event = Event(CALL, as_text(written), str(name or ""), key, UNANSWERED)
+  value = written
+  if isinstance(written, str) and call.get("type") not in ("custom", "custom_tool_call"):
+    value = parsed(written) if written.strip() else {}
+    if value is None and written.strip() != "null":
+      event.error = "bad_json"
+      return event
+  text_in_json = isinstance(value, str) and value is not written
+  if not event.name or text_in_json or not isinstance(value, Mapping | str | None):
+    event.error = "bad_call"
+  return event
+
+
+def call_in_text(found: re.Match) -> Event:
+  inside, end, name, _, closed = found.groups()
+  if inside is None:
+    return Event(CALL, found[0], name, None, UNANSWERED if closed and name else "unclosed")
+  if not end:
+    return Event(CALL, inside.strip(), "", None, "unclosed")
+  if function := _FUNCTION.match(inside):
+    return Event(CALL, inside.strip(), function[1], None, UNANSWERED if function[1] else "bad_call")
+  call = parse_call(inside.strip())
+  if isinstance(call, CallError):
+    return Event(CALL, inside.strip(), "", None, call.kind)
+  return Event(CALL, as_text(call.arguments), call.name, None, UNANSWERED)
+
+
+def first(value: Mapping[str, Any], names: Sequence[str]) -> Any:
+  return next((value[name] for name in names if value.get(name) is not None), None)
+
+
+def as_text(value: Any) -> str:
+  """A value for people: text as it is, the texts of parts, anything else as JSON."""
+  if value is None or isinstance(value, str):
+    return value or ""
+  if isinstance(value, list) and value and all(isinstance(p, Mapping) and "type" in p for p in value):
+    return text_of(value) or " ".join(f"[{part['type']}]" for part in value)
+  return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def flagged(value: Mapping[str, Any]) -> bool:
+  return bool(value.get("error") or value.get("is_error") or value.get("isError")
+              or value.get("error_code") or value.get("status") in ("error", "failed"))
+
+
+def call_keys(value: Any, depth: int = 0) -> Iterator[str]:
+  """Keys and types by which a message may hold a call, where they hold something."""
+  if depth > _DEEPEST:
+    return
+  if isinstance(value, Mapping):
+    for key, inner in value.items():
+      if inner and _CALL_KEY.fullmatch(str(key)):
+        yield str(key)
+      if key == "type" and isinstance(inner, str) and _CALL_KEY.fullmatch(inner):
+        yield inner
+      yield from call_keys(inner, depth + 1)
+  elif isinstance(value, list):
+    for inner in value:
+      yield from call_keys(inner, depth + 1)
