@@ -240,7 +240,7 @@ def _python_tool() -> ConfigDict:
     max_timeout=60,           # the most it may ask for
     max_concurrent=0,         # cells at once; 0 = as many as there are cores
     # The fields of agent.tools.kernels.KernelConfig.
-    isolation="namespaces",   # "rlimits" sees the trainer's files and network: docs/tools.md
+    isolation="namespaces",   # "rlimits" sees the trainer's files: docs/tools.md
     memory_mb=2048,           # of a process's address space, and of a kernel's processes together
     cpu_seconds=120,          # of a process, over all cells of an episode
     file_mb=64,               # of a file that a cell writes

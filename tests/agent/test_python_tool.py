@@ -232,7 +232,7 @@ def test_packages_that_only_root_can_read_are_named(tmp_path, python_isolation):
             f"packages = [*site.getsitepackages(), {str(folder)!r}]\n"
             "site.getsitepackages = lambda: packages\n"
             "isolation.enter_empty_world()\n"
-            "isolation.check_readable()")
+            "isolation.check_kernel()")
   done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
   assert "IsolationError" in done.stderr and f"cannot read {folder}" in done.stderr
 

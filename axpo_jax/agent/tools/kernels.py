@@ -15,9 +15,11 @@ import os
 import pathlib
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +27,6 @@ import PIL.Image
 
 from axpo_jax.agent.tools.sandbox import wire
 from axpo_jax.agent.tools.sandbox.server import NAMESPACES, RLIMITS
-from axpo_jax.agent.tools.sandbox.supervisor import MOST_FIGURE_BYTES
 from axpo_jax.model.pictures import to_rgb
 
 _ROOT = str(pathlib.Path(__file__).parents[3])
@@ -45,7 +46,7 @@ class KernelConfig:
 
   Attributes:
     isolation: "namespaces", or "rlimits" where the host allows no namespaces: then code can read
-      what the trainer's user can read, and reach the network.
+      what the trainer's user can read.
     memory_mb: address space of a process, and memory of all processes of a kernel together.
     cpu_seconds: CPU time of each process, over all cells of an episode.
     file_mb: files that a kernel may hold (with "rlimits": the size of one).
@@ -131,7 +132,8 @@ class Kernel:
     for part in (head, *payloads):
       await loop.sock_sendall(self._sock, part)
     length = wire.header_length(await self._exactly(wire.HEADER.size))
-    answer = wire.parse_header(await self._exactly(length), MOST_FIGURE_BYTES)
+    answer = wire.parse_header(await self._exactly(length))
+    wire.check_figures(answer)  # before anything is allocated for them
     pixels = [await self._exactly(size) for size in answer["sizes"]]
     return _result(answer, pixels)
 
@@ -158,9 +160,8 @@ class Kernel:
 def _result(answer: dict[str, Any], pixels: Sequence[bytes]) -> CellResult:
   """Raises WireError unless the answer is what a supervisor says."""
   try:
-    figures = tuple(PIL.Image.frombytes("RGB", (int(width), int(height)), data)
-                    for (width, height), data in zip(answer.get("figures", ()), pixels,
-                                                     strict=True))
+    figures = tuple(PIL.Image.frombytes("RGB", (width, height), data)
+                    for (width, height), data in zip(answer["figures"], pixels))
     return CellResult(str(answer["status"]), str(answer["stdout"]), str(answer["stderr"]), figures,
                       str(answer.get("reason", "")))
   except (ValueError, TypeError, KeyError) as error:
@@ -224,13 +225,13 @@ class KernelPool:
       self._server = subprocess.Popen(
         [sys.executable, "-I", "-c", _START, _ROOT, str(theirs.fileno())], env=environment, cwd="/",
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
-    ours.settimeout(_START_SECONDS)
+    deadline = time.monotonic() + _START_SECONDS
     settings = {"isolation": self.config.isolation, "memory": self.config.memory_mb << 20,
                 "cpu_seconds": self.config.cpu_seconds, "file_bytes": self.config.file_mb << 20,
                 "processes": self.config.processes, "output_bytes": self.config.output_kb << 10}
     try:
-      await asyncio.to_thread(wire.send, ours, {"settings": settings})
-      answer, _ = await asyncio.to_thread(wire.receive, ours)
+      await asyncio.to_thread(wire.send, ours, {"settings": settings}, (), deadline)
+      answer, _ = await asyncio.to_thread(wire.receive, ours, deadline)
     except wire.WireError as error:
       answer = {"error": str(error)}
     if "error" in answer:
@@ -284,10 +285,20 @@ async def _receive_handle(sock: socket.socket) -> int:
 
 
 def _cache_folder() -> str:
-  """Where matplotlib keeps its list of fonts between runs; kernels do not see it."""
-  folder = pathlib.Path(tempfile.gettempdir(), f"axpo_jax_kernels_{os.getuid()}")
-  folder.mkdir(mode=0o700, exist_ok=True)
-  return str(folder)
+  """Where matplotlib keeps its list of fonts between runs; kernels do not see it.
+
+  In the user's own cache. Where that cannot be written, a folder of the shared temporary one, if it is
+  this user's and nobody else can write there: others may have made it first.
+  """
+  for folder in (pathlib.Path("~/.cache/axpo_jax/kernels").expanduser(),
+                 pathlib.Path(tempfile.gettempdir(), f"axpo_jax_kernels_{os.getuid()}")):
+    with contextlib.suppress(OSError):
+      folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+      found = folder.lstat()
+      if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+        return str(folder)
+  raise SandboxError(f"neither ~/.cache/axpo_jax/kernels nor {folder} can be a folder of this user's "
+                     "alone: remove the latter if another user has made it, or set TMPDIR")
 
 
 def check_host() -> None:

@@ -3,7 +3,7 @@
 Two steps. `enter_empty_world` is taken once, by the fork server: it leaves a root folder that holds
 the system's libraries and this Python, read only, and no network. `enter_cell` is taken by every
 kernel's first process: its own user, process, mount, network and IPC namespaces, a small private
-folder, no capability. Straight system calls, since Python 3.11 wraps none of them; the order of the
+folder, no capability. `seccomp` adds a filter of system calls. Straight system calls, since Python 3.11 wraps none of them; the order of the
 mounts is bubblewrap's (a tmpfs over a folder, pivot, bind from the old root, drop the old root).
 
 No /proc is mounted: nobody inside sees a process, an environment or a command line.
@@ -11,6 +11,7 @@ No /proc is mounted: nobody inside sees a process, an environment or a command l
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import pathlib
@@ -21,6 +22,8 @@ import site
 import socket
 import sys
 import sysconfig
+
+from axpo_jax.agent.tools.sandbox import seccomp
 
 FOLDER = "/sandbox"  # the one writable place
 USER = 1000  # user and group inside; outside it is the trainer's user, or NOBODY where that is root
@@ -37,6 +40,9 @@ _AT_RECURSIVE = 0x8000
 _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_SUBREAPER, _PR_NO_NEW_PRIVS = 4, 24, 36, 38
 _LAST_CAPABILITY = 40
 _OLD_ROOT = "/.old"
+_NO_FILTER = 200  # exit code
+_SYS_KEYCTL = {"x86_64": 250, "aarch64": 219}
+_JOIN_SESSION_KEYRING = 1
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -82,8 +88,9 @@ def drop_root() -> None:
     _call("prctl", _PR_SET_DUMPABLE, 1, 0, 0, 0)  # else its own user map is not its to write
 
 
-def check_readable() -> None:
-  """Raises IsolationError where a kernel of a root trainer could not read this Python's packages.
+def check_kernel() -> None:
+  """Raises IsolationError where a kernel could not start: it would have no filter of system calls, or,
+  of a root trainer, could not read this Python's packages.
 
   In an empty world it can walk through the folders above, but not into one that is root's alone.
   """
@@ -92,8 +99,16 @@ def check_readable() -> None:
   if child == 0:
     drop_root()
     readable = [os.access(folder, os.R_OK | os.X_OK) for folder in folders]
+    try:
+      _call("prctl", _PR_NO_NEW_PRIVS, 1, 0, 0, 0)
+      seccomp.put_on(sockets=False)
+    except (IsolationError, OSError):
+      os._exit(_NO_FILTER)
     os._exit(0 if all(readable) else 1 + readable.index(False))
-  if failed := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+  failed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+  if failed == _NO_FILTER:
+    raise IsolationError("the host lets no process put on a filter of system calls (seccomp)")
+  if failed:
     raise IsolationError(f"the trainer is root, so its kernels run as user {NOBODY}, who cannot "
                          f"read {folders[failed - 1]}: give others the right to read it, or use a "
                          "Python outside of root's home")
@@ -108,6 +123,10 @@ def unshare_cell(proc: int) -> None:
   user, group = os.geteuid(), os.getegid()
   _call("unshare", _NEWUSER | _NEWPID | _NEWNS | _NEWNET | _NEWIPC | _NEWUTS)
   _map_user(proc, (USER, user), (USER, group))
+  with contextlib.suppress(OSError):  # where /proc/sys is read-only the filter alone forbids them
+    number = os.open("sys/user/max_user_namespaces", os.O_WRONLY | os.O_CLOEXEC, dir_fd=proc)
+    os.write(number, b"0")
+    os.close(number)
 
 
 def enter_cell(file_bytes: int) -> None:
@@ -125,6 +144,12 @@ def enter_cell(file_bytes: int) -> None:
 def hide_memory() -> None:
   """Nobody of the same user can trace this process or read its memory or descriptors."""
   _call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def leave_keyring() -> None:
+  """A session keyring of its own, before the filter forbids to have any: else it is the trainer's."""
+  number = _SYS_KEYCTL[platform.machine()]
+  _LIBC.syscall(number, ctypes.c_ulong(_JOIN_SESSION_KEYRING), None)  # where it is forbidden, to all
 
 
 def adopt_orphans() -> None:
@@ -156,9 +181,13 @@ def _needed_paths() -> list[pathlib.Path]:
   """Folders of the system's programs and libraries and of this Python with its packages."""
   python = {sys.prefix, sys.base_prefix, *_package_folders(), *sysconfig.get_paths().values()}
   python |= {os.path.realpath(path) for path in python}
-  system = ("/usr", "/bin", "/lib", "/lib64", "/sbin", "/nix/store", "/etc/ld.so.cache",
-            "/etc/localtime", "/etc/fonts", *(f"/dev/{name}" for name in
-                                              ("null", "zero", "full", "random", "urandom")))
+  for prefix in python & {"/usr", "/usr/local"}:  # not whole: people keep data and sources there
+    python |= {f"{prefix}/{name}" for name in ("bin", "lib", "lib64")}
+  python -= {"/usr", "/usr/local"}
+  system = ("/usr/bin", "/usr/sbin", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libexec",
+            "/usr/share/fonts", "/usr/share/zoneinfo", "/usr/share/fontconfig", "/bin", "/lib",
+            "/lib64", "/sbin", "/nix/store", "/etc/ld.so.cache", "/etc/localtime", "/etc/fonts",
+            *(f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom")))
   found = sorted({pathlib.Path(path) for path in (*system, *python)
                   if os.path.lexists(path) and path != "/"})
   kept: list[pathlib.Path] = []

@@ -68,7 +68,7 @@ def main(descriptor: int) -> None:
     isolation.adopt_orphans()
     if settings.isolation == NAMESPACES:
       isolation.enter_empty_world()
-    isolation.check_readable()
+    isolation.check_kernel()
   except (IsolationError, ImportError, OSError) as error:
     wire.send(control, {"error": f"{type(error).__name__}: {error}"})
     return

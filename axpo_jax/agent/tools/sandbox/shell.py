@@ -30,10 +30,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from axpo_jax.agent.tools.sandbox import wire
+from axpo_jax.agent.tools.sandbox.wire import MOST_FIGURES, MOST_PIXELS
 from axpo_jax.model.pictures import to_rgb
-
-MOST_FIGURES = 8  # per cell
-MOST_PIXELS = 2_000_000  # of a figure that is shown; larger ones are drawn or scaled smaller
 
 
 class Kernel:
@@ -126,8 +124,11 @@ class Kernel:
       return
     try:
       image = to_rgb(image).copy()
-      side = (MOST_PIXELS * max(image.width, image.height) / min(image.size)) ** 0.5
-      image.thumbnail((side, side))  # leaves smaller ones as they are
+      scale = (MOST_PIXELS / (image.width * image.height)) ** 0.5
+      if scale < 1:
+        image.thumbnail([max(int(side * scale), 1) for side in image.size])
+      if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are too long and thin")
       self.shown.append(image)
     except Exception as error:
       print(f"an image cannot be shown: {type(error).__name__}: {error}", file=sys.stderr)

@@ -20,9 +20,7 @@ import tempfile
 import time
 from typing import Any
 
-from axpo_jax.agent.tools.sandbox import isolation, processes, wire
-
-MOST_FIGURE_BYTES = 64 << 20  # of one cell's figures
+from axpo_jax.agent.tools.sandbox import isolation, processes, seccomp, wire
 
 
 def run(trainer: socket.socket, settings: Any, kernel: Any, *, separate: bool) -> None:
@@ -79,6 +77,8 @@ class _Cell:
       isolation.limit_resources(
         memory=settings.memory, cpu_seconds=settings.cpu_seconds, file_bytes=settings.file_bytes,
         processes=settings.processes)
+      isolation.leave_keyring()
+      seccomp.put_on(sockets=self.separate)
       kernel.serve(socket.socket(fileno=mine))
     except BaseException as error:  # last words; the supervisor tells the trainer
       os.write(2, f"{type(error).__name__}: {error}\n".encode())
@@ -101,19 +101,20 @@ class _Cell:
 
   def _run(self, message: dict[str, Any], images: list[bytes]) -> tuple[dict, list[bytes]]:
     deadline = time.monotonic() + message["timeout"]
-    answer: dict[str, Any] = {"status": "timeout"}
+    answer: dict[str, Any] = {"status": "timeout", "figures": []}
     figures: list[bytes] = []
     with contextlib.suppress(ProcessLookupError):
       os.kill(self.pid, signal.SIGCONT)
     try:
-      self.sock.settimeout(message["timeout"])
-      wire.send(self.sock, message, images)
+      wire.send(self.sock, message, images, deadline)
       if self._wait(deadline):
-        self.sock.settimeout(max(deadline - time.monotonic(), 0.1))
-        result, figures = wire.receive(self.sock, MOST_FIGURE_BYTES)
+        # An answer that has begun at the last moment gets a moment.
+        result, figures = wire.receive_result(self.sock, max(deadline, time.monotonic() + 0.1))
         answer = {"status": "failed" if result["failed"] else "ok", "figures": result["figures"]}
     except (wire.WireError, KeyError):  # dead, or no kernel of ours any more
-      answer, figures = {"status": "died", "reason": self._cause_of_death()}, []
+      figures = []
+      if time.monotonic() < deadline:  # else it has only been slow to take its images or to answer
+        answer = {"status": "died", "reason": self._cause_of_death(), "figures": []}
     self.signal_all(signal.SIGSTOP if answer["status"] in ("ok", "failed") else signal.SIGKILL)
     self.stdout.drain()
     self.stderr.drain()
