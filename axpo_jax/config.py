@@ -50,8 +50,9 @@ def base_config() -> ConfigDict:
 
   c.model = _model()
   c.lora = _lora()
-  # Devices along each mesh axis; one -1 takes what is left.
-  c.mesh = ConfigDict(dict(data=1, fsdp=-1, context=1, tensor=1))
+  # Devices along each mesh axis; one -1 takes what is left. data and fsdp both -1: fsdp takes it, but
+  # for the shortest side of a TPU slice such as v5p:4x4x4, which is data's (docs/performance.md).
+  c.mesh = ConfigDict(dict(data=-1, fsdp=-1, context=1, tensor=1))
   c.data = _data()
   c.images = _images()
   c.agent = _agent()

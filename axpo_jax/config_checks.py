@@ -147,8 +147,9 @@ def _validate_mesh(mesh: ConfigDict) -> None:
     if size == 0 or size < -1:
       raise ConfigError(f"config.mesh.{axis}={size}: sizes are 1 or more, or -1 for what is left")
   filling = [f"config.mesh.{axis}=-1" for axis, size in mesh.items() if size == -1]
-  if len(filling) > 1:
-    raise ConfigError(f"{' and '.join(filling)}: only one axis may be -1, which takes what is left")
+  if len(filling) > 1 and (len(filling) > 2 or mesh.data != -1 or mesh.fsdp != -1):
+    raise ConfigError(f"{' and '.join(filling)}: only one axis may be -1, which takes what is left, or "
+                      "data and fsdp together")
 
 
 def _validate_limits(config: ConfigDict) -> None:

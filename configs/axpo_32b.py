@@ -16,7 +16,7 @@ from configs.axpo_8b import get_config as axpo_8b
 
 def get_config() -> ConfigDict:
   c = axpo_8b()
-  c.mesh.update(data=1, fsdp=-1, tensor=4)
+  c.mesh.tensor = 4
   c.batch.rows = 16
   c.rollout.sidecar.tensor_parallel = 2  # GPUs of one server: 67 GB of weights leave no room on one
   return c

@@ -83,7 +83,8 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   """A mesh with the axes data, fsdp, context, tensor (missing ones have size 1).
 
   Args:
-    shape: size of each axis; one of them may be -1 and takes the devices that are left.
+    shape: size of each axis; one of them may be -1 and takes the devices that are left. If data and
+      fsdp are -1 both, fsdp takes them, but for `torus_side` of a slice that is theirs alone.
     devices: default all of `jax.devices()`. More devices than the shape needs are left out only
       when the list is given; with the default, every device must be used.
   Raises:
@@ -97,9 +98,12 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   given = devices is not None
   devices = list(jax.devices() if devices is None else devices)
   fill = [axis for axis, size in sizes.items() if size == -1]
+  if fill == ["data", "fsdp"]:
+    sizes["data"] = torus_side(devices) if sizes["context"] == sizes["tensor"] == 1 else 1
+    fill = ["fsdp"]
   known = math.prod(size for size in sizes.values() if size != -1)
   if len(fill) > 1:
-    raise ShardingError(f"only one mesh axis may be -1, got {fill}")
+    raise ShardingError(f"only one mesh axis may be -1, or data and fsdp together, got {fill}")
   if fill:
     if len(devices) % known:
       raise ShardingError(f"{len(devices)} devices cannot be filled: {sizes} fixes {known} of them")
@@ -113,6 +117,18 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices[:needed],
                                        allow_split_physical_axes=True)
   return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def torus_side(devices: Sequence[jax.Device]) -> int:
+  """The shortest side of a TPU slice with three sides of four chips or more; of all others 1.
+
+  Where fsdp spans all three dimensions of such a torus, libtpu gathers weights by summing whole
+  zero-padded arrays, twice the bytes. Where one side is the axis data's, it does not.
+  """
+  coords = [getattr(device, "coords", ()) for device in devices]
+  sides = sorted(max(axis) + 1 for axis in zip(*coords, strict=True))
+  whole = len(sides) == 3 and math.prod(sides) == len(devices)
+  return sides[0] if whole and sides[0] >= 4 else 1
 
 
 @contextlib.contextmanager

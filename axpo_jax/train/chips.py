@@ -119,17 +119,12 @@ def slice_mesh(topology: str, shape: Mapping[str, int]) -> jax.sharding.Mesh:
 
 
 def better_mesh(mesh: jax.sharding.Mesh) -> dict[str, int] | None:
-  """Axis sizes whose programs gather weights by all-gathers where those of `mesh` use all-reduces;
-  None if nothing is known to help.
-
-  libtpu does so where fsdp spans all three dimensions of a torus, each of four chips or more. With
-  the shortest of them on `data`, fsdp spans two.
-  """
-  coords = [getattr(device, "coords", ()) for device in mesh.devices.flat]
-  sides = sorted(max(axis) + 1 for axis in zip(*coords, strict=True))
-  if len(sides) != 3 or sides[0] < 4 or mesh.shape["fsdp"] % sides[0] or mesh.shape["data"] > 1:
+  """Axis sizes whose programs gather weights by all-gathers where those of `mesh` use all-reduces, see
+  `sharding.torus_side`; None if nothing is known to help."""
+  side = sharding.torus_side([*mesh.devices.flat])
+  if side == 1 or mesh.shape["fsdp"] % side or mesh.shape["data"] > 1:
     return None
-  return {"data": sides[0], "fsdp": mesh.shape["fsdp"] // sides[0]}
+  return {"data": side, "fsdp": mesh.shape["fsdp"] // side}
 
 
 # Else libtpu asks the cloud's metadata server who it is, and refuses a second process.

@@ -103,7 +103,7 @@ class Plan:
     return slice_report.Report(
       chips.CHIPS[chips.parse(self.topology)[0]], self.mesh.size, held, programs,
       self.config.rl.reference_offload, self.model.remat, self.config.optimizer.mu_dtype, self.model.param_dtype,
-      self.rows // batch_shards(self.mesh), chips.better_mesh(self.mesh))
+      self.rows // batch_shards(self.mesh), self.mesh.shape["data"], chips.better_mesh(self.mesh))
 
   def _sampler_mesh(self) -> jax.sharding.Mesh:
     """Of a run of several processes the main one samples, on its own chips."""

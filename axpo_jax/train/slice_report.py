@@ -31,6 +31,7 @@ class Report:
     reference_offload: the reference is on the chips only while it scores.
     remat, mu_dtype, param_dtype: of the config, for advice.
     rows_a_shard: of a micro-batch.
+    copies: of the parameters, each on chips/copies of them: the mesh axis data.
     mesh_hint: axis sizes that a mesh with all-reduces of padded weights should have; None: unknown.
   """
 
@@ -43,6 +44,7 @@ class Report:
   mu_dtype: str = "float32"
   param_dtype: str = "float32"
   rows_a_shard: int = 1
+  copies: int = 1
   mesh_hint: Mapping[str, int] | None = None
 
   def memory(self, function: str) -> dict[str, float]:
@@ -103,9 +105,12 @@ def advice(report: Report) -> list[str]:
   if report.fullest not in SAMPLER:
     batch = memory.get("batch", 0.0)
     state = sum(memory.values()) - batch - temporaries
+    split = report.chips // report.copies
     if (free := report.chip.memory - temporaries - batch) > 0:
-      chips = -(-int(report.chips * state) // int(free))
-      out.append((state - free, f"at least {chips} chips on fsdp or tensor instead of {report.chips}"))
+      chips = -(-int(split * state) // int(free))
+      out.append((state - free, f"at least {chips} chips on fsdp or tensor instead of {split}"))
+    if report.copies > 1:
+      out.append((state * (1 - 1 / report.copies), "config.mesh.data=1"))
     if report.remat != "full":
       out.append((temporaries, "config.model.remat=full"))
     rows = report.rows_a_shard

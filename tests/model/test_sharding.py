@@ -1,7 +1,10 @@
 """Sharding rules: names to mesh axes, sizes that do not divide, collisions, and the context."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
@@ -23,11 +26,35 @@ def test_mesh_fills_one_axis_and_refuses_what_does_not_fit():
   with pytest.raises(ShardingError, match="needs 4 devices, there are 8"):
     sharding.make_mesh({"data": 4})
   with pytest.raises(ShardingError, match="only one"):
-    sharding.make_mesh({"data": -1, "fsdp": -1})
+    sharding.make_mesh({"fsdp": -1, "tensor": -1})
   with pytest.raises(ShardingError, match="unknown mesh axes"):
     sharding.make_mesh({"model": 8})
   with pytest.raises(ShardingError, match="fixes 3"):
     sharding.make_mesh({"data": 3, "fsdp": -1})
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  coords: tuple[int, int, int]
+
+
+@pytest.mark.parametrize("sides, shape, data, fsdp", [
+  ((4, 4, 4), {}, 4, 16), ((4, 4, 8), {}, 4, 32), ((8, 8, 8), {}, 8, 64), ((2, 4, 4), {}, 1, 32),
+  ((8, 8, 1), {}, 1, 64), ((4, 4, 4), {"tensor": 4}, 1, 16), ((4, 4, 4), {"data": 1}, 1, 64),
+  ((4, 4, 4), {"fsdp": 32}, 2, 32)])
+def test_the_mesh_of_a_slice(sides, shape, data, fsdp, monkeypatch):
+  """As docs/performance.md has it, by what was compiled."""
+  chips = [Chip(coords) for coords in np.ndindex(*sides)]
+  monkeypatch.setattr(sharding.mesh_utils, "create_device_mesh", lambda sizes, devices, **_: (
+    np.array(list(map(str, devices))).reshape(sizes)))
+  monkeypatch.setattr(sharding, "Mesh", lambda grid, axes, **_: dict(zip(axes, grid.shape, strict=True)))
+  found = sharding.make_mesh({"data": -1, "fsdp": -1} | shape, chips)
+  assert (found["data"], found["fsdp"]) == (data, fsdp)
+
+
+def test_devices_that_are_no_torus_are_fsdps():
+  assert sharding.make_mesh({"data": -1, "fsdp": -1}).shape["fsdp"] == 8
+  assert sharding.make_mesh({"data": -1, "fsdp": 2}).shape["data"] == 4
 
 
 def test_spec_maps_names_and_finds_collisions():

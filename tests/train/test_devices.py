@@ -41,5 +41,5 @@ def test_a_mesh_that_does_not_divide_the_model(config):
   with pytest.raises(ConfigError, match=r"config.mesh=.*'tensor': 8.*axis .* cannot be split"):
     build.workbench(config)
   config.mesh.update(fsdp=3, tensor=1)
-  with pytest.raises(ConfigError, match="there are 8"):
+  with pytest.raises(ConfigError, match="8 devices cannot be filled"):
     build.workbench(config)

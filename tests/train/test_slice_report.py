@@ -52,6 +52,14 @@ def test_the_verdict_is_one_line_with_the_fields_to_change():
   assert verdict(without_decode).startswith("**What was compiled fits**")
 
 
+def test_what_more_copies_of_the_weights_cost_is_said():
+  """14 GiB of state, four times on 16 chips: four chips hold a copy, and 12.25 GiB are free for it."""
+  report = dataclasses.replace(REPORT, chips=16, copies=4)
+  assert "config.mesh.data=1 (saves 10.50)" in advice(report)
+  assert "at least 5 chips on fsdp or tensor instead of 4 (saves 2.25)" in advice(report)
+  assert not any("mesh.data" in line for line in advice(REPORT))
+
+
 @pytest.mark.parametrize("hint, said", [
   ({"data": 4, "fsdp": 16}, "Try --config.mesh.data=4 --config.mesh.fsdp=16."),
   (None, "Try another config.mesh.")])
