@@ -32,14 +32,14 @@ FLAGS = ["--config=tests/train/micro_config.py", "--config.sft.steps=2", "--conf
          "--config.eval.every=1", "--config.log.dump_every=1", "--config.log.tensorboard=True"]
 
 
-def launch(workdir, inputs, program=(str(MAIN),)) -> subprocess.CompletedProcess:
+def launch(workdir, inputs, program=(str(MAIN),), more=()) -> subprocess.CompletedProcess:
   """A run of the micro config with policy and questions from `inputs`; metrics have steps 1 and 2 of
   SFT, then 2 (an evaluation), and 3 and 4 of RL."""
   questions = inputs / "data" / "questions.jsonl"
   return subprocess.run(
     [sys.executable, *program, f"--workdir={workdir}", *FLAGS,
      f"--config.model.checkpoint={inputs / 'policy'}", f"--config.data.path={questions}",
-     f"--config.data.eval_path={questions}"],
+     f"--config.data.eval_path={questions}", *more],
     cwd=REPO, env=children.environment(1), capture_output=True, text=True, timeout=3600)
 
 
@@ -156,7 +156,7 @@ def test_notice_cancels_what_is_awaited(notice):
 TOLD = f"""
 import asyncio, os, runpy, signal, sys
 sys.path.insert(0, {str(REPO)!r})
-from axpo_jax.eval import evaluate
+from axpo_jax.eval import evaluate, shards
 from axpo_jax.train import metrics, rl
 place = sys.argv.pop(1)
 
@@ -183,6 +183,16 @@ elif place == "evaluation":
     evaluate.run = endless(lambda *args: True, evaluate.run)
     return await collect(self, step)
   rl.Loop.collect = collected
+elif place in ("teach", "screen", "eval"):
+  shard = shards._Run.shard
+  async def finished_first(self, number, asked):
+    if number and place in self.folder.parts:
+      while not (self.folder / "records_00000.jsonl").exists():
+        await asyncio.sleep(0.05)
+      os.kill(os.getpid(), signal.SIGTERM)
+      await asyncio.sleep(3600)
+    return await shard(self, number, asked)
+  shards._Run.shard = finished_first
 sys.argv[0] = {str(MAIN)!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -200,6 +210,29 @@ def test_told_to_stop_it_saves_and_goes_on(inputs, unbroken, tmp_path):
   done = launch(tmp_path, inputs)
   assert done.returncode == 0, done.stderr[-4000:]
   assert_same(tmp_path, unbroken)
+
+
+def test_told_among_shards_it_keeps_those_that_are_finished(inputs, tmp_path):
+  """In each of the stages that only sample; the other shard, which here would never end, is sampled when
+  the run goes on."""
+  more = ["--config.stages=('teach','screen','eval')", "--config.eval.questions=2"]
+  more += [f"--config.{stage}.{name}" for stage in ("teach", "screen", "eval")
+           for name in ("shard=1", "rollouts=1")]
+  more += [f"--config.{stage}.questions=2" for stage in ("teach", "screen")]
+  folders = [tmp_path / "teach" / "shards", tmp_path / "screen" / "shards", tmp_path / "eval" / "held_out"]
+  kept = {}
+  for folder in folders:
+    told = launch(tmp_path, inputs, ["-c", TOLD, folder.parent.name], more)
+    assert told.returncode == preemption.EXIT_CODE, told.stderr[-4000:]
+    assert "stopped by SIGTERM" in told.stderr
+    kept[folder], = folder.glob("records_*.jsonl")
+    kept[folder] = kept[folder].read_bytes()
+  done = launch(tmp_path, inputs, more=more)
+  assert done.returncode == 0, done.stderr[-4000:]
+  for folder in folders:
+    first, second = sorted(folder.glob("records_*.jsonl"))
+    assert first.read_bytes() == kept[folder]
+    assert [json.loads(file.read_bytes())["id"] for file in (first, second)] == ["q0", "q1"]
 
 
 def test_of_two_processes_either_may_be_told(inputs, tmp_path):
