@@ -6,19 +6,19 @@ connection to a server is not made twice.
 
 import importlib
 import json
-import pathlib
 from collections.abc import Callable, Mapping
 
 from etils import epath
 from ml_collections import ConfigDict
 
-from axpo_jax.agent.tools import audit, mcp_server
+from axpo_jax.agent.tools import audit, mcp_config
 from axpo_jax.agent.tools.base import Tool, ToolBox
 from axpo_jax.agent.tools.budget import ToolLimits, Usage
 from axpo_jax.agent.tools.corpus import CorpusError, Document, LocalSearch, read_documents
 from axpo_jax.agent.tools.image_search import ImageCacheError, ImageSearch
 from axpo_jax.agent.tools.kernels import KernelConfig, SandboxError
-from axpo_jax.agent.tools.mcp_server import McpError
+from axpo_jax.agent.tools.mcp_connection import McpError
+from axpo_jax.agent.tools.mcp_server import McpServer
 from axpo_jax.agent.tools.python import PythonTool
 from axpo_jax.agent.tools.search import Backend, NoBackend, SearchTool
 from axpo_jax.agent.tools.tavily import MissingKey, Tavily
@@ -96,8 +96,8 @@ def _tools(config: ConfigDict, factor: int, extra: tuple[str, ...]) -> list[Tool
                       "functions of yours as 'module:name'")
   tools = [known[name]() if name in known else _imported(name) for name in names]
   if agent.mcp:
-    for server in mcp_server.servers(json.loads(pathlib.Path(agent.mcp).read_text())):
-      tools += server.tools()
+    for server in mcp_config.read(agent.mcp):
+      tools += McpServer(server).tools()
   return tools
 
 

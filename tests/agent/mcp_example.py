@@ -6,7 +6,7 @@ import sys
 import time
 
 import PIL.Image
-from mcp.server.mcpserver import Image, MCPServer
+from mcp.server.mcpserver import Context, Image, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 
 server = MCPServer("example")
@@ -55,6 +55,16 @@ def leave() -> str:
 def variable(name: str) -> str:
   """One variable of the server's environment."""
   return os.environ.get(name, "(unset)")
+
+
+_kept: dict[int, list[str]] = {}  # by session
+
+
+@server.tool()
+def keep(text: str, ctx: Context) -> str:
+  """Keeps a text for this session, and lists those it has."""
+  _kept.setdefault(id(ctx.session), []).append(text)
+  return str(_kept[id(ctx.session)])
 
 
 if __name__ == "__main__":

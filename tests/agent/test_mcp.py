@@ -1,6 +1,8 @@
 """Tools of real MCP servers, each a process of its own, over stdio and over HTTP."""
 
 import asyncio
+import json
+import os
 import pathlib
 import socket
 import subprocess
@@ -10,10 +12,12 @@ import time
 import pytest
 
 from axpo_jax.agent.tools.base import EpisodeState, ToolBox
-from axpo_jax.agent.tools.mcp_server import McpConfig, McpError, McpServer, servers
+from axpo_jax.agent.tools.mcp_config import McpConfig, config_of, read
+from axpo_jax.agent.tools.mcp_connection import McpError
+from axpo_jax.agent.tools.mcp_server import McpServer
 
 EXAMPLE = str(pathlib.Path(__file__).with_name("mcp_example.py"))
-NAMES = {"add", "square", "broken_image", "fail", "slow", "leave", "variable"}
+NAMES = {"add", "square", "broken_image", "fail", "slow", "leave", "variable", "keep"}
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +106,56 @@ def test_a_server_that_died_is_started_again(local):
 def test_a_local_server_sees_what_it_is_given_alone(local, monkeypatch):
   monkeypatch.setenv("AXPO_SECRET", "gold")
   assert call(local, "variable", {"name": "AXPO_GIVEN"}).text == "yes"
-  fresh, = servers([{"command": [sys.executable, EXAMPLE], "scope": "paint",
-                     "env": {"TOKEN": "$AXPO_SECRET"}, "only": ["variable"], "prefix": "env_"}])
+  fresh = McpServer(config_of({
+    "command": [sys.executable, EXAMPLE], "scope": "paint", "env": {"TOKEN": "$AXPO_SECRET"},
+    "only": ["variable"], "prefix": "env_"}))
   try:
     assert [tool.name for tool in fresh.tools()] == ["env_variable"]
     assert call(fresh, "env_variable", {"name": "AXPO_SECRET"}).text == "(unset)"
     assert call(fresh, "env_variable", {"name": "TOKEN"}).text == "gold"
   finally:
     fresh.close()
+
+
+def written(tmp_path, content):
+  path = tmp_path / "servers.json"
+  path.write_text(content if isinstance(content, str) else json.dumps(content))
+  return path
+
+
+def test_files_of_other_programs_are_read(tmp_path, monkeypatch):
+  monkeypatch.setenv("LOOKUP_TOKEN", "tok-123456")
+  monkeypatch.delenv("NOWHERE", raising=False)
+  files, lookup, old = read(written(tmp_path, {"mcpServers": {
+    "files": {"type": "stdio", "command": "npx", "args": ["-y", "server-files", "${HOME}/x"],
+              "env": {"LEVEL": "${NOWHERE:-info}", "PRICE": "5$$"}, "autoApprove": ["read"]},
+    "off": {"command": "x", "disabled": True},
+    "lookup": {"type": "http", "url": "https://example.org/mcp", "scope": "web", "prefix": "l_",
+               "headers": {"Authorization": "Bearer $LOOKUP_TOKEN"}},
+    "old": {"type": "sse", "url": "https://example.org/sse"}}}))
+  assert files.command == ("npx", "-y", "server-files", f"{os.environ['HOME']}/x")
+  assert files.env == {"LEVEL": "info", "PRICE": "5$"} and files.label == "files"
+  assert lookup.headers == {"Authorization": "Bearer tok-123456"} and lookup.scope == "web"
+  assert old.transport == "sse" and lookup.transport == "http"
+  assert lookup.redact("at https://u:p@example.org/mcp?k=v with tok-123456") == (
+    "at https://example.org/... with ***")
+
+
+@pytest.mark.parametrize("content, message", [
+  ("{", "is not JSON"), ("[3]", "expected a list of servers"), ('{"servers": []}', "mcpServers"),
+  ([{"url": "http://x", "headers": {"A": "$AXPO_UNSET"}}], r"names \$AXPO_UNSET, which is not set"),
+  ([{"command": ["x", "${AXPO_UNSET}"]}], r"names \$AXPO_UNSET, which is not set"),
+  ([{"command": ["x"], "comand": 1}], r"unknown fields \['comand'\]"),
+  ([{"command": ["x"], "url": "http://x"}], "has both"),
+  ([{"command": "x", "type": "http"}], "is reached by stdio"),
+  ([{"url": "http://x", "type": "carrier pigeon"}], "is reached by http or sse"),
+  ([{"command": ["x"], "sessions": -1}], "sessions=-1"),
+  ([{"command": [7]}], "expected texts, got int"), ([{"command": ["x"], "sessions": "all"}], "wrong type"),
+])
+def test_files_that_cannot_work(tmp_path, monkeypatch, content, message):
+  monkeypatch.delenv("AXPO_UNSET", raising=False)
+  with pytest.raises(ValueError, match=message):
+    read(written(tmp_path, content))
 
 
 @pytest.mark.parametrize("config", [

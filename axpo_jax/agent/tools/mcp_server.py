@@ -1,7 +1,12 @@
 """Tools of an MCP server (Model Context Protocol), local over stdio or remote over HTTP.
 
-In: where the server is. Out: one Tool for each that it lists, with its schema. Its texts and images
-become observations. A connection that breaks is made anew by the next call.
+In: where the server is (`mcp_config`). Out: one Tool for each that it lists, with its schema. Its texts
+and images become observations. A server without state serves all episodes by one session, which is made
+anew when it broke; one with state has a session for every episode that calls it, in which the calls of
+a transcript that is continued are made again.
+
+What a server says is not ours: names, descriptions and schemas are bounded when they are listed,
+arguments are checked within a number of steps, and results within sizes.
 """
 
 from __future__ import annotations
@@ -9,146 +14,248 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import dataclasses
-import os
-from collections.abc import Mapping, Sequence
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from axpo_jax.agent.tools import background
 from axpo_jax.agent.tools.arguments import ArgumentError
-from axpo_jax.agent.tools.base import TOOL_ERROR, EpisodeState, Observation, Tool, failure
+from axpo_jax.agent.tools.base import (
+  TIMEOUT,
+  TOOL_ERROR,
+  EpisodeState,
+  Observation,
+  PastCall,
+  Tool,
+  failure,
+)
+from axpo_jax.agent.tools.mcp_config import McpConfig
+from axpo_jax.agent.tools.mcp_connection import Connection, ConnectionLost, McpError
 from axpo_jax.data.question import ImageError, load_image
 
-
-class McpError(RuntimeError):
-  """A server that cannot be reached, or that offers no such tool."""
-
-
-@dataclasses.dataclass(frozen=True)
-class McpConfig:
-  """Where a server is and what its tools may do.
-
-  Attributes:
-    command: program and arguments of a local server, or
-    url: address of a remote one.
-    env: variables of a local server; of the trainer's it gets the harmless ones alone (PATH, HOME).
-    scope: what all its tools need to be granted.
-    prefix: put in front of their names.
-    only: names of the tools to offer; empty = all.
-    time_limit: seconds a call may take.
-    max_concurrent: calls of one tool at once.
-    connect_seconds: seconds that starting and listing may take.
-  """
-
-  command: tuple[str, ...] = ()
-  url: str = ""
-  env: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  scope: str = "network"
-  prefix: str = ""
-  only: tuple[str, ...] = ()
-  time_limit: float = 60.0
-  max_concurrent: int = 8
-  connect_seconds: float = 60.0
-
-  def __post_init__(self):
-    if bool(self.command) == bool(self.url):
-      raise ValueError("an MCP server needs either a command or a url; got "
-                       f"command={self.command!r}, url={self.url!r}")
+SESSION_LOST = "session_lost"  # an episode's session, and the server's state with it
+MAX_IMAGES, MAX_IMAGE_PIXELS = 8, 1 << 24  # of one result; of one image
+_MAX_PAGES, _MAX_TOOLS = 50, 256
+_MAX_TIMEOUTS = 3  # in a row, after which a shared session is made anew
+_MAX_DESCRIPTION, _MAX_SCHEMA, _MAX_SCHEMAS = 8192, 65_536, 262_144  # characters
+_MAX_DEPTH = 32
+_MAX_STEPS = 10_000  # of checking one call's arguments; an honest schema takes hundreds
+_NAME = re.compile(r"[A-Za-z0-9_./-]{1,128}")
 
 
 class McpServer:
-  """One connection. It lives in a task of its own on the tools' loop, as its protocol asks."""
+  """The sessions with one server. Made anywhere; everything runs on the tools' loop."""
 
   def __init__(self, config: McpConfig):
     try:
-      import mcp
+      import mcp  # noqa: F401
     except ImportError as error:
       raise ImportError("MCP servers need the mcp package: pip install 'axpo_jax[tools]'"
                         ) from error
-    self.config, self._mcp = config, mcp
-    self._client: Any = None
-    self._holder: asyncio.Task | None = None
+    self.config = config
+    self.names: frozenset[str] = frozenset()  # of its tools, as the policy calls them
     self._opening = asyncio.Lock()
-    self._stop = asyncio.Event()
+    self._shared: Connection | None = None
+    self._failed: tuple[float, McpError] | None = None  # when the last opening did, and how
+    self._places = asyncio.Semaphore(config.sessions)
+    self._unused: Connection | None = None  # was opened to list the tools
+    self._own: set[Connection] = set()  # of episodes
 
   def tools(self) -> list[McpTool]:
     """Connects and lists the server's tools.
 
     Raises:
-      McpError: it cannot be reached, or lacks a tool that the config names.
+      McpError: it cannot be reached, takes too long, or lacks a tool that the config names.
     """
     listed = background.run(self._list())
-    if missing := sorted(set(self.config.only) - {tool.name for tool in listed}):
-      raise McpError(f"{self._where} has no tools {missing}; it has "
+    only = self.config.only
+    if missing := sorted(set(only) - {tool.name for tool in listed}):
+      raise McpError(f"the MCP server {self.config.label} has no tools {missing}; it has "
                      f"{sorted(tool.name for tool in listed)}")
-    return [McpTool(self, tool) for tool in listed
-            if not self.config.only or tool.name in self.config.only]
+    tools = [McpTool(self, tool) for tool in listed if not only or tool.name in only]
+    self.names = frozenset(tool.name for tool in tools)
+    size = sum(len(json.dumps(tool.schema)) for tool in tools)
+    if size > _MAX_SCHEMAS:
+      raise McpError(f"the {len(tools)} tools of the MCP server {self.config.label} have schemas of "
+                     f"{size} characters, more than {_MAX_SCHEMAS}: name those you want in `only`")
+    return tools
 
   def close(self) -> None:
-    """Ends the connection, and a local server with it. It ends with this process too."""
+    """Ends all sessions, and a local server with them. They end with this process too."""
     background.run(self._close())
 
-  async def call(self, name: str, arguments: dict[str, Any]) -> Any:
-    """The server's CallToolResult. Raises what the connection raises."""
-    client = await self._connected()
+  async def call(self, name: str, arguments: dict[str, Any], episode: EpisodeState) -> Any:
+    """The server's CallToolResult.
+
+    Raises:
+      TimeoutError: the call took too long.
+      McpError: anything else that went wrong.
+    """
+    if self.config.sessions:
+      connection = await self._of_episode(episode)
+      try:
+        return await self._timed(connection, name, arguments)
+      except ConnectionLost:
+        self._forget(episode, connection)
+        raise
+    connection = await self._connected()
     try:
-      return await client.call_tool(name, arguments,
-                                    read_timeout_seconds=self.config.time_limit)
-    except self._mcp.MCPError as error:
-      if error.code == self._mcp.types.CONNECTION_CLOSED:
-        await self._close()
-      raise
+      return await self._timed(connection, name, arguments)
+    except ConnectionLost as lost:
+      if not lost.unseen:  # it may have been done; the policy decides
+        raise
+      return await self._timed(await self._connected(), name, arguments)
+
+  def release(self, episode: EpisodeState) -> None:
+    """Lets go of the episode's session, if it has one."""
+    connection = episode.memory.pop(self._key, None)
+    if connection is not None:
+      asyncio.run_coroutine_threadsafe(self._end(connection), background.loop())
 
   @property
-  def _where(self) -> str:
-    return self.config.url or " ".join(self.config.command)
+  def _key(self) -> str:
+    return f"mcp session {id(self)}"
+
+  async def _timed(self, connection: Connection, name: str, arguments: dict[str, Any]) -> Any:
+    try:
+      async with asyncio.timeout(self.config.time_limit):
+        result = await connection.call(name, arguments)
+    except TimeoutError:
+      connection.timeouts += 1
+      if connection.timeouts >= _MAX_TIMEOUTS and not self.config.sessions:
+        connection.abandon()  # it answers nobody any more
+      raise
+    connection.timeouts = 0
+    return result
 
   async def _list(self) -> list[Any]:
-    client = await self._connected()
-    found, cursor = [], None
-    while True:
-      page = await client.list_tools(cursor=cursor)
-      found += page.tools
-      if not (cursor := page.next_cursor):
-        return found
-
-  async def _connected(self) -> Any:
-    async with self._opening:
-      if self._holder is None or self._holder.done():
-        ready = asyncio.get_running_loop().create_future()
-        self._stop.clear()
-        self._holder = asyncio.create_task(self._hold(ready))
-        try:
-          async with asyncio.timeout(self.config.connect_seconds):
-            self._client = await asyncio.shield(ready)
-        except Exception as error:  # of the program, the network, the protocol
-          self._holder.cancel()
-          raise McpError(f"the MCP server {self._where} cannot be reached: "
-                         f"{type(error).__name__}: {_root(error)}") from error
-      return self._client
-
-  async def _hold(self, ready: asyncio.Future) -> None:
+    """The tools that may be offered. Raises McpError."""
+    connection = await (self._open() if self.config.sessions else self._connected())
     try:
-      async with self._mcp.Client(self._target()) as client:
-        ready.set_result(client)
-        await self._stop.wait()
-    except Exception as error:
-      if not ready.done():
-        ready.set_exception(error)
+      async with asyncio.timeout(self.config.connect_seconds):
+        listed = await self._pages(connection)
+    except McpError:
+      await connection.close()
+      raise
+    except TimeoutError as error:
+      await connection.close()
+      raise McpError(f"the MCP server {self.config.label} did not list its tools within "
+                     f"{self.config.connect_seconds:g} seconds") from error
+    if self.config.sessions:
+      self._unused = connection
+    return [tool for tool in listed if self._usable(tool)]
 
-  def _target(self) -> Any:
-    if self.config.url:
-      return self.config.url
-    program, *arguments = self.config.command
-    return self._mcp.StdioServerParameters(command=program, args=arguments,
-                                           env=dict(self.config.env))
+  async def _pages(self, connection: Connection) -> list[Any]:
+    found, cursor = [], None
+    for _ in range(_MAX_PAGES):
+      page = await connection.list_tools(cursor)
+      found += page.tools
+      if not (cursor := page.next_cursor) or len(found) > _MAX_TOOLS:
+        break
+    if cursor or len(found) > _MAX_TOOLS:
+      raise McpError(f"the MCP server {self.config.label} lists more than {_MAX_TOOLS} tools or "
+                     f"{_MAX_PAGES} pages of them")
+    return found
+
+  def _usable(self, tool: Any) -> bool:
+    """Whether a prompt can hold it; what cannot is left out and logged."""
+    reason = ""
+    if not _NAME.fullmatch(tool.name):
+      reason = "its name has other characters than A-Z a-z 0-9 _ . / - or more than 128"
+    elif _depth(tool.input_schema) > _MAX_DEPTH:
+      reason = f"its schema is more than {_MAX_DEPTH} levels deep"
+    elif (size := len(json.dumps(tool.input_schema))) > _MAX_SCHEMA:
+      reason = f"its schema has {size} characters, more than {_MAX_SCHEMA}"
+    if reason:
+      logging.warning("the MCP server %s: the tool %.40r is left out: %s", self.config.label,
+                      tool.name, reason)
+    return not reason
+
+  async def _open(self) -> Connection:
+    connection = Connection(self.config)
+    await connection.connect()
+    return connection
+
+  async def _connected(self) -> Connection:
+    """The session that all episodes share."""
+    asked = asyncio.get_running_loop().time()
+    async with self._opening:
+      if self._shared is not None and self._shared.alive:
+        return self._shared
+      if self._failed and self._failed[0] >= asked:  # while this call waited for its turn
+        raise self._failed[1]
+      if self._shared is not None:
+        _soon(self._shared.close())
+      try:
+        self._shared = await self._open()
+      except McpError as error:
+        self._failed = asyncio.get_running_loop().time(), error
+        raise
+      return self._shared
+
+  async def _of_episode(self, episode: EpisodeState) -> Connection:
+    """The episode's own session, with the calls of its transcript's past made again."""
+    known = self._key in episode.memory
+    connection = episode.memory.get(self._key)
+    if connection is not None and connection.alive:
+      return connection
+    if connection is not None:
+      self._forget(episode, connection)
+      raise ConnectionLost(f"the session with the MCP server {self.config.label} was lost, and all "
+                           "that it held; the next call begins anew")
+    connection = await self._take()
+    try:
+      for past in [] if known else calls_to_repeat(episode.history, self):
+        await self._timed(connection, past.call.name.removeprefix(self.config.prefix),
+                          past.call.arguments)
+    except BaseException as error:
+      _soon(self._end(connection))
+      if isinstance(error, (McpError, TimeoutError)):
+        episode.memory[self._key] = None
+        raise ConnectionLost("the calls of the past could not be made again in a session of the MCP "
+                             f"server {self.config.label}; the next call begins anew") from error
+      raise
+    episode.memory[self._key] = connection
+    return connection
+
+  def _forget(self, episode: EpisodeState, connection: Connection) -> None:
+    """The session is lost, and the episode is told of it now."""
+    episode.memory[self._key] = None
+    _soon(self._end(connection))
+
+  async def _take(self) -> Connection:
+    """A session that nobody has used, once there is a place for it."""
+    try:
+      async with asyncio.timeout(self.config.connect_seconds):
+        await self._places.acquire()
+    except TimeoutError as error:
+      raise McpError(f"all {self.config.sessions} sessions of the MCP server {self.config.label} "
+                     "are in use by other episodes") from error
+    try:
+      connection, self._unused = self._unused, None
+      if connection is None or not connection.alive:
+        connection = await self._open()
+    except BaseException:
+      self._places.release()
+      raise
+    self._own.add(connection)
+    return connection
+
+  async def _end(self, connection: Connection) -> None:
+    """Closes an episode's session and gives its place back; again is harmless."""
+    if connection in self._own:
+      self._own.discard(connection)
+      try:
+        await connection.close()
+      finally:
+        self._places.release()
 
   async def _close(self) -> None:
-    self._stop.set()
-    if self._holder is not None:
-      await asyncio.wait([self._holder], timeout=10)
-      self._holder.cancel()
-      self._holder = None
+    ends = [self._end(connection) for connection in list(self._own)]
+    ends += [one.close() for one in (self._shared, self._unused) if one is not None]
+    await asyncio.gather(*ends, return_exceptions=True)
 
 
 class McpTool(Tool):
@@ -157,49 +264,72 @@ class McpTool(Tool):
   waits = True
 
   def __init__(self, server: McpServer, listed: Any):
-    self._server, self._remote_name = server, listed.name
+    self.server, self._remote_name = server, listed.name
     self.name = server.config.prefix + listed.name
     self.scope = server.config.scope
-    self.time_limit, self.max_concurrent = server.config.time_limit, server.config.max_concurrent
+    self.max_concurrent = server.config.max_concurrent  # calls and connecting have limits of their own
+    description = _clean(listed.description or "")
+    if len(description) > _MAX_DESCRIPTION:
+      description = f"{description[:_MAX_DESCRIPTION]} [...]"
     self.schema = {"type": "function", "function": {
-        "name": self.name, "description": listed.description or "",
-        "parameters": dict(listed.input_schema)}}
-    self._validator = _validator(listed.input_schema)
+        "name": self.name, "description": description, "parameters": _clean(listed.input_schema)}}
+    self._checker = _Checker(listed.input_schema)
 
   def check(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """By the whole of JSON schema: a server's schemas may use all of it."""
-    import jsonschema
-    try:
-      problem = jsonschema.exceptions.best_match(self._validator.iter_errors(dict(arguments)))
-    except Exception:  # the schema itself is at fault: let the server judge
-      problem = None
-    if problem is not None:
-      where = f"{problem.json_path}: " if problem.path else ""
-      raise ArgumentError(f"{where}{problem.message[:300]}")
+    if problem := self._checker.problem(dict(arguments)):
+      raise ArgumentError(problem)
     return dict(arguments)
 
   async def run(self, arguments: dict[str, Any], episode: EpisodeState) -> Observation:
     """Calls the server; its error results are error observations."""
-    result = await self._server.call(self._remote_name, arguments)
-    texts, images = [], []
-    for block in result.content:
-      if block.type == "image":
-        try:
-          images.append(load_image(base64.b64decode(block.data, validate=True)))
-        except (ImageError, binascii.Error) as error:
-          texts.append(f"(an image that cannot be read: {error})")
-      else:
-        texts.append(_text(block))
-    text = "\n".join(texts)
-    return failure(TOOL_ERROR, text) if result.is_error else Observation(text, tuple(images))
+    try:
+      result = await self.server.call(self._remote_name, arguments, episode)
+    except TimeoutError:
+      return failure(TIMEOUT, f"{self.name} took longer than {self.server.config.time_limit:g} seconds")
+    except ConnectionLost as error:
+      return failure(SESSION_LOST if self.server.config.sessions else TOOL_ERROR, str(error))
+    except McpError as error:
+      return failure(TOOL_ERROR, str(error))
+    except asyncio.CancelledError:  # the episode is over, perhaps since before it had its session
+      self.server.release(episode)
+      raise
+    # Decoding takes a while, and other tools' clocks run on this loop.
+    text, images = await asyncio.to_thread(_content, result.content)
+    if result.is_error:
+      return failure(TOOL_ERROR, self.server.config.redact(text))
+    return Observation(text, images)
+
+  def end(self, episode: EpisodeState) -> None:
+    self.server.release(episode)
 
 
-def _validator(schema: Mapping[str, Any]) -> Any:
-  import jsonschema
-  import referencing
-  # An empty registry: a schema that refers elsewhere must not make us fetch anything.
-  kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-  return kind(schema, registry=referencing.Registry())
+def calls_to_repeat(history: list[PastCall], server: McpServer) -> list[PastCall]:
+  """The calls whose effects a session must hold: those that reached the server since the last loss."""
+  calls: list[PastCall] = []
+  for past in history:
+    if past.call.name in server.names and past.error == SESSION_LOST:
+      calls = []
+    elif past.call.name in server.names and past.error in (None, TOOL_ERROR):
+      calls.append(past)
+  return calls
+
+
+def _content(blocks: list[Any]) -> tuple[str, tuple[Any, ...]]:
+  """Text and images of a result."""
+  texts, images = [], []
+  for block in blocks:
+    if block.type != "image":
+      texts.append(_text(block))
+    elif len(images) == MAX_IMAGES:
+      texts.append(f"(an image is left out: at most {MAX_IMAGES} are shown)")
+    else:
+      try:
+        images.append(load_image(base64.b64decode(block.data, validate=True),
+                                 max_pixels=MAX_IMAGE_PIXELS))
+      except (ImageError, binascii.Error, ValueError) as error:
+        texts.append(f"(an image that cannot be read: {error})")
+  return "\n".join(texts), tuple(images)
 
 
 def _text(block: Any) -> str:
@@ -211,22 +341,79 @@ def _text(block: Any) -> str:
   return f"({getattr(block, 'uri', None) or block.type})"
 
 
-def _root(error: BaseException) -> BaseException:
-  """The first of a group of errors: the group's own text says nothing."""
-  while isinstance(error, BaseExceptionGroup):
-    error = error.exceptions[0]
-  return error
+class _Checker:
+  """Checks arguments by a server's JSON schema, within bounds.
+
+  A schema with regular expressions checks nothing: one search of them may never end. Checking gives up
+  after _MAX_STEPS keywords: a page of references to one another can take longer than there is time.
+  """
+
+  def __init__(self, schema: Mapping[str, Any]):
+    import jsonschema
+    import referencing
+    self._steps = 0
+    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    checks = {name: self._counted(check) for name, check in kind.VALIDATORS.items()}
+    bounded = jsonschema.validators.extend(kind, checks | {"uniqueItems": lambda *_: None})
+    # An empty registry: a schema that refers elsewhere must not make us fetch anything.
+    self._validator = None if _has_patterns(schema) else bounded(
+      schema, registry=referencing.Registry())
+
+  def problem(self, arguments: dict[str, Any]) -> str | None:
+    """What does not fit; None where all does, or where the server must judge."""
+    import jsonschema
+    if self._validator is None:
+      return None
+    self._steps = 0
+    try:
+      found = jsonschema.exceptions.best_match(self._validator.iter_errors(arguments))
+    except Exception:  # the schema itself is at fault, or takes too many steps
+      return None
+    if found is None:
+      return None
+    return (f"{found.json_path}: " if found.path else "") + found.message[:300]
+
+  def _counted(self, check: Callable) -> Callable:
+    def counted(*arguments: Any) -> Any:
+      self._steps += 1
+      if self._steps > _MAX_STEPS:
+        raise RecursionError(f"more than {_MAX_STEPS} steps")
+      return check(*arguments)
+    return counted
 
 
-def servers(configs: Sequence[Mapping[str, Any]]) -> list[McpServer]:
-  """Servers of a list of records with the fields of McpConfig; `$NAME` in `env` is the trainer's
-  variable of that name."""
-  made = []
-  for record in configs:
-    fields = dict(record)
-    fields["env"] = {name: os.path.expandvars(value)
-                     for name, value in dict(fields.get("env", {})).items()}
-    for name in ("command", "only"):
-      fields[name] = tuple(fields.get(name, ()))
-    made.append(McpServer(McpConfig(**fields)))
-  return made
+def _has_patterns(value: Any) -> bool:
+  if isinstance(value, list):
+    return any(map(_has_patterns, value))
+  return isinstance(value, dict) and (
+    isinstance(value.get("pattern"), str) or isinstance(value.get("patternProperties"), dict)
+    or any(map(_has_patterns, value.values())))
+
+
+def _depth(value: Any) -> int:
+  """Levels of nesting, found without recursion; no more than one level too many is looked at."""
+  level, depth = [value], 0
+  while level and depth <= _MAX_DEPTH:
+    depth += 1
+    level = [item for outer in level if isinstance(outer, (dict, list))
+             for item in (outer.values() if isinstance(outer, dict) else outer)]
+  return depth
+
+
+def _clean(value: Any) -> Any:
+  """A JSON value whose texts can be encoded."""
+  if isinstance(value, str):
+    return value.encode("utf-8", "replace").decode("utf-8")
+  if isinstance(value, Mapping):
+    return {_clean(key): _clean(item) for key, item in value.items()}
+  return [_clean(item) for item in value] if isinstance(value, list) else value
+
+
+_tasks: set[asyncio.Task] = set()
+
+
+def _soon(work: Any) -> None:
+  """Runs `work` beside what goes on."""
+  task = asyncio.create_task(work)
+  _tasks.add(task)
+  task.add_done_callback(_tasks.discard)
