@@ -279,7 +279,6 @@ def _rollout() -> ConfigDict:
                               # stages. Servers need a larger context
       push_folder="",         # trainer and servers both see it (tmpfs, NFS); "" = in the workdir
       push_dtype="bfloat16",  # of the pushed weights; float32 for servers that run in float32
-      push_delta=True,        # write only the tensors that changed
       push_shard_bytes=1 << 30,  # size of a pushed file
       push_writers=4,         # files written at once: so many shards are in host memory
       verify=True,            # compare the servers' checksums after each push

@@ -1,7 +1,7 @@
 """What a real SGLang server gives: agreement, cached prefixes, speed, and what pushes cost.
 
   python benchmarks/sidecar.py [--policy runs/axpo_tiny/sft/policy] [--urls http://...] [--steps 2]
-                               [--push_dtype float32] [--learning_rate 1e-4]
+                               [--push_dtype float32]
 
 Starts a CPU server unless `--urls` names servers that run, then makes a few steps of the miniature's
 AXPO job with them. Prints
@@ -44,7 +44,6 @@ def main() -> None:
   config.rollout.engine = "sglang"
   config.rollout.urls = tuple(args.urls)
   config.rollout.sglang.push_dtype = args.push_dtype
-  config.optimizer.learning_rate = args.learning_rate
   config.model.checkpoint = args.policy or config.model.checkpoint
   print(f"machine   {platform.processor() or platform.machine()}, {os.cpu_count()} cores, load "
         f"{os.getloadavg()[0]:.1f} at the start; policy {config.model.checkpoint}")
@@ -86,8 +85,7 @@ async def _push(loop: Loop, what: str) -> None:
   await loop.sync()
   seconds, push = time.perf_counter() - begin, loop.engine.last_push
   print(f"push      {what}: {seconds:.2f} s, of which {push.seconds:.2f} s writing "
-        f"{push.bytes_written / 1e6:.2f} MB, {push.bytes_share:.1%} of a whole push; "
-        f"{push.changed_share:.2%} of the values changed")
+        f"{push.bytes_written / 1e6:.2f} MB; {len(push.changed or ())} tensors changed")
 
 
 async def _prefixes(loop: Loop) -> None:
@@ -115,8 +113,6 @@ def _arguments() -> argparse.Namespace:
   parser.add_argument("--policy", default="", help="checkpoint folder; default: the warm start")
   parser.add_argument("--urls", nargs="*", default=[], help="servers that run already")
   parser.add_argument("--push_dtype", default="float32", help="or bfloat16, as GPUs would get it")
-  parser.add_argument("--learning_rate", type=float, default=1e-4, help=(
-    "it decides how many values an update moves beyond the pushed type's resolution; the paper's is 1e-6"))
   parser.add_argument("--steps", type=int, default=2)
   return parser.parse_args()
 

@@ -33,7 +33,6 @@ import platform
 import re
 import runpy
 import shlex
-import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -43,9 +42,10 @@ from etils import epath
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from axpo_jax import paths
+from axpo_jax import markdown, paths
 from axpo_jax.config import ConfigError
 from axpo_jax.config_checks import validate
+from axpo_jax.eval import statistics
 from axpo_jax.train.metrics import read_metrics
 from launch import command
 
@@ -71,9 +71,6 @@ _DONE = "sweep_done.json"
 # Which code ran a point first, and on what; for whoever reports of it later.
 _MADE_BY = "made_by.json"
 _LONGEST_NAME = 120
-# 97.5 % quantiles of Student's t by degrees of freedom, from 1.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-      2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,10 +262,7 @@ def table(points: Sequence[Point], metrics: Sequence[str]) -> str:
     lines = [read_metrics(point.folder) for point in finished]
     rows.append([name, f"{len(finished)} of {len(members)}",
                  *(_cell([_last(run, metric) for run in lines]) for metric in metrics)])
-  widths = [max(map(len, column)) for column in zip(*rows)]
-  text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"
-          for row in rows]
-  return "\n".join([text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]])
+  return markdown.table(rows)
 
 
 def _last(lines: Sequence[Mapping[str, float]], metric: str) -> float | None:
@@ -277,14 +271,10 @@ def _last(lines: Sequence[Mapping[str, float]], metric: str) -> float | None:
 
 def _cell(values: Sequence[float | None]) -> str:
   """Mean and half the width of its 95 % interval."""
-  values = [value for value in values if value is not None]
-  if not values:
+  found = statistics.over_seeds([value for value in values if value is not None])
+  if found is None:
     return "-"
-  if len(values) == 1:
-    return f"{values[0]:.4f}"
-  quantile = _T[min(len(values) - 1, len(_T)) - 1]
-  half = quantile * statistics.stdev(values) / math.sqrt(len(values))
-  return f"{statistics.mean(values):.4f} ± {half:.4f}"
+  return f"{found.mean:.4f}" + ("" if math.isnan(found.low) else f" ± {found.high - found.mean:.4f}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ ALLOWED = {
   "config": {"config"},
   "paths": {"config"},
   "processes": set(),
+  "markdown": set(),
   "config_checks": {"config", "paths", "train.sections"},
   "config_reference": {"config"},
   "model": {"model"},
@@ -30,7 +31,8 @@ ALLOWED = {
             "rollout.engine"},
   "train": {"train", "eval", "rollout", "agent", "rl", "model", "data", "config", "paths",
             "processes"},
-  "eval": {"train", "eval", "rollout", "agent", "rl", "model", "data", "config", "paths", "processes"},
+  "eval": {"train", "eval", "rollout", "agent", "rl", "model", "data", "config", "paths", "processes",
+           "markdown"},
 }
 # Modules that agents, tools and planning are made of: they load in a moment, on any machine.
 WITHOUT_JAX = (

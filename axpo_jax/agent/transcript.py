@@ -34,7 +34,6 @@ from axpo_jax.agent.parse import SpecialIds
 from axpo_jax.data.question import ImageSource, open_image
 
 if TYPE_CHECKING:  # their imports take a second, and only the types are needed
-  from axpo_jax.model.chat import Chat
   from axpo_jax.model.images import ProcessedImage
 
 
@@ -274,11 +273,6 @@ class Transcript:
   def sampled(self) -> np.ndarray:
     """bool [C]: True where the token was sampled, that is, where it may carry loss."""
     return np.array([kind in SAMPLED_KINDS for kind in self.kinds], bool)
-
-  def response(self, chat: Chat) -> str:
-    """Text of the last turn, special tokens included; "" before the first."""
-    turns = self.turns
-    return chat.decode(self.ids[slice(*turns[-1])]) if turns else ""
 
   def first_call_span(self) -> tuple[int, int] | None:
     """Collapsed [start, stop) of the first tool call, tags included; None without a call."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from etils import epath
 
-from axpo_jax import paths
+from axpo_jax import markdown, paths
 from axpo_jax.train.metrics import read_metrics
 
 # Rows of the table: label, metric. The first block is measured on held-out questions by the two
@@ -68,7 +68,7 @@ def table(lines: Sequence[Mapping]) -> str:
   rows = [("", "start", "end")]
   for label, name in (*EVALUATED, *TRAINED):
     rows.append((label, *_start_and_end(lines, name)))
-  parts = [_rendered(rows), "", f"Pass@k and tool use: held-out questions before and after RL. The "
+  parts = [markdown.table(rows), "", f"Pass@k and tool use: held-out questions before and after RL. The "
            f"last three rows: mean of the first and of the last {_WINDOW} training steps at which "
            "they are defined."]
   if names := families(lines):
@@ -77,7 +77,7 @@ def table(lines: Sequence[Mapping]) -> str:
       cells = (_start_and_end(lines, name.format(family)) for _, name in BY_FAMILY)
       rows.append((family, *(" → ".join(cell.removesuffix(" %") for cell in pair)
                              for pair in cells)))
-    parts += ["", _rendered(rows)]
+    parts += ["", markdown.table(rows)]
   return "\n".join(parts)
 
 
@@ -99,7 +99,7 @@ def results_table(results: Mapping[str, Mapping[str, float]]) -> str:
     mean = _mean_of(results.values(), [*(f"pass_at_{k}" for k in ks), "tool_attempt_rate"])
     rows.append(("mean", *(_with_error(mean, f"pass_at_{k}") for k in ks),
                  _number(mean.get("tool_attempt_rate")), "", ""))
-  return _rendered(rows) + "\n\nPass@k with its standard error; tool use: rollouts that call a tool."
+  return markdown.table(rows) + "\n\nPass@k with its standard error; tool use: rollouts that call a tool."
 
 
 def _mean_of(results: Iterable[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
@@ -128,14 +128,6 @@ def families(lines: Iterable[Mapping]) -> list[str]:
   """Names of the families that were evaluated."""
   names = (_FAMILY.fullmatch(name) for line in lines for name in line)
   return sorted({found[1] for found in names if found})
-
-
-def _rendered(rows: Sequence[Sequence[str]]) -> str:
-  widths = [max(map(len, column)) for column in zip(*rows)]
-  text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"
-          for row in rows]
-  text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-  return "\n".join(text)
 
 
 def _start_and_end(lines: Sequence[Mapping], name: str) -> tuple[str, str]:

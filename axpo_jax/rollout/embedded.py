@@ -181,9 +181,6 @@ class EmbeddedEngine:
     self._wake()
     await done
 
-  async def health(self) -> bool:
-    return not self._closed and self._broken is None
-
   def stats(self, *, reset: bool = False) -> EngineStats:
     stats = dataclasses.replace(self._stats, compilations=self._device.compilations)
     if reset:

@@ -154,11 +154,6 @@ class EngineStats:
   images_encoded: int = 0
   compilations: int = 0
 
-  @property
-  def cache_hit_share(self) -> float:
-    """Share of the prompt tokens that came from the cache; 0 when there were none."""
-    return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
-
 
 @runtime_checkable
 class Engine(Protocol):
@@ -178,9 +173,6 @@ class Engine(Protocol):
     A request that arrives meanwhile is sampled from the old or from the new weights, never from both:
     `Sample.weight_version` says from which.
     """
-
-  async def health(self) -> bool:
-    """True when the engine can take work now."""
 
   def stats(self, *, reset: bool = False) -> EngineStats:
     """A copy of the counters; with `reset` they start again from zero."""

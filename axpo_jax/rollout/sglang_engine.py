@@ -109,7 +109,7 @@ class SGLangEngine:
 
   Attributes:
     folder: where pushes are written.
-    last_push: what the last update wrote: its bytes, the share that changed, its seconds; or None.
+    last_push: what the last update wrote; or None.
     retries: requests that were asked again because a server failed or was too slow.
     too_slow: requests that took longer than `request_s`.
   """
@@ -169,9 +169,6 @@ class SGLangEngine:
     self._check_open()
     await self._run(self._change_weights(push))
 
-  async def health(self) -> bool:
-    return not self._closed and await self._run(self._healthy())
-
   def stats(self, *, reset: bool = False) -> EngineStats:
     stats = dataclasses.replace(self._stats)
     if reset:
@@ -188,7 +185,7 @@ class SGLangEngine:
 
   def gauges(self) -> dict[str, float]:
     """Servers in; since the start, how often one went out, requests asked again, and those too slow; of
-    the last push, its seconds, its bytes, their share of a whole push, the share of values that changed."""
+    the last push, its seconds and its bytes."""
     found = {
       "servers_in": float(sum(map(self._fleet.is_in, self._fleet.members))),
       "servers_lost": float(self._fleet.times_out),
@@ -196,8 +193,7 @@ class SGLangEngine:
       "too_slow": float(self.too_slow),
     }
     if (push := self.last_push) is not None:
-      found |= {"push_s": push.seconds, "push_bytes": float(push.bytes_written),
-                "push_bytes_share": push.bytes_share, "push_changed_share": push.changed_share}
+      found |= {"push_s": push.seconds, "push_bytes": float(push.bytes_written)}
     return found
 
   def _check_open(self) -> None:
@@ -215,13 +211,6 @@ class SGLangEngine:
         raise
 
     return await self._loop.run(guarded())
-
-  async def _healthy(self) -> bool:
-    members = self._fleet.members
-    if any(map(self._fleet.is_in, members)):
-      return True
-    checks = [m.server.healthy(self.config.fleet.probe_timeout_s) for m in members]
-    return any(await asyncio.gather(*checks))
 
   # ---- samples ----
 
@@ -332,9 +321,7 @@ class SGLangEngine:
   def _take(self, push: Push) -> None:
     """Makes `push` the weights that every server must hold."""
     self.last_push = push
-    if self._push is not None and push.tag == self._push.tag:  # equal weights under a new number
-      self._push = dataclasses.replace(self._push, version=push.version)
-    else:
+    if push is not self._push:
       self._push = push
       self._check.next_push(push)
 
@@ -349,18 +336,13 @@ class SGLangEngine:
       if held == push.tag:
         await server.flush(_CONTROL_S)
       else:
-        await self._fleet.while_alive(member, self._load(server, push, held))
+        await self._fleet.while_alive(member, self._load(server, push))
       await server.resume(_CONTROL_S)
       member.tag = push.tag
 
-  async def _load(self, server: Server, push: Push, held: str | None) -> None:
-    """Loads base and delta, or the delta alone where the base is there already; then verifies."""
-    folders = [push.base, *([push.delta] if push.delta else [])]
-    if push.delta and held in push.tags_of_base:
-      folders = [push.delta]
-    for folder in folders:
-      tag = push.tag if folder == folders[-1] else f"{push.tag}/base"
-      await server.load(str(folder), tag, self.config.load_s)
+  async def _load(self, server: Server, push: Push) -> None:
+    """Loads a push and verifies that it is there."""
+    await server.load(str(push.folder), push.tag, self.config.load_s)
     found = await server.weight_tag(_CONTROL_S)
     if found != push.tag:
       raise LoadError(f"{server.url} reports weights {found!r} after loading {push.tag!r}")

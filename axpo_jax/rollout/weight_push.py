@@ -1,15 +1,9 @@
 """The trainer's weights as files in a folder that the servers read.
 
-In: the trainer's parameters, sharded over devices and perhaps over processes. Out: a `Push`: folders
-of safetensors shards under Hugging Face's names, and what changed since the push before. The folder
-lies where trainer and servers both see it: tmpfs on one machine, NFS or a bucket mount on several.
-
-A push is a base (every tensor) and perhaps a delta (the tensors that differ from the base). The
-next push compares each tensor with what was written last, in the written dtype, and writes those
-that differ: with a frozen tower, or a few trained layers, that is a part of the model; when all
-of them differ, which is usual for full training, the delta is complete and becomes the new base. A
-server that holds any push of this base loads the delta alone; a new one loads base, then delta. No
-tensor is split: SGLang's `/update_weights_from_disk` takes some of the tensors, never a part of one.
+In: the trainer's parameters, sharded over devices and perhaps over processes. Out: a `Push`: a folder
+of safetensors shards under Hugging Face's names, and the names of what changed since the push before.
+The folder lies where trainer and servers both see it: tmpfs on one machine, NFS or a bucket mount on
+several. A push has every tensor but a frozen vision tower's, which the servers started with.
 
 Shards are written by a few threads, each of which holds one shard: there is no second copy of
 the model in host memory. In a run of several processes all of them call `write`; a tensor is gathered
@@ -25,13 +19,13 @@ import secrets
 import shutil
 import threading
 import time
+import zlib
 from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from axpo_jax import processes
@@ -55,8 +49,6 @@ class PushConfig:
       earlier run left in it is removed.
     dtype: of the written tensors. "bfloat16" unless the servers run in float32.
     skip_vision: leave the vision tower out: it is frozen, and the servers started with it.
-    delta: compare with the last push and write only what changed. It reads that push again, which may
-      cost more than it saves where the folder is a bucket; switched off, every push is whole.
     shard_bytes: size of a file.
     writers: files written at once; each holds `shard_bytes` (for a moment twice) of host memory.
   """
@@ -64,7 +56,6 @@ class PushConfig:
   folder: str
   dtype: str = "bfloat16"
   skip_vision: bool = False
-  delta: bool = True
   shard_bytes: int = 1 << 30
   writers: int = 4
 
@@ -84,27 +75,17 @@ class Push:
   Attributes:
     version: the trainer's number.
     tag: what the servers call them; no two different weights share one, over restarts too.
-    base: folder with every tensor.
-    delta: folder with the tensors that differ from the base; None: none does.
-    previous: tag of the push before; None for the first.
-    tags_of_base: of the pushes that have this base: a server that holds one needs only the delta.
-    changed: names of the tensors that changed since the push before; None if they were not compared.
-    changed_share: share of the values that changed since then; 1 if they were not compared.
+    folder: with every tensor.
+    changed: names of the tensors that differ from the push before; None for the first.
     bytes_written: by all processes.
-    bytes_share: of what a push of every tensor takes.
     seconds: that writing took.
   """
 
   version: int
   tag: str
-  base: pathlib.Path
-  delta: pathlib.Path | None
-  previous: str | None
-  tags_of_base: frozenset[str]
+  folder: pathlib.Path
   changed: frozenset[str] | None
-  changed_share: float
   bytes_written: int
-  bytes_share: float
   seconds: float
 
 
@@ -126,20 +107,21 @@ class PushFolder:
                     for path, leaf in hf.by_path(hf.abstract_params(model_config)).items()}
     # What a server must hold, in its own names; the tower too where pushes leave it out.
     self.server_names = server_names(entry.name for entry in hf.name_table(model_config))
-    self._latest: dict[str, pathlib.Path] = {}  # tensor -> the file that holds it
+    self._sums: dict[str, int] = {}  # tensor -> checksum of what was written last
     self._last: Push | None = None
     self._begun = False
 
   def write(self, params: nnx.State, version: int) -> Push:
     """Writes `params` and returns what servers must load. Blocks; call it in all processes.
 
-    The folders appear complete or not at all. Weights that equal the last push in every tensor
-    write nothing and keep its tag.
+    The folder appears complete or not at all. A version that was written last is not written again.
 
     Raises:
       WrongParameters: paths or shapes are not those of the model.
       OSError: the folder cannot be written.
     """
+    if self._last is not None and version == self._last.version:
+      return self._last
     begin = time.perf_counter()
     leaves = self._checked(params)
     nonce, *_ = processes.on_all(self._prepare)
@@ -147,17 +129,22 @@ class PushFolder:
     staging = self._root / f"{_PREFIX}{tag}.partial"
     # What the shards hold is swapped and not read from the folder: on NFS a listing may be old.
     written = processes.on_all(self._write_shards, leaves, staging)
-    parts = [part for parts in written for part in parts]
-    self._last = self._finish(staging, tag, version, parts, time.perf_counter() - begin)
+    shards = [shard for shards in written for shard in shards]
+    folder = self._root / f"{_PREFIX}{tag}"
+    processes.on_all(_move, staging, folder, [shard.file for shard in shards])
+    sums = {name: total for shard in shards for name, total in shard.sums.items()}
+    changed = frozenset(name for name in sums if sums[name] != self._sums.get(name))
+    self._last = Push(version, tag, folder, changed if self._sums else None,
+                      sum(shard.bytes for shard in shards), time.perf_counter() - begin)
+    self._sums = sums
     return self._last
 
   def remove_old(self) -> None:
     """Removes every push but the last, once no server reads them."""
     if self._last is None or not processes.is_main():
       return
-    kept = {self._last.base, self._last.delta}
     for folder in self._root.glob(f"{_PREFIX}*"):
-      if folder not in kept:
+      if folder != self._last.folder:
         shutil.rmtree(folder, ignore_errors=True)
 
   def remove_all(self) -> None:
@@ -185,7 +172,7 @@ class PushFolder:
       raise WrongParameters(f"{len(wrong)} parameters are not the model's: {'; '.join(wrong[:5])}")
     return leaves
 
-  def _write_shards(self, leaves: dict, staging: pathlib.Path) -> list[_Part]:
+  def _write_shards(self, leaves: dict, staging: pathlib.Path) -> list[_Shard]:
     """Writes this process's shards; what they hold. An error comes last, behind all gathering."""
     places = threading.Semaphore(self.config.writers)  # shards in host memory
     with concurrent.futures.ThreadPoolExecutor(self.config.writers) as pool:
@@ -203,77 +190,25 @@ class PushFolder:
         del values
       return [job.result() for job in jobs]
 
-  def _write_shard(self, file: pathlib.Path, entries: list[hf.Entry], values: list) -> _Part:
-    """The tensors of one shard that changed."""
-    part, kept = _Part(), {}
+  def _write_shard(self, file: pathlib.Path, entries: list[hf.Entry], values: list) -> _Shard:
+    tensors, shard = {}, _Shard(file.name)
     for place, entry in enumerate(entries):
-      tensor = entry.to_hf(values[place])
+      tensors[entry.name] = tensor = entry.to_hf(values[place])
       values[place] = None  # the shard's memory moves over, tensor by tensor
-      different = self._different(entry.name, tensor)
-      part.values += tensor.size
-      part.changed_values += different
-      if different:
-        part.changed.append(entry.name)
-      if different or self._in_delta(entry.name):
-        kept[entry.name] = tensor
-        part.kept.append(entry.name)
-        part.bytes += tensor.nbytes
-    if kept:
-      file.parent.mkdir(parents=True, exist_ok=True)
-      save_file(kept, file, metadata={"format": "pt"})
-      part.file = file.name
-    return part
-
-  def _different(self, name: str, tensor: np.ndarray) -> int:
-    """Number of values that differ from the last push, bit by bit; all of them without one."""
-    if not (self.config.delta and name in self._latest):
-      return tensor.size
-    with safe_open(self._latest[name], framework="numpy") as handle:
-      before = handle.get_tensor(name)
-    bits = np.dtype(f"u{tensor.itemsize}")
-    return int(np.count_nonzero(tensor.view(bits) != before.view(bits)))
-
-  def _in_delta(self, name: str) -> bool:
-    """What once left the base stays in the delta, even if it equals the base again: servers may
-    hold the other value."""
-    delta = self._last.delta if self._last else None
-    return delta is not None and self._latest[name].parent == delta
-
-  def _finish(self, staging, tag, version, parts, seconds) -> Push:
-    """From the staged shards to the push; the same in all processes."""
-    last = self._last
-    changed = None
-    if self.config.delta and last is not None:
-      changed = frozenset(name for part in parts for name in part.changed)
-    kept = frozenset(name for part in parts for name in part.kept)
-    values, written = sum(part.values for part in parts), sum(part.bytes for part in parts)
-    numbers = dict(
-      version=version, previous=last.tag if last else None, changed=changed, seconds=seconds,
-      changed_share=sum(part.changed_values for part in parts) / values, bytes_written=written,
-      bytes_share=written / (values * jnp.dtype(self.config.dtype).itemsize))
-    if changed is not None and not changed:
-      processes.on_all(_move, staging, None, [])
-      return dataclasses.replace(last, **numbers)
-    folder = self._root / f"{_PREFIX}{tag}"
-    processes.on_all(_move, staging, folder, [part.file for part in parts if part.file])
-    for file, entries in self._shards.items():
-      self._latest |= {entry.name: folder / file for entry in entries if entry.name in kept}
-    if len(kept) == len(self._table):
-      return Push(tag=tag, base=folder, delta=None, tags_of_base=frozenset({tag}), **numbers)
-    return Push(tag=tag, base=last.base, delta=folder, tags_of_base=last.tags_of_base | {tag},
-                **numbers)
+      shard.sums[entry.name] = zlib.crc32(np.ascontiguousarray(tensor).view(np.uint8))
+      shard.bytes += tensor.nbytes
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return shard
 
 
 @dataclasses.dataclass
-class _Part:
-  """What one shard of a push holds; `file` is empty if nothing of it was written."""
+class _Shard:
+  """A file of a push: its name, its bytes, and a checksum of each tensor."""
 
-  file: str = ""
-  values: int = 0
-  changed_values: int = 0
+  file: str
   bytes: int = 0
-  changed: list[str] = dataclasses.field(default_factory=list)
-  kept: list[str] = dataclasses.field(default_factory=list)
+  sums: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def _fetch(leaf: jax.Array, layer: int | None, dtype: str, mine: bool) -> np.ndarray | None:
@@ -284,12 +219,9 @@ def _fetch(leaf: jax.Array, layer: int | None, dtype: str, mine: bool) -> np.nda
   return np.asarray(gathered.addressable_data(0)) if mine else None
 
 
-def _move(staging: pathlib.Path, folder: pathlib.Path | None, files: Sequence[str]) -> None:
-  """Gives a staged push of these files its name, or removes it. One process does."""
+def _move(staging: pathlib.Path, folder: pathlib.Path, files: Sequence[str]) -> None:
+  """Gives a staged push of these files its name. One process does."""
   if not processes.is_main():
-    return
-  if folder is None:
-    shutil.rmtree(staging, ignore_errors=True)
     return
   deadline = time.monotonic() + _APPEARS_S
   while missing := [file for file in files if not (staging / file).exists()]:

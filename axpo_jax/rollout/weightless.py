@@ -30,9 +30,6 @@ class WeightlessEngine:
     """Takes the version's number alone."""
     self._version = version
 
-  async def health(self) -> bool:
-    return not self._closed
-
   def stats(self, *, reset: bool = False) -> EngineStats:
     stats = self._stats
     self._stats = EngineStats() if reset else EngineStats(**vars(stats))

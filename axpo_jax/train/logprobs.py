@@ -28,8 +28,7 @@ def token_logprobs(
   banned_ids: Sequence[int] = (),
   temperature: float = 1.0,
   chunk: int = 2048,
-  with_entropy: bool = True,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array]:
   """log p(target) and entropy of softmax(hidden @ unembed.T / temperature) without `banned_ids`.
 
   The matmul runs in the dtype of `hidden` and accumulates in float32; all else is float32.
@@ -43,10 +42,9 @@ def token_logprobs(
       normalised over the others. A banned target has log-probability -inf.
     temperature: of the sampler, so that trainer and sampler speak of one distribution.
     chunk: tokens (over all rows) whose logits exist at once; at least one a row.
-    with_entropy: False leaves the entropy out.
 
   Returns:
-    logp float32 [B, T], entropy float32 [B, T] in nats (None without).
+    logp float32 [B, T], entropy float32 [B, T] in nats.
 
   Raises:
     ValueError: temperature or chunk that is not positive, or a banned id outside the vocabulary.
@@ -64,18 +62,17 @@ def token_logprobs(
 
   @jax.checkpoint
   def one_chunk(hidden_BxSxD, targets_BxS):
-    return _chunk(hidden_BxSxD, unembed_VxD, targets_BxS, banned_V, temperature, with_entropy)
+    return _chunk(hidden_BxSxD, unembed_VxD, targets_BxS, banned_V, temperature)
 
   def body(_, chunk_inputs):
     return None, one_chunk(*chunk_inputs)
 
   inputs = (_to_chunks(hidden_BxTxD, size), _to_chunks(targets_BxT, size))
   _, (logp, entropy) = jax.lax.scan(body, None, inputs)
-  return (_from_chunks(logp, length),
-          _from_chunks(entropy, length) if with_entropy else None)
+  return _from_chunks(logp, length), _from_chunks(entropy, length)
 
 
-def _chunk(hidden_BxSxD, unembed_VxD, targets_BxS, banned_V, temperature, with_entropy):
+def _chunk(hidden_BxSxD, unembed_VxD, targets_BxS, banned_V, temperature):
   # The cast stands inside the chunk so that its transpose adds up the chunks' gradients in the
   # dtype of the master parameters, not in bfloat16.
   logits_BxSxV = jnp.einsum("bsd,vd->bsv", hidden_BxSxD, unembed_VxD.astype(hidden_BxSxD.dtype),
@@ -86,8 +83,6 @@ def _chunk(hidden_BxSxD, unembed_VxD, targets_BxS, banned_V, temperature, with_e
   hit_BxSxV = jnp.arange(len(banned_V)) == targets_BxS[..., None]
   target_BxS = jnp.sum(jnp.where(hit_BxSxV, logits_BxSxV, 0.0), axis=-1)
   logp_BxS = jnp.where(jnp.asarray(banned_V)[targets_BxS], -jnp.inf, target_BxS - normaliser_BxS)
-  if not with_entropy:
-    return logp_BxS, None
   # -E[log p] and not log Z - E[logit], which cancels digits. Banned entries are 0 * finite, so no
   # 0 * inf arises.
   log_BxSxV = logits_BxSxV - normaliser_BxS[..., None]

@@ -221,7 +221,7 @@ def sglang(config: ConfigDict, folder: str, **options: Any) -> Any:
   from axpo_jax.rollout.sglang_engine import SGLangConfig
   from axpo_jax.rollout.weight_push import PushConfig
   s = config.rollout.sglang
-  push = PushConfig(folder=folder, dtype=s.push_dtype, delta=s.push_delta,
+  push = PushConfig(folder=folder, dtype=s.push_dtype,
                     shard_bytes=s.push_shard_bytes, writers=s.push_writers, **options)
   own = {name: value for name, value in s.items()
          if not name.startswith("push_") and name not in ("fleet", "length")}

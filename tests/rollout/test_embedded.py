@@ -199,7 +199,6 @@ def test_a_pool_that_cannot_be_allocated_again_breaks_the_engine(embedded, ask, 
     for call in (subject.engine.generate(request), subject.engine.update_weights(None, 1)):
       with pytest.raises(EngineClosed, match="broken: KeyError: 'no memory'"):
         await call
-    assert not await subject.engine.health()
 
   asyncio.run(scenario())
 
@@ -236,7 +235,6 @@ def test_closing_fails_what_runs_and_what_comes(embedded, ask, text):
       await running
     with pytest.raises(EngineClosed):
       await subject.engine.generate(request)
-    assert not await subject.engine.health()
 
   asyncio.run(scenario())
 

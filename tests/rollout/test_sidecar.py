@@ -220,7 +220,6 @@ def test_bad_checkpoint_says_so_and_leaves_nothing(sidecar_python, tmp_path):
   with pytest.raises(SidecarError, match=r"(?s)server 0 .*ended .*server-0\.log.*SafetensorError"):
     sidecar.start()
   assert not session(sidecar.status()[0].pid)
-  assert sidecar.stats() == {"sidecar/servers": 1, "sidecar/serving": 0, "sidecar/restarts": 0}
   assert sidecar.status()[0].state == "failed"
 
 

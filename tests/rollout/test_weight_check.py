@@ -12,9 +12,8 @@ DOWN, NORM = "model.layers.0.mlp.down_proj.weight", "model.norm.weight"
 
 
 def push(tag, changed=None):
-  return Push(version=0, tag=tag, base=pathlib.Path("base"), delta=None, previous=None,
-              tags_of_base=frozenset({tag}), changed=changed and frozenset(changed), changed_share=1.0,
-              bytes_written=8, bytes_share=1.0, seconds=0.1)
+  return Push(version=0, tag=tag, folder=pathlib.Path("pushed"), changed=changed and frozenset(changed),
+              bytes_written=8, seconds=0.1)
 
 
 def sums(down, norm="n", ranks=1):

@@ -74,7 +74,7 @@ def test_killed_and_resumed(changes, start_server, tmp_path):
     # Each step was drawn from the weights before it, which both processes wrote and one installed.
     assert (line["engine/servers_in"], line["rollout/failed"], line["rollout/lag_max"]) == (1, 0, 0)
     assert line["train/logp_gap_abs_mean"] < 1e-5 and line["train/logp_gap_abs_max"] < 1e-3
-  assert max(line["engine/push_bytes"] for line in lines[1:]) > 1e5  # the first one of a process is whole
+  assert min(line["engine/push_bytes"] for line in lines[1:]) > 1e5
   assert (workdir / "rl" / "policy" / "model.safetensors").exists()
   # No question was left out or asked twice.
   saved = workdir / "rl" / "checkpoints" / str(STEPS) / "iterator" / "value.json"

@@ -8,6 +8,7 @@ from typing import Any
 
 from axpo_jax.eval.diagnose.figures import LABELS
 from axpo_jax.eval.diagnose.reading import Problem, Reading
+from axpo_jax.markdown import table
 
 _SHOWN_PROBLEMS = 10
 _SHOWN_TIMES = 20
@@ -46,7 +47,7 @@ def markdown(result: Mapping[str, Any], reading: Reading) -> str:
   parts += [f"> **Warning ({warning['kind']}):** {clean(warning['text'])}\n"
             for warning in result["warnings"]]
   for title, head, rows in tables(result):
-    parts += [f"## {title}", "", _rendered(head, rows), ""]
+    parts += [f"## {title}", "", table([head, *rows]), ""]
   for title, problems in _lists(reading):
     parts += [f"## {title}: {len(problems)}", "", *(f"- {line}" for line in lines(problems)), ""]
   return "\n".join(parts)
@@ -129,12 +130,3 @@ def _cells(share: Mapping[str, Any] | None) -> list[str]:
 
 def _percent(share: Mapping[str, Any] | None) -> str:
   return "–" if share is None else f"{100 * share['value']:.1f} %"
-
-
-def _rendered(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  cells = [list(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-  widths = [max(map(len, column)) for column in zip(*cells)]
-  lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |"
-           for row in cells]
-  lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-  return "\n".join(lines)

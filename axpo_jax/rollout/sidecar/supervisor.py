@@ -328,15 +328,6 @@ class Sidecar:
   def status(self) -> list[ServerStatus]:
     return [keeper.status() for keeper in self._keepers]
 
-  def stats(self) -> dict[str, float]:
-    """For the metrics of a step."""
-    states = self.status()
-    return {
-      "sidecar/servers": len(states),
-      "sidecar/serving": sum(state.state == "serving" for state in states),
-      "sidecar/restarts": sum(state.restarts for state in states),
-    }
-
   def _server(self, index: int) -> Keeper:
     spec = self.spec
     port = spec.port + index if spec.port else free_port(spec.host)
