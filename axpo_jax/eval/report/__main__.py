@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 title=arguments.title)
   out = pathlib.Path(arguments.out or runs[0].folder / "report.html")
   out.parent.mkdir(parents=True, exist_ok=True)
-  out.write_text(page, encoding="utf-8")
+  out.write_text(page, encoding="utf-8", errors="replace")
   print(f"{out}  ({out.stat().st_size / 1e6:.1f} MB)")
   return 0
 
@@ -38,7 +38,8 @@ def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m axpo_jax.eval.report",
     description="One HTML page about a run, or several runs against the first.")
-  parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's --workdir")
+  parser.add_argument("runs", nargs="+", metavar="RUN",
+                      help="a run's --workdir, or logs of any maker that eval.diagnose reads")
   parser.add_argument("--out", help="the page (default: report.html in the first run)")
   parser.add_argument("--title", default="", help="by default the names of the runs")
   parser.add_argument("--trajectories", type=int, default=10_000, metavar="N",

@@ -17,6 +17,7 @@ import jinja2
 from plotly.offline import get_plotlyjs
 
 from axpo_jax.eval.diagnose.figures import diagnose
+from axpo_jax.eval.diagnose.output import unread_warnings
 from axpo_jax.eval.diagnose.reading import read
 from axpo_jax.eval.report import charts, seeds, tables, trajectories
 from axpo_jax.eval.report.pictures import Pictures
@@ -77,6 +78,9 @@ def _warnings(method: Method) -> list[tuple[str, str]]:
   chose to do."""
   found = []
   for run in method.runs.values():
+    if run.logs is not None:
+      told = unread_warnings(run.logs) + diagnose(run.logs.traces)["warnings"]
+      found += [(run.name, warning["text"]) for warning in told]
     paths = run.training_dumps or [path for path in run.dumps if path.parent.name != FORCED]
     found += [(run.name, warning["text"]) for warning in (diagnose(read(paths).traces)["warnings"]
                                                           if paths else ())]
@@ -90,5 +94,8 @@ def _facts(runs: Sequence[Run], methods: Sequence[Method],
   facts = [f"{len(methods)} methods" if 1 < len(methods) < len(runs) else "",
            f"{len(runs)} runs" if len(runs) > 1 else "", f"{max(steps)} steps" if steps else "",
            f"{len(collection.index['rows']):,} of {collection.total:,} dumped trajectories"
-           if collection.total else ""]
+           if collection.total else "",
+           f"damaged lines left out: {collection.damaged:,}" if collection.damaged else "",
+           *(f"records not readable: {len(run.logs.problems):,}" for run in runs
+             if run.logs and run.logs.problems)]
   return [fact for fact in facts if fact]

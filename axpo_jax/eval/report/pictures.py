@@ -10,6 +10,7 @@ import base64
 import dataclasses
 import io
 import pathlib
+import re
 
 import PIL.Image
 
@@ -25,6 +26,10 @@ class Picture:
   uri: str
 
 
+_KEY = re.compile(r"\w+", re.ASCII)
+_MISSING = Picture(1, 1, "")
+
+
 class Pictures:
   """Copies images into data URIs, each key once.
 
@@ -38,6 +43,9 @@ class Pictures:
 
   def add(self, folder: pathlib.Path, key: str) -> str:
     """Takes folder/<key>.png in; returns the key's short form, by which the page knows it."""
+    if not _KEY.fullmatch(key):  # a dump must not name any other file of this machine
+      self.found[""] = _MISSING
+      return ""
     short = key[:16]
     if short not in self.found:
       self.found[short] = self._copy(folder / f"{key}.png")
@@ -47,7 +55,7 @@ class Pictures:
     try:
       image = load_image(path)
     except ImageError:  # a dump that was moved without its images still shows its text
-      return Picture(1, 1, "")
+      return _MISSING
     width, height = image.size
     image.thumbnail((self._side, self._side), PIL.Image.Resampling.LANCZOS)
     stream = io.BytesIO()

@@ -1,21 +1,24 @@
 """What a run's folder holds that a report can show.
 
-In: a folder. Out: a Run: its metrics, the rewards of its evaluation by question, and the files of
-rollouts in it.
+In: a folder, or a file of logs. Out: a Run: its metrics, the rewards of its evaluation by question, and
+the files of rollouts in it; or the rollouts of somebody else's logs.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from axpo_jax import paths
 from axpo_jax.agent.rollout import FAILED_STOPS
-from axpo_jax.train.metrics import read_metrics
+from axpo_jax.eval.diagnose import reading
+from axpo_jax.eval.diagnose.reading import Reading
+from axpo_jax.train.metrics import METRICS_FILE
 
 
 class ReportError(ValueError):
@@ -49,6 +52,7 @@ class Run:
       metrics alone.
     dumps: files of rollouts, in order.
     config: of the run; empty if it left none.
+    logs: what was read of a folder or file that is no run of ours; else None.
   """
 
   name: str
@@ -57,6 +61,7 @@ class Run:
   benchmarks: Mapping[str, Benchmark]
   dumps: Sequence[pathlib.Path]
   config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  logs: Reading | None = None
 
   @property
   def training_dumps(self) -> list[pathlib.Path]:
@@ -80,32 +85,66 @@ def load_runs(folders: Iterable[str | pathlib.Path]) -> list[Run]:
   return [_load(place, name) for place, name in zip(places, _names(places))]
 
 
-def _load(folder: pathlib.Path, name: str) -> Run:
-  if not folder.is_dir():
-    raise ReportError(f"{folder} is not a folder; give a run's --workdir")
+def _load(place: pathlib.Path, name: str) -> Run:
+  if not place.exists():
+    raise ReportError(f"{place} is not there; give a run's --workdir, or a folder or file of logs")
+  if not place.is_dir():
+    return _logs(place, place.parent, name)
   dumps = sorted(path for pattern in ("step_*.jsonl", "rollouts_*.jsonl")
-                 for path in folder.rglob(pattern))
-  metrics = read_metrics(folder)
-  benchmarks = _benchmarks(sorted(folder.glob("eval/*/records_*.jsonl")))
+                 for path in place.rglob(pattern) if _is_dump(path))
+  metrics = [line for line in _lines(place / METRICS_FILE) if isinstance(line.get("step"), int)]
+  benchmarks = _benchmarks(sorted(place.glob("eval/*/records_*.jsonl")))
   if not (metrics or dumps or benchmarks):
-    raise ReportError(f"{folder} has neither metrics.jsonl nor rollouts (step_*.jsonl, "
-                      "rollouts_*.jsonl); give a run's --workdir")
-  config = folder / "config.json"
-  return Run(name, folder, metrics, benchmarks, dumps,
-             json.loads(config.read_text(encoding="utf-8")) if config.exists() else {})
+    return _logs(place, place, name)
+  config = next(iter(_lines(place / "config.json", whole=True)), {})
+  return Run(name, place, metrics, benchmarks, dumps, config)
+
+
+def _logs(place: pathlib.Path, folder: pathlib.Path, name: str) -> Run:
+  found = reading.read([place], keep=True)
+  if not (found.traces or found.uncounted):
+    raise ReportError(f"{place} has neither metrics.jsonl nor rollouts that can be read; give a run's "
+                      "--workdir, or logs that axpo_jax.eval.diagnose reads")
+  return Run(name, folder, (), {}, (), logs=found)
+
+
+def _is_dump(path: pathlib.Path) -> bool:
+  """Whether a file holds rollouts of ours: other makers call their files so, too."""
+  return any(isinstance(record.get("transcript"), Mapping)
+             for record in itertools.islice(_lines(path), 8))
+
+
+def _lines(path: pathlib.Path, *, whole: bool = False) -> Iterator[dict[str, Any]]:
+  """The objects of a file of JSON lines (or of one that is JSON as a `whole`). A damaged line costs
+  itself and not the page; a file that is not there has none."""
+  if not path.is_file():
+    return
+  with path.open(encoding="utf-8", errors="replace") as file:
+    for line in [file.read()] if whole else file:
+      try:
+        record = json.loads(line)
+      except (ValueError, RecursionError):
+        continue
+      if isinstance(record, dict):
+        yield record
 
 
 def _benchmarks(paths: Iterable[pathlib.Path]) -> dict[str, Benchmark]:
   """Records of evaluation shards (eval/shards.py): a folder a benchmark."""
   found = collections.defaultdict(lambda: Benchmark({}, {}, {}))
   for path in paths:
-    for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-      kept = [stats for stats in record["stats"] if stats["stop"] not in FAILED_STOPS]
+    for record in _lines(path):
+      try:
+        kept = [(float(stats["reward"]), stats["used_tool"]) for stats in record["stats"]
+                if stats["stop"] not in FAILED_STOPS]
+        question, cluster = str(record["id"]), record.get("group") or record["id"]
+      except (KeyError, TypeError, ValueError):
+        continue
       if kept:
-        into, question = found[path.parent.name], record["id"]
-        into.rewards[question] = [stats["reward"] for stats in kept]
-        into.clusters[question] = record.get("group") or question
-        into.tools[question] = [stats["used_tool"] for stats in kept]
+        into = found[path.parent.name]
+        into.rewards[question] = [reward for reward, _ in kept]
+        into.clusters[question] = cluster
+        into.tools[question] = [used for _, used in kept]
   return dict(sorted(found.items()))
 
 

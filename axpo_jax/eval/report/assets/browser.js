@@ -22,6 +22,9 @@
                    error: (row) => row[ERRORS] > 0, source: (row) => row[KIND] === 1,
                    continuation: (row) => row[KIND] === 2 };
 
+  const outcome = (row) => row[REWARD] === null ? "unscored" : row[REWARD] > 0.5 ? "right" : "wrong";
+  const MARKS = { right: "✓", wrong: "✗", unscored: "·" };
+
   const filter = () => {
     const want = Object.fromEntries(new FormData(form));
     const text = want.text.trim().toLowerCase();
@@ -29,7 +32,7 @@
       const group = index.groups[row[GROUP]];
       const keep = (!want.run || group.run === Number(want.run)) && (!want.at || group.at === want.at)
         && (!want.category || group.category === want.category)
-        && (!want.outcome || (row[REWARD] > 0.5) === (want.outcome === "right"))
+        && (!want.outcome || outcome(row) === want.outcome)
         && (!want.acting || ACTING[want.acting](row))
         && (!text || found[row[GROUP]].includes(text) || row[ANSWER].toLowerCase().includes(text));
       return keep ? [number] : [];
@@ -49,13 +52,13 @@
 
   const line = (position) => {
     const row = index.rows[shown[position]], group = index.groups[row[GROUP]];
-    const right = row[REWARD] > 0.5;
+    const found = outcome(row);
     return make("div", {
-      class: `row${right ? " right" : ""}`, role: "option", id: `row-${position}`,
+      class: `row ${found}`, role: "option", id: `row-${position}`,
       "aria-selected": String(position === at), "aria-posinset": position + 1,
       "aria-setsize": shown.length, style: `top:${position * ROW}px`,
       onclick: () => { move(position); show(); } },
-      make("span", { class: "mark", role: "img", "aria-label": right ? "right" : "wrong" }, right ? "✓" : "✗"),
+      make("span", { class: "mark", role: "img", "aria-label": found }, MARKS[found]),
       make("span", { class: "question" }, group.question),
       make("span", { class: "answer" }, row[ANSWER] || "–"),
       make("span", { class: "about" },

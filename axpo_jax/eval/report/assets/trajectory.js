@@ -1,8 +1,10 @@
 // One trajectory: the question, its siblings, and turn by turn what was thought, called and seen.
 (() => {
   const { make, signed } = Report;
-  const PROMPT = 0, THINK = 1, CALL = 2, OBSERVATION = 3, ANSWER = 4;
-  const NAMES = { [THINK]: "thinking", [CALL]: "call", [OBSERVATION]: "observation", [ANSWER]: "answer" };
+  const PROMPT = 0, THINK = 1, CALL = 2, OBSERVATION = 3, ANSWER = 4, USER = 5;
+  const NAMES = { [THINK]: "thinking", [CALL]: "call", [OBSERVATION]: "observation", [ANSWER]: "answer", [USER]: "user" };
+  // Longer prompts are folded: what was done about them matters more.
+  const LONG = 700;
   const IMAGE = "\ufffc";
   // The template's own marks; what stands between them is what the tool said.
   const MARKS = /<\|[^|]*\|>|<\/?tool_response>/g;
@@ -87,10 +89,13 @@
             make("div", { class: "shots" }, images.map((image, i) => picture(image, `image ${first + i}`)))];
   };
 
+  // right, wrong, or unscored: other makers' logs need not say.
+  const outcome = (rollout) => rollout.reward === null ? "unscored" : rollout.reward > 0.5 ? "right" : "wrong";
+
   const verdict = (rollout) => {
-    const right = rollout.reward > 0.5;
-    return make("p", { class: `verdict ${right ? "right" : "wrong"}` },
-      make("strong", {}, right ? "✓ right" : "✗ wrong"),
+    const found = outcome(rollout);
+    return make("p", { class: `verdict ${found}` },
+      make("strong", {}, { right: "✓ right", wrong: "✗ wrong", unscored: "not scored" }[found]),
       make("span", {}, `answered ${rollout.answer ?? "nothing"}`),
       rollout.stop === "answer" ? null : make("span", {}, `stopped: ${rollout.stop.replaceAll("_", " ")}`),
       rollout.advantage === undefined ? null
@@ -100,17 +105,21 @@
   const strip = (group, place, go) => make("div", { class: "strip", role: "group", "aria-label": "Rollouts of this question" },
     group.rollouts.map((rollout, i) => {
       const kind = rollout.branch !== undefined ? "continuation" : "rollout";
-      const label = `${kind} ${i + 1}: ${rollout.reward > 0.5 ? "right" : "wrong"}, `
+      const label = `${kind} ${i + 1}: ${outcome(rollout)}, `
         + `${rollout.calls.length || "no"} call${rollout.calls.length === 1 ? "" : "s"}`
         + (rollout.frozen === undefined ? "" : ", prefix frozen");
       return make("button", { type: "button", title: label, "aria-label": label,
         "aria-current": i === place ? "true" : null,
-        class: `chip ${rollout.reward > 0.5 ? "right" : "wrong"} ${kind} ${rollout.calls.length ? "tool" : ""}`,
+        class: `chip ${outcome(rollout)} ${kind} ${rollout.calls.length ? "tool" : ""}`,
         onclick: () => go(i).then(() => detail.querySelector(".chip[aria-current]")?.focus()) },
         rollout.frozen === undefined ? (rollout.calls.length ? "●" : "○") : "❄");
     }));
 
   const KEY = "round: continuation · ● called a tool · ○ did not · ❄ prefix frozen here";
+
+  const question = (text) => text.length <= LONG ? make("h3", { class: "asked" }, text)
+    : make("details", { class: "asked" }, make("summary", {}, `${text.slice(0, 200).replace(/\s+/g, " ")} … (${text.length.toLocaleString("en")} characters)`),
+           make("div", {}, text));
 
   const colouring = () => make("div", { class: "modes", role: "radiogroup", "aria-label": "Colour tokens by" },
     make("span", { class: "title" }, "colour by"),
@@ -157,10 +166,10 @@
         make("div", { class: "shots" }, group.images.map((image, i) => picture(image, `image ${i}`))),
         make("div", {}, make("p", { class: "note" }, [Report.runs.length > 1 ? Report.runs[group.run] : "", group.at, group.category, group.id]
           .filter(Boolean).join(" · ")),
-        make("h3", { class: "asked" }, group.question),
+        question(group.question),
         group.gold.length ? make("p", { class: "gold" }, "right answer ", make("b", {}, group.gold.join(" or "))) : null,
         strip(group, place, go), make("p", { class: "note" }, KEY))),
-      colouring(),
+      rollout.segments.some((segment) => segment.p) ? colouring() : "",  // logs of texts have no tokens
       ...(source === null ? [verdict(rollout), ...blocks(group, rollout, rollout.start, Infinity)]
                           : branch(group, source, place)),
       group.system < 0 ? "" : make("details", { class: "system" }, make("summary", {}, "System prompt"),
