@@ -240,7 +240,9 @@ def _python_tool() -> ConfigDict:
     timeout=12,               # seconds of a cell, unless the call says otherwise [paper]
     max_timeout=60,           # the most it may ask for
     max_concurrent=0,         # cells at once; 0 = as many as there are cores
-    # The fields of agent.tools.kernels.KernelConfig.
+    # Of an executor on another machine, such as http://sandbox-1:8400: docs/tools.md. "" = this machine.
+    url="",
+    # The fields of agent.tools.kernels.KernelConfig; an executor has its own.
     isolation="namespaces",   # "rlimits" sees the trainer's files: docs/tools.md
     memory_mb=2048,           # of a process's address space, and of a kernel's processes together
     cpu_seconds=120,          # of a process, over all cells of an episode

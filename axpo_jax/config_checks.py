@@ -101,6 +101,8 @@ def validate(config: ConfigDict) -> None:
       and not _begins_without_policy(config)):
     raise ConfigError("servers start from a checkpoint folder: set config.model.checkpoint, or name "
                       "running ones in config.rollout.urls")
+  if (url := config.agent.python.url) and not url.startswith(("http://", "https://")):
+    raise ConfigError(f"config.agent.python.url={url!r}: write http://host:port")
   if bad := [url for url in config.rollout.urls if not url.startswith(("http://", "https://"))]:
     raise ConfigError(f"config.rollout.urls names {bad}: write http://host:port")
   if "rl" in config.stages and config.rollout.temperature <= 0:

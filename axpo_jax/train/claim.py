@@ -31,8 +31,8 @@ _FREE = (
   "rollout.urls", "rollout.sidecar.*", "rollout.sglang.*", "rollout.embedded.*",
   # Where things lie, and how fast they are asked for.
   "data.image_folder", "data.image_cache", "data.max_bad_share", "agent.audit", "agent.overlap_tools",
-  "agent.run_limits.*", "agent.python.warm", "agent.python.max_concurrent", "agent.search.per_minute",
-  "agent.search.max_concurrent", "teach.url", "teach.max_concurrent", "eval.judge.url",
+  "agent.run_limits.*", "agent.python.warm", "agent.python.max_concurrent", "agent.python.url",
+  "agent.search.per_minute", "agent.search.max_concurrent", "teach.url", "teach.max_concurrent", "eval.judge.url",
 )
 # Of these, what changes more than rounding.
 _NOT_FREE = ("rollout.sglang.push_dtype", "rollout.embedded.dtype", "rollout.sidecar.device")

@@ -104,11 +104,11 @@ def _tools(config: ConfigDict, factor: int, extra: tuple[str, ...]) -> list[Tool
 def kernel_config(section: ConfigDict) -> KernelConfig:
   """The record of config.agent.python, whose other fields are the tool's."""
   return KernelConfig(**{name: value for name, value in section.items()
-                         if name not in ("timeout", "max_timeout", "max_concurrent")})
+                         if name not in ("url", "timeout", "max_timeout", "max_concurrent")})
 
 
 def _python(section: ConfigDict) -> PythonTool:
-  tool = PythonTool(kernel_config(section), timeout=section.timeout,
+  tool = PythonTool(kernel_config(section), url=section.url, timeout=section.timeout,
                     max_timeout=section.max_timeout, max_concurrent=section.max_concurrent or None)
   tool.start()
   return tool

@@ -33,7 +33,7 @@ _ROOT = str(pathlib.Path(__file__).parents[3])
 _START = ("import sys; sys.path.append(sys.argv[1]); "
           "from axpo_jax.agent.tools.sandbox import server; server.main(int(sys.argv[2]))")
 _START_SECONDS = 120  # a cold disk and matplotlib's first font list included
-_ANSWER_GRACE = 10.0  # seconds beyond a cell's own limit after which its kernel is given up
+ANSWER_GRACE = 10.0  # seconds beyond a cell's own limit after which its kernel is given up
 
 
 class SandboxError(RuntimeError):
@@ -110,7 +110,7 @@ class Kernel:
                 images: Sequence[PIL.Image.Image] = ()) -> CellResult:
     """Runs a cell; `images` are added to the kernel's own before. A cancelled call kills it."""
     try:
-      async with asyncio.timeout(timeout + _ANSWER_GRACE):
+      async with asyncio.timeout(timeout + ANSWER_GRACE):
         result = await self._run(code, timeout, images)
     except (TimeoutError, OSError, wire.WireError, EOFError) as error:
       result = CellResult("died", reason=f"it was lost ({type(error).__name__})")

@@ -22,6 +22,7 @@ from axpo_jax.agent.tools.base import (
   failure,
 )
 from axpo_jax.agent.tools.kernels import CellResult, Kernel, KernelConfig, KernelPool
+from axpo_jax.agent.tools.remote import RemoteKernel, RemotePool
 
 CELL_ERROR = "cell_error"  # the cell raised; the kernel lives
 KERNEL_DIED = "kernel_died"
@@ -39,10 +40,11 @@ class PythonTool(Tool):
   """The tool.
 
   Args:
-    config: limits of a kernel.
+    config: limits of a kernel on this machine.
+    url: of an executor (`remote`): kernels are there, with its limits, and none is here.
     timeout: seconds a cell may take unless its call says otherwise.
     max_timeout: the most a call may ask for; more is taken as this.
-    max_concurrent: cells that run at once; by default as many as this process has cores.
+    max_concurrent: cells that run at once; by default as many as this process has cores, or 1,024 elsewhere.
   """
 
   name = "python"
@@ -50,13 +52,14 @@ class PythonTool(Tool):
   aliases = ("code_interpreter",)
   waits = True
 
-  def __init__(self, config: KernelConfig | None = None, *, timeout: int = 12,
+  def __init__(self, config: KernelConfig | None = None, *, url: str = "", timeout: int = 12,
                max_timeout: int = 60, max_concurrent: int | None = None):
     config = config or KernelConfig()
     self.isolation = config.isolation
-    self._pool = KernelPool(config)
+    self._pool = RemotePool(url) if url else KernelPool(config)
     self._max_timeout = max_timeout
-    self.max_concurrent = max_concurrent or len(os.sched_getaffinity(0))
+    # An executor bounds the cells that run there by itself.
+    self.max_concurrent = max_concurrent or (1024 if url else len(os.sched_getaffinity(0)))
     self.schema = {"type": "function", "function": {
         "name": self.name, "description": _DESCRIPTION,
         "parameters": {"type": "object", "required": ["code"], "properties": {
@@ -102,7 +105,7 @@ class PythonTool(Tool):
   def _names(self) -> frozenset[str]:
     return frozenset((self.name, *self.aliases))
 
-  async def _rebuild(self, kernel: Kernel, past: list[PastCall],
+  async def _rebuild(self, kernel: Kernel | RemoteKernel, past: list[PastCall],
                      episode: EpisodeState) -> Observation | None:
     """Runs the cells of a cut transcript again; returns what went wrong, if anything did."""
     for cell in past:
