@@ -261,7 +261,7 @@ def test_leaving_by_chroot_mount_and_namespaces(attempt, namespaces_only):
   assert seen.text == "-1 -1 -1 -1 -1 -1"
 
 
-def test_sockets(attempt, namespaces_only, tmp_path):
+def test_sockets(attempt, tmp_path):
   import socket
   path = str(tmp_path / "s")
   with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
@@ -282,7 +282,7 @@ def test_killing_its_parent(attempt, namespaces_only):
   assert "killed" not in seen.text
 
 
-def test_reading_its_parents_memory(attempt, namespaces_only):
+def test_reading_its_parents_memory(attempt):
   seen = attempt("import os, ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
                  "handle = os.pidfd_open(1)\n"
                  "print([libc.syscall(438, handle, fd, 0) for fd in range(3, 12)])")  # pidfd_getfd

@@ -168,7 +168,8 @@ def limit_resources(*, memory: int, cpu_seconds: int, file_bytes: int, processes
   """
   _call("prctl", _PR_NO_NEW_PRIVS, 1, 0, 0, 0)  # neither sudo nor any other way to raise them
   limits = {resource.RLIMIT_AS: memory, resource.RLIMIT_CPU: cpu_seconds,
-            resource.RLIMIT_FSIZE: file_bytes, resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 256,
+            # Few descriptors: what lies in a socket's buffer is nobody's memory.
+            resource.RLIMIT_FSIZE: file_bytes, resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: 128,
             resource.RLIMIT_MEMLOCK: 0, resource.RLIMIT_MSGQUEUE: 0,
             resource.RLIMIT_NPROC: processes}
   for limit, value in limits.items():
