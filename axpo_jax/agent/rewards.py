@@ -17,7 +17,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from axpo_jax.agent import mathematics
-from axpo_jax.data.question import Question, leading_letter, named_option, normalise
+from axpo_jax.data.question import Question, leading_letter, named_option, normalise, plain_text
 
 MAX_ANSWER = 1000  # characters; from here on an answer is wrong
 # A decimal gold answer is met within this relative distance; an integer one must be met exactly.
@@ -115,7 +115,9 @@ def _matches(question: Question, answer: str, gold: str) -> bool | None:
   if kind == "choice" or (kind == "auto" and is_choice):
     return _same_choice(answer, gold, question.options)
   if kind == "text":
-    return False
+    return plain_text(answer) == plain_text(gold) != ""
+  if _RATIO.fullmatch(gold) or _RATIO.fullmatch(answer):  # 2:1 is not 2, whatever its value
+    return "".join(answer.split()) == "".join(gold.split())
   if kind in ("auto", "number"):
     same = _same_number(answer, gold, question.meta.get("tolerance"))
     if same is not None:
@@ -124,6 +126,8 @@ def _matches(question: Question, answer: str, gold: str) -> bool | None:
     return False
   return None
 
+
+_RATIO = re.compile(r"\s*\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+\s*")
 
 # ---- multiple choice ----
 

@@ -185,6 +185,19 @@ def normalise(text: str) -> str:
   return text
 
 
+# ASCII punctuation, but for what makes a number another one: 1.5, 3:2, 10/3, 2010-15, -4.
+_PUNCTUATION = re.compile(r"(?!(?<=\d)[.:/-]\d)(?!(?<!\w)-\.?\d)[!-/:-@\[-`{-~]")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
+
+@functools.lru_cache(maxsize=4096)
+def plain_text(text: str) -> str:
+  """The words of a text as search benchmarks compare them: without case, punctuation and articles,
+  wherever they stand. `The U.S. Army` is `us army`."""
+  text = _PUNCTUATION.sub("", _THOUSANDS.sub("", normalise(text)))
+  return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
+
+
 # "B", "(b)", "B.", "option B", "B. red", "(B) red"; but not "A cat".
 _CHOICE = re.compile(r"(?:option|choice|answer)?\s*[:\s]?\s*[(\[]?([A-Za-z])([)\].:,].*)?",
                      re.IGNORECASE | re.DOTALL)

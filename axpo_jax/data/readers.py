@@ -105,6 +105,8 @@ class Layout:
     optional: with `adapt`, further columns to read.
     relocate: image paths begin with folders of another machine or of the data set's own name; the
       longest end of a path that exists is taken.
+    ids_within_source: an id is unique only among the records of one `source`, whose name is put
+      before it.
   """
 
   columns: Columns = Columns()
@@ -113,6 +115,7 @@ class Layout:
   needed: tuple[str, ...] = ()
   optional: tuple[str, ...] = ()
   relocate: bool = False
+  ids_within_source: bool = False
 
 
 # One's own files: the columns are the config's.
@@ -254,15 +257,18 @@ def _question(record: Any, path: epath.Path, row: int, config: ReaderConfig,
     raise RecordError(f"{columns.text!r} (the question's text) must be a text, not {type(text).__name__}")
   if not text or not text.strip():
     raise RecordError(f"{columns.text!r} (the question's text) is missing or empty")
+  name, source = _optional_text(record, columns.id), _optional_text(record, columns.source)
+  if layout.ids_within_source and name and source:
+    name = f"{source}-{name}"
   try:
     return Question(
-        id=_optional_text(record, columns.id) or f"{path.stem}-{row}", text=text,
+        id=name or f"{path.stem}-{row}", text=text,
         images=_images(record, path, config, layout.relocate), answers=_answers(record, config),
         kind=_optional_text(record, columns.kind) or "auto",
         options=tuple(str(option) for option in _as_list(_field(record, columns.options))),
         category=_optional_text(record, columns.category),
         acting=_optional_text(record, columns.acting) or "either",
-        source=_optional_text(record, columns.source) or path.stem,
+        source=source or path.stem,
         meta={name: _field(record, name) for name in config.meta})
   except RecordError:
     raise

@@ -140,7 +140,7 @@ def _slug(category: str) -> str:
 BENCHMARKS = {benchmark.name: benchmark for benchmark in (
     Benchmark("mathvision", "MathVision", "reasoning", 304),
     Benchmark("dynamath", "DynaMath", "reasoning", 5010, variants=WORST_CASE),
-    Benchmark("mathvr", "Math-VR", "reasoning", 2500),
+    Benchmark("mathvr", "Math-VR", "reasoning", 2500, judged=True),
     Benchmark("vstar", "V*", "perception", 191),
     Benchmark("visualprobe_bench", "VisualProbe", "perception", 106, judged=True),
     Benchmark("hrbench_4k", "HR-Bench 4K", "perception", 800, variants=ALL_CYCLES),

@@ -6,9 +6,10 @@ mathematics are compared by `agent.rewards`, so that training and evaluation agr
 
 Rules:
 - options: the letter, the text of the option, or (where options are values) its value;
-- numbers: within the question's tolerance (0.001 in DynaMath), expressions evaluated;
-- free text: exact match of the normalised text with any gold answer; beyond that a judge decides
-  (`eval.judge`), or token F1 where there is none.
+- numbers: within the question's tolerance (0.001 in DynaMath), expressions evaluated; in MathVision
+  equal when rounded to two decimals, whatever the unit behind them;
+- free text: exact match of the words with any gold answer (in DynaMath it is enough that they stand in
+  the answer); beyond that a judge decides (`eval.judge`), or token F1 where there is none.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import collections
 import dataclasses
 import math
 import re
-import unicodedata
+import string
 from collections.abc import Hashable, Mapping, Sequence
 from fractions import Fraction
 
 from axpo_jax.agent import mathematics, rewards
-from axpo_jax.data.question import Question
+from axpo_jax.data.question import Question, plain_text
 
 # How a score came about.
 NO_ANSWER = "no_answer"  # nothing to score, or an answer of absurd length: wrong
@@ -58,6 +59,12 @@ def right_by_rule(question: Question, answer: str) -> bool:
     return True
   if question.options:
     return _right_value(question, answer)
+  decimals = question.meta.get("decimals")
+  if decimals is not None and any(same_rounded(answer, gold, decimals) for gold in question.answers):
+    return True
+  if question.meta.get("contained"):
+    words = f" {plain_text(answer)} "
+    return any(f" {plain_text(gold)} " in words for gold in question.answers if plain_text(gold))
   if question.kind == "number":
     tolerance = question.meta.get("tolerance") or 0
     return any(number_within(answer, gold, tolerance) for gold in question.answers)
@@ -72,8 +79,10 @@ def _right_value(question: Question, answer: str) -> bool:
   if re.fullmatch(r"\W*[A-Za-z]\W*", answer):
     return False
   alone = dataclasses.replace(question, options=(), kind="auto", answers=("",))
-  same = {index for index, option in enumerate(question.options)
-          if _is_value(option) and rewards.judge(dataclasses.replace(alone, answers=(option,)), answer)}
+  decimals = question.meta.get("decimals")
+  same = {index for index, option in enumerate(question.options) if _is_value(option) and (
+    rewards.judge(dataclasses.replace(alone, answers=(option,)), answer)
+    or (decimals is not None and same_rounded(answer, option, decimals)))}
   gold = {ord(letter.strip()) - ord("A") for letter in question.answers
           if re.fullmatch(r"\s*[A-Z]\s*", letter)}
   return len(same) == 1 and same <= gold
@@ -92,6 +101,19 @@ def number_within(answer: str, gold: str, tolerance: float) -> bool:
   return abs(given - right) <= Fraction(str(tolerance))
 
 
+# "12 m^3", "5\\text{ km}", "60 degrees": what stands behind a number and does not change it.
+_UNIT = re.compile(r"(?<=[\d}])\s*\\?,?\s*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?(?:square |cubic )?"
+                   r"(?:units?|degrees?|[kcdm]?m)\s*\}?\s*(?:\^\s*\{?[23]\}?)?\s*\.?$")
+
+
+def same_rounded(answer: str, gold: str, decimals: int) -> bool:
+  """Whether two numbers or numeric expressions are equal when rounded, units left aside."""
+  if ":" in answer or ":" in gold:
+    return False  # a ratio is no number
+  given, right = (numeric_value(_UNIT.sub("", text.strip(" $"))) for text in (answer, gold))
+  return given is not None and right is not None and round(given, decimals) == round(right, decimals)
+
+
 def numeric_value(text: str) -> Fraction | None:
   """The value of a number or of an expression such as `\\frac{\\pi}{2}`; None where it has none."""
   plain = rewards.parse_number(text)
@@ -107,10 +129,10 @@ _ARTICLES = frozenset(("a", "an", "the"))
 
 
 def tokens(text: str) -> list[str]:
-  """Words of the normalised text, without punctuation and articles (as SQuAD counts them)."""
-  kept = (character for character in rewards.normalise(text)
-          if unicodedata.category(character)[0] not in "PS")
-  return [word for word in "".join(kept).split() if word not in _ARTICLES]
+  """Words without case, ASCII punctuation and articles, as MMSearch counts them. Other punctuation
+  stays: that is how the official figures are made."""
+  kept = "".join(character for character in text.lower() if character not in string.punctuation)
+  return [word for word in kept.split() if word not in _ARTICLES]
 
 
 def token_f1(answer: str, golds: Sequence[str]) -> float:

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import pathlib
+import pickle
 
 import PIL.Image
 import pytest
@@ -51,3 +53,24 @@ def test_damaged_caches_are_named(tmp_path, content, says):
     ImageSearch(path)
   with pytest.raises(ImageCacheError):
     ImageSearch(tmp_path / "nowhere.json")
+
+
+def test_a_pickle_is_refused_and_never_read(tmp_path):
+  class Evil:
+    def __reduce__(self):
+      return (pathlib.Path.touch, (tmp_path / "ran",))
+  (tmp_path / "cache.pkl").write_bytes(pickle.dumps({"q": Evil()}))
+  with pytest.raises(ImageCacheError, match="is a pickle"):
+    ImageSearch(tmp_path / "cache.pkl")
+  assert not (tmp_path / "ran").exists()
+
+
+def test_a_cache_shows_no_picture_outside_its_folder(tmp_path):
+  (tmp_path / "data").mkdir()
+  PIL.Image.new("RGB", (4, 4)).save(tmp_path / "secret.png")
+  (tmp_path / "data" / "cache.json").write_text(json.dumps({"q": {
+    "tool_returned_web_title": ["one", "two"],
+    "cached_images_path": ["../secret.png", str(tmp_path / "secret.png")]}}))
+  tool = ImageSearch(tmp_path / "data" / "cache.json")
+  seen = asyncio.run(tool.run({}, EpisodeState("q", [PIL.Image.new("RGB", (4, 4))])))
+  assert seen.images == ()

@@ -125,6 +125,9 @@ def test_fvqa(tmp_path):
   assert (required.id, required.category, required.acting) == ("fvqa_train_0", "search", "act")
   assert (free.answers, free.acting, free.meta) == (("Malta",), "decline", {"need": "search_free"})
   assert rewards.judge(required, "lovelace") == 1
+  # As its authors compare: without case, articles and punctuation, wherever they stand.
+  for answer, right in {"Ada, L": 1, "the A.d.a. L": 1, "Ada K.": 0, "...": 0}.items():
+    assert rewards.judge(required, answer) == right
   assert [row for row, _ in reasons(report)] == [3, 4, 5, 6]
   assert "'reward_model' is not an object" in reasons(report)[0][1]
   assert "no message of role user" in reasons(report)[1][1]
@@ -186,12 +189,14 @@ def finereason(**fields):
 def test_mmfinereason(tmp_path):
   path = tmp_path / "train-00000-of-00018.parquet"
   pq.write_table(pa.Table.from_pylist([
-      finereason(), finereason(id="8", answer=None), finereason(id="9", image=None)]), path)
-  (question,), report = read("mmfinereason", path)
-  assert (question.id, question.answers, question.source) == ("7", ("4",), "geo3k")
+      finereason(), finereason(id="8", answer=None), finereason(id="9", image=None),
+      finereason(source="clevr"), finereason()]), path)
+  (question, other), report = read("mmfinereason", path)
+  assert (question.id, question.answers, question.source) == ("geo3k-7", ("4",), "geo3k")
+  assert other.id == "clevr-7"  # ids are unique within their source alone
   assert question.meta == {"pass_rate": 0.0, "is_consistent": True}
   assert pixel(question) == (200, 10, 20)
-  assert [row for row, _ in reasons(report)] == [2, 3]
+  assert [row for row, _ in reasons(report)] == [2, 3, 5]
 
 
 def test_columns_of_mmfinereason_can_be_mapped(tmp_path):
@@ -199,7 +204,7 @@ def test_columns_of_mmfinereason_can_be_mapped(tmp_path):
   pq.write_table(pa.Table.from_pylist([finereason()]), path)
   columns = readers.Columns(text="ori_question", answers="original_answer")
   (question,), _ = read("mmfinereason", path, readers.ReaderConfig(columns=columns))
-  assert (question.text, question.answers, question.id) == ("raw", ("4",), "7")
+  assert (question.text, question.answers, question.id) == ("raw", ("4",), "geo3k-7")
   assert len(question.images) == 1  # columns that are not named keep the data set's own names
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from axpo_jax.data import readers
-from axpo_jax.data.adapters import LAYOUTS
+from axpo_jax.data.adapters import LAYOUTS, parts
 from axpo_jax.data.question import load_image
 from axpo_jax.eval import benchmarks
 from axpo_jax.eval.benchmarks import BENCHMARKS
@@ -77,6 +77,8 @@ def test_mathvision(tmp_path):
   assert [value("mathvision", values, answer) for answer in (
       "A", "(a)", "\\frac{1}{2}", "0.5", "1/2", "B", "0.25", "2", None)] == [1] * 5 + [0] * 4
   assert [value("mathvision", free, answer) for answer in ("12", "12.0", "13")] == [1, 1, 0]
+  assert [value("mathvision", free, answer) for answer in (
+      "12 m^3", "12 \\text{ cm}^2", "12\\text{ units}", "12.004", "12.006", "12:1")] == [1, 1, 1, 1, 0, 0]
   assert pictures.text == "<image> (picture 2)?\nA. (picture 2)\nB. (picture 3)"
   assert [bad.row for bad in report.examples] == [5, 6]
   assert "'C' is none of 2 options" in report.examples[0].reason
@@ -104,6 +106,27 @@ def test_dynamath(tmp_path):
   assert [value("dynamath", letter, answer) for answer in ("B", "no", "A", "yes")] == [1, 1, 0, 0]
   assert [value("dynamath", text, answer) for answer in ("Yes.", "no")] == [1, 0]
   assert report.bad == 2 and "answer_type 'essay'" in report.examples[0].reason
+  # Text is right where the gold words stand in the answer, as in the official script.
+  assert [value("dynamath", text, answer) for answer in ("It is: yes", "yesterday")] == [1, 0]
+
+
+# How the 501 published questions write what used to be lost: answer types, and options.
+@pytest.mark.parametrize("kind, gold, right, wrong", [
+    ("single answer", "49", "49.0", "50"), ("int", "-15.700000000000001", "-15.7", "-15.6"),
+    ("int", "5.000000000000001", "5", "6")])
+def test_numbers_of_dynamath_by_other_names(kind, gold, right, wrong, tmp_path):
+  (question,), _ = read("dynamath", parquet(tmp_path / "sample1.parquet", dynamath(1, gold, kind)))
+  assert [value("dynamath", question, answer) for answer in (right, wrong)] == [1, 0]
+
+
+@pytest.mark.parametrize("asked, options", [
+    ("Which one do we see? choice: (A) (B) (C) (D)", "ABCD"),
+    ("The quotient (y-coordinate):(x-coordinate)? choice: (A) A (B) B (C) C (D)", "ABCD"),
+    ("Which box?  choice:(A) A (B) B (C) Both are the same ", ("A", "B", "Both are the same")),
+    ("Pets of City A. Suppose City A has 10, which? Choices: (A) Dogs (B) Cats", ("Dogs", "Cats")),
+    ("Which? A. red B. blue", ("red", "blue")), ("Is f(A) equal to f(B)?", ())])
+def test_options_in_a_text(asked, options):
+  assert parts.options_in(asked) == tuple(options)
 
 
 def test_dynamath_reports_the_worst_case(tmp_path):
@@ -131,7 +154,17 @@ def test_mathvr(tmp_path):
   assert text.images == ()
   assert [value("mathvr", both, answer) for answer in (
       "2\\sqrt{2}", "\\sqrt{8}", "2\\sqrt{3}")] == [1, 1, 0]
+  assert value("mathvr", both, "two times the root of two", ScriptedJudge(True)) == 1
   assert "column image2 is empty" in report.examples[0].reason
+
+
+def test_mathvr_keeps_its_gold_answers_in_a_list(tmp_path):
+  """The column that the official scripts read; sub-questions have one answer each."""
+  row = {"id": 1, "question": "Find $x$ and $y$.", "category": "text"}
+  (one, two), _ = read("mathvr", parquet(
+      tmp_path / "test.parquet", {**row, "answers": ["4"]}, {**row, "id": 2, "answers": ["4", "-1"]}))
+  assert (one.answers, two.answers) == (("4",), ("4; -1",))
+  assert value("mathvr", one, "4.0") == 1
 
 
 # ---- perception ----
@@ -266,6 +299,8 @@ def test_mmsearch(tmp_path):
   (seen, text), report = read("mmsearch", path)
   assert (len(seen.images), text.images) == (1, ())
   assert seen.answers == ("21 July 2024", "July 21") and text.answers == ("21 July 2024",)
+  # "21" is not the 21st of July, whatever mathematics makes of the two.
+  assert value("mmsearch", seen, "21") < 1
   # Without a judge the value is the token F1 against the best gold answer.
   assert value("mmsearch", seen, "July 21, 2024") == 1
   assert value("mmsearch", seen, "in July") == pytest.approx(0.5)

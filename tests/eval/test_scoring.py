@@ -28,6 +28,7 @@ F1_EXAMPLES = [
     ("July 21, 2024", "21 July 2024", 3, 3, 3),
     ("a dog and a dog", "the dog", 1, 3, 1),  # a word counts as often as both have it
     ("U.S. president", "US President", 2, 2, 2),
+    ("“Paris”", "Paris", 0, 1, 1),  # punctuation beyond ASCII stays, as in the official figures
     ("London", "Paris", 0, 1, 1),
 ]
 
@@ -37,6 +38,13 @@ def test_token_f1_by_hand(answer, gold, common, given_words, gold_words):
   precision, recall = common / given_words, common / gold_words
   expected = 2 * precision * recall / (precision + recall) if common else 0.0
   assert scoring.token_f1(answer, [gold]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("answer, gold, right", [
+    ("1/3", "0.33", True), ("0.336", "1/3", False), ("27.004 m^3", "27", True), ("5\\text{ km}", "5", True),
+    ("60 degrees", "60", True), ("5 apples", "6", False), ("2:1", "2", False), ("x", "3", False)])
+def test_numbers_that_round_to_the_same_two_decimals(answer, gold, right):
+  assert scoring.same_rounded(answer, gold, 2) is right
 
 
 def test_token_f1_takes_the_best_gold_answer():

@@ -46,10 +46,7 @@ class ImageSearch(Tool):
   def __init__(self, path: str | os.PathLike, *, max_results: int = 5, max_side: int = 448):
     self._folder = pathlib.Path(path).parent
     self._max_results, self._max_side = max_results, max_side
-    try:
-      cache = json.loads(pathlib.Path(path).read_bytes())
-    except (OSError, ValueError) as error:
-      raise ImageCacheError(f"{path}: {error}") from error
+    cache = _load(pathlib.Path(path))
     if not isinstance(cache, dict):
       raise ImageCacheError(f"{path} is not an object of question ids")
     self._pages = {str(question): _pages(question, entry) for question, entry in cache.items()}
@@ -71,12 +68,26 @@ class ImageSearch(Tool):
   def _picture(self, picture: str | None):
     if not picture:
       return None
+    path = (self._folder / picture).resolve()
+    if not path.is_relative_to(self._folder.resolve()):  # a cache names its own pictures, no others
+      return None
     try:
-      image = load_image(self._folder / picture)
+      image = load_image(path)
     except ImageError:  # thumbnails are often missing; the title is worth showing all the same
       return None
     image.thumbnail((self._max_side, self._max_side))
     return image
+
+
+def _load(path: pathlib.Path) -> Any:
+  try:
+    content = path.read_bytes()
+    if content[:1] != b"\x80":  # how a pickle begins
+      return json.loads(content)
+  except (OSError, ValueError, RecursionError) as error:
+    raise ImageCacheError(f"{path}: {error}") from error
+  raise ImageCacheError(f"{path} is a pickle, which runs code when it is read; convert it to JSON where "
+                        "that does no harm: docs/tools.md, image_search")
 
 
 def _pages(question: str, entry: Any) -> list[tuple[str, str | None]]:

@@ -7,6 +7,7 @@ names the data set's own column.
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,8 @@ from axpo_jax.data.files import RecordError
 from axpo_jax.data.question import IMAGE_MARK
 
 LETTERS = "ABCDEFGHIJ"
-# "(A) red", "A. red", "A: red" at the start of a line or after white space.
-_OPTION = re.compile(r"(?:(?<=\s)|^)(?:\(([A-J])\)|([A-J])[.:)])\s*(.*?)\s*"
-                     r"(?=\s\(?[A-J][.:)]|\n|$)", re.DOTALL)
+# "(A) red", and "A. red" or "A: red" at the start of a line or after white space.
+_MARKS = (re.compile(r"(?<![\w\\)])\(([A-J])\)"), re.compile(r"(?:(?<=\s)|^)([A-J])[.:)]"))
 _NUMBERED = re.compile(r"<image(\d+)>")
 
 
@@ -63,12 +63,24 @@ def letter(value: str, options: Sequence[str]) -> str:
 
 
 def options_in(question: str) -> tuple[str, ...]:
-  """The options that a question's text lists as "(A) ..." or "A. ...", from A on; () without."""
-  found = [(first or second, option) for first, second, option in _OPTION.findall(question)]
-  named = "".join(name for name, _ in found)
-  if len(found) < 2 or named != LETTERS[:len(found)] or not all(option for _, option in found):
-    return ()
-  return tuple(option for _, option in found)
+  """The options that a question's text lists as "(A) ..." or "A. ...", from A on; () without. One
+  that has no text stands in the picture, and is called by its letter."""
+  for mark in _MARKS:
+    found = list(mark.finditer(question))
+    run = max((_run(found, i) for i in range(len(found))), key=len, default=[])
+    if len(run) < 2:
+      continue
+    stops = [*(place.start() for place in found), len(question)]
+    texts = [question[place.end():min(stop for stop in stops if stop >= place.end())]
+             .strip().partition("\n")[0].strip() for place in run]
+    return tuple(text or letter for text, letter in zip(texts, LETTERS))
+  return ()
+
+
+def _run(found: Sequence[re.Match], start: int) -> list[re.Match]:
+  """The marks from `start` on, as far as they are A, B, C and so on."""
+  pairs = zip(found[start:], LETTERS)
+  return [place for place, _ in itertools.takewhile(lambda pair: pair[0][1] == pair[1], pairs)]
 
 
 def choice_of(question: str, gold: str) -> dict[str, Any]:

@@ -17,8 +17,11 @@ from axpo_jax.data.readers import Layout
 
 Record = Mapping[str, Any]
 
-_DYNAMATH_KINDS = {"multiple choice": "choice", "float": "number", "text": "text"}
+# A few numbers are called "int" or "single answer", -15.7 among them.
+_DYNAMATH_KINDS = {"multiple choice": "choice", "float": "number", "int": "number",
+                   "single answer": "number", "text": "text"}
 _TOLERANCE = 0.001  # of DynaMath's numbers, absolute
+_DECIMALS = 2  # MathVision compares numbers so rounded
 
 
 def _mathvision(record: Record, path: pathlib.Path) -> Record:
@@ -26,7 +29,7 @@ def _mathvision(record: Record, path: pathlib.Path) -> Record:
   gold = parts.answer(record, "answer")
   question = parts.number_images(parts.text(record, "question"), 1)
   out = {"id": record.get("id"), "images": record.get("decoded_image") or record.get("image"),
-         "category": record.get("subject"), "level": record.get("level")}
+         "category": record.get("subject"), "level": record.get("level"), "decimals": _DECIMALS}
   if not options:
     return {**out, "question": question, "answer": gold, "kind": "math"}
   if options != list(parts.LETTERS[:len(options)]):  # bare letters: the options are in the picture
@@ -52,6 +55,8 @@ def _dynamath(record: Record, path: pathlib.Path) -> Record:
     out["tolerance"] = _TOLERANCE
   if kind == "choice":
     out["options"] = list(parts.options_in(question))
+  if kind == "text":
+    out["contained"] = True
   return out
 
 
@@ -61,20 +66,23 @@ def _mathvr(record: Record, path: pathlib.Path) -> Record:
   missing = [number for number in numbers if record.get(f"image{number}") is None]
   if missing:
     raise RecordError(f"the question shows <image{missing[0]}>, but column image{missing[0]} is empty")
+  # One text for all sub-questions. The official judge compares them, and a rubric gives partial credit.
+  answers = parts.items(record.get("answers")) or [parts.answer(record, "answer")]
   return {"id": record.get("id"), "question": parts.number_images(question, len(numbers)),
-          "answer": parts.answer(record, "answer"), "category": record.get("category"),
+          "answer": "; ".join(answers), "category": record.get("category"),
           "images": [record[f"image{number}"] for number in numbers]}
 
 
 LAYOUTS = {
     "mathvision": Layout(
         adapt=_mathvision, needed=("question", "answer"),
-        optional=("id", "options", "decoded_image", "image", "subject", "level"), meta=("level",)),
+        optional=("id", "options", "decoded_image", "image", "subject", "level"),
+        meta=("level", "decimals")),
     "dynamath": Layout(
         adapt=_dynamath, needed=("id", "question", "ground_truth", "answer_type"),
         optional=("decoded_image", "image", "subject", "knowledge_level"),
-        meta=("level", "group", "tolerance")),
+        meta=("level", "group", "tolerance", "contained")),
     "mathvr": Layout(
-        adapt=_mathvr, needed=("question", "answer"),
-        optional=("id", "category", *(f"image{number}" for number in range(1, 9)))),
+        adapt=_mathvr, needed=("question",),
+        optional=("id", "answers", "answer", "category", *(f"image{number}" for number in range(1, 9)))),
 }

@@ -19,14 +19,14 @@ Record = Mapping[str, Any]
 def _mmsearch(record: Record, path: pathlib.Path) -> Record:
   answers = [parts.answer(record, "gt_answer"), *parts.items(record.get("alternative_gt_answers"))]
   return {"id": record.get("sample_id"), "question": parts.text(record, "query"),
-          "answer": list(dict.fromkeys(answers)), "images": record.get("query_image"),
+          "answer": list(dict.fromkeys(answers)), "kind": "text", "images": record.get("query_image"),
           "category": record.get("area"), "subfield": record.get("subfield")}
 
 
 def _hr_mmsearch(record: Record, path: pathlib.Path) -> Record:
   answers = parts.items(parts.answer(record, "ground_truth"))
   return {"id": record.get("sample_id"), "question": parts.text(record, "query"),
-          "answer": answers, "images": record.get("query_image"),
+          "answer": answers, "kind": "text", "images": record.get("query_image"),
           "category": record.get("category"), "difficulty": record.get("difficulty")}
 
 

@@ -46,7 +46,7 @@ def _fvqa(record: Record, path: pathlib.Path) -> Record:
   need = str(record.get("category") or "")
   # The id is what the image-search cache is keyed by.
   return {"id": parts.text(record, "data_id"), "question": parts.last_user_text(record.get("prompt")),
-          "answer": list(answers), "images": record.get("images"), "category": "search",
+          "answer": list(answers), "kind": "text", "images": record.get("images"), "category": "search",
           "source": record.get("data_source"), "acting": _ACTING.get(need), "need": need}
 
 
@@ -102,7 +102,7 @@ LAYOUTS = {
         optional=("id", "ability", "data_source"), relocate=True),
     # Its releases name their columns differently: they may be mapped in the config.
     "mmfinereason": Layout(
-        columns=Columns(images="image"), meta=("pass_rate", "is_consistent")),
+        columns=Columns(images="image"), meta=("pass_rate", "is_consistent"), ids_within_source=True),
     "deepeyes": Layout(
         adapt=_deepeyes, needed=("prompt", "images", "reward_model", "extra_info"),
         optional=("env_name", "ability", "data_source"), meta=("env_name",)),
