@@ -164,7 +164,8 @@ def _data() -> ConfigDict:
     path="",                  # file of training questions; of a public set a folder too
     eval_source="",           # like source, of the held-out questions; "" = the same
     eval_path="",             # file of held-out questions
-    image_folder="",          # where image paths start; "" = the folder of the file
+    image_folder="",          # where image paths start, and stay; "" = the folder of the file
+    image_anywhere=False,     # image paths may leave that folder: only for files that you trust
     image_cache="",           # folder to keep images in that come as bytes; "" = in memory
     # Names of the columns in the files of `source`; see docs/data.md.
     columns=ConfigDict(dict(id="id", text="question", images="images", answers="answer",

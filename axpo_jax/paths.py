@@ -100,6 +100,32 @@ def is_remote(path: str | os.PathLike) -> bool:
   return "://" in os.fspath(path)
 
 
+def is_file(path: epath.Path) -> bool:
+  """Whether it can be read to an end: epath takes pipes and devices for files too."""
+  return path.is_file() if is_remote(path) else pathlib.Path(path).is_file()
+
+
+def within(folder: epath.Path, name: str) -> epath.Path:
+  """The path `name` in a folder, for names that come from a file and not from the user.
+
+  Raises:
+    ValueError: it leads out of the folder, by "..", as an absolute path or through a symbolic link.
+      Links into the cache that a snapshot of huggingface_hub belongs to stay allowed.
+  """
+  path = folder / name
+  if is_remote(folder):
+    if ".." in pathlib.PurePosixPath(name).parts or not path.is_relative_to(folder):
+      raise ValueError(f"{name!r} leaves {folder}")
+    return path
+  roots = [os.path.realpath(folder)]
+  roots += [os.path.realpath(above.parent / "blobs") for above in epath.Path(os.path.abspath(folder)).parents
+            if above.name == "snapshots"]
+  real = pathlib.Path(os.path.realpath(path))
+  if not any(real.is_relative_to(root) for root in roots):
+    raise ValueError(f"{name!r} leaves {folder}")
+  return path
+
+
 def make(folder: epath.Path) -> None:
   """Makes a folder and those above it; an object store has none."""
   if not is_remote(folder):

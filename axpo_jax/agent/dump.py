@@ -75,9 +75,12 @@ class ImageStore:
     """Where the image with this key lies.
 
     Raises:
-      TranscriptError: the file is missing.
+      TranscriptError: the file is missing, or the key, which a file may have named, leaves the folder.
     """
-    path = self.path(key)
+    try:
+      path = paths.within(self.folder, f"{key}.png")
+    except ValueError as error:
+      raise TranscriptError(f"image key {error}") from error
     if not path.exists():
       raise TranscriptError(f"image {path} is missing; copy the dump's image folder too")
     return path
@@ -135,8 +138,8 @@ def transcript_from_json(record: dict[str, Any], store: ImageStore,
     raise TranscriptError(f"transcript format {record.get('format')!r}; this code reads {FORMAT}")
   transcript = Transcript(SpecialIds(**record["special"]))
   transcript.ids = list(record["ids"])
-  transcript.kinds = [Kind(value) for value in _from_runs(record["kinds"])]
-  transcript.versions = _from_runs(record["versions"])
+  transcript.kinds = [Kind(value) for value in _from_runs(record["kinds"], len(transcript.ids))]
+  transcript.versions = _from_runs(record["versions"], len(transcript.ids))
   transcript.logprobs = [_float_from_json(x) for x in record["logprobs"]]
   transcript.images = [_load_image(entry, store, processor) for entry in record["images"]]
   observations = sum(kind == Kind.OBSERVATION for kind, _ in itertools.groupby(transcript.kinds))
@@ -220,7 +223,7 @@ def rollout_from_line(line: str | bytes, store: ImageStore, processor: ImageProc
     return Rollout.from_json(record, transcript)
   except KeyError as error:
     raise TranscriptError(f"{place}: there is no {error}") from error
-  except (ValueError, TypeError, AttributeError) as error:
+  except (ValueError, TypeError, AttributeError, RecursionError) as error:
     raise TranscriptError(f"{place}: {error}") from error
 
 
@@ -290,7 +293,10 @@ def _runs(values: Sequence[int]) -> list[list[int]]:
   return [[value, sum(1 for _ in run)] for value, run in itertools.groupby(values)]
 
 
-def _from_runs(runs: Sequence[Sequence[int]]) -> list[int]:
+def _from_runs(runs: Sequence[Sequence[int]], length: int) -> list[int]:
+  # Before anything of a stranger's size is made.
+  if sum(count for _, count in runs) != length or any(count < 0 for _, count in runs):
+    raise TranscriptError(f"damaged transcript: runs of another length than its {length} ids")
   return [value for value, count in runs for _ in range(count)]
 
 

@@ -7,6 +7,7 @@ The files may lie on an object store.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -23,6 +24,7 @@ from axpo_jax import paths as paths_lib
 TYPES = (".parquet", ".jsonl", ".tsv", ".json")
 _ROWS = 16  # of parquet at a time: with an image of 20 MB each that is much already
 _BUFFER = 1 << 20  # bytes of a column read ahead; without it a whole row group is
+_LONGEST = 1 << 28  # bytes of a JSON line
 
 
 class ReaderError(ValueError):
@@ -65,7 +67,7 @@ def records(path: epath.Path, choose_columns: Callable[[Sequence[str]], Sequence
   Raises:
     ReaderError: there is no such file, its type is unknown, or it is broken as a whole.
   """
-  if not path.is_file():
+  if not paths_lib.is_file(path):
     raise ReaderError(f"{path} is not a file")
   if path.suffix not in types:
     raise ReaderError(f"{path}: unknown type {path.suffix!r}; use {' or '.join(types)}")
@@ -75,29 +77,44 @@ def records(path: epath.Path, choose_columns: Callable[[Sequence[str]], Sequence
 
 
 def _json_lines(path: epath.Path) -> Iterator[tuple[int, Any]]:
-  with path.open("rb") as file:  # bytes: one line that is not UTF-8 must not spoil the others
-    for row, line in enumerate(file, 1):
-      if not line.strip():
-        continue
-      try:
-        yield row, json.loads(line.decode("utf-8"))
-      except UnicodeDecodeError as error:
-        yield row, RecordError(f"not UTF-8: {error.reason} at byte {error.start}")
-      except ValueError as error:
-        yield row, RecordError(f"not JSON: {error}")
+  # Bytes: one line that is not UTF-8 must not spoil the others. Buffered again for fsspec's files, whose
+  # readline knows no limit.
+  with path.open("rb") as opened, io.BufferedReader(opened) as file:
+    row = 0
+    while line := file.readline(_LONGEST):
+      row += 1
+      if row == 1:
+        line = line.removeprefix(codecs.BOM_UTF8)
+      if len(line) == _LONGEST and not line.endswith(b"\n"):
+        while len(line) == _LONGEST and not line.endswith(b"\n"):
+          line = file.readline(_LONGEST)
+        yield row, RecordError(f"a line of more than {_LONGEST >> 20} MB")
+      elif line.strip():
+        yield row, _parsed(line)
+
+
+def _parsed(line: bytes) -> Any:
+  try:
+    return json.loads(line.decode("utf-8"))
+  except UnicodeDecodeError as error:
+    return RecordError(f"not UTF-8: {error.reason} at byte {error.start}")
+  except RecursionError:
+    return RecordError("not JSON that can be read: nested too deep")
+  except ValueError as error:
+    return RecordError(f"not JSON: {error}")
 
 
 def _json(path: epath.Path) -> Iterator[tuple[int, Any]]:
   try:
     content = json.loads(path.read_bytes())
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ReaderError(f"{path} is not JSON: {error}") from error
   yield from enumerate(content if isinstance(content, list) else [content], 1)
 
 
 def _tab_separated(path: epath.Path) -> Iterator[tuple[int, Any]]:
   csv.field_size_limit(2**31 - 1)  # images stand in the cells, as base64
-  with io.TextIOWrapper(path.open("rb"), encoding="utf-8", errors="replace", newline="") as file:
+  with io.TextIOWrapper(path.open("rb"), encoding="utf-8-sig", errors="replace", newline="") as file:
     reader = csv.DictReader(file, delimiter="\t", restkey=None)
     try:
       for row, record in enumerate(reader, 1):
@@ -120,8 +137,18 @@ def _parquet(path: epath.Path,
       columns = choose_columns(file.schema_arrow.names)
       row = 0
       for batch in file.iter_batches(batch_size=_ROWS, columns=columns):
-        for record in batch.to_pylist():
+        for record in _rows(batch):
           row += 1
           yield row, record
   except (pa.ArrowException, OSError) as error:
     raise ReaderError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def _rows(batch) -> list[Any]:
+  """The records of a batch; one whose values are no text or no date spoils itself alone."""
+  try:
+    return batch.to_pylist()
+  except (ValueError, OverflowError) as error:
+    if batch.num_rows == 1:
+      return [RecordError(f"a value cannot be read: {error}")]
+    return [record for at in range(batch.num_rows) for record in _rows(batch.slice(at, 1))]

@@ -198,7 +198,8 @@ def _wanted(options: argparse.Namespace) -> tuple[str, list[str], readers.Reader
     data = _section(options.config)
     source, paths = data.source, [data.path] if data.path else []
     config = readers.ReaderConfig(columns=readers.Columns(**data.columns),
-                                  image_folder=data.image_folder, max_bad_share=data.max_bad_share)
+                                  image_folder=data.image_folder, image_anywhere=data.image_anywhere,
+                                  max_bad_share=data.max_bad_share)
   source, paths = options.source or source or _OWN[0], options.paths or paths
   if source not in _OWN and source not in adapters.LAYOUTS:
     raise readers.ReaderError(f"data.source={source!r} needs no files: there is nothing to look at")

@@ -154,7 +154,11 @@ def image_size(source: ImageSource) -> tuple[int, int]:
 
 def _local(source: pathlib.PurePath | bytes) -> pathlib.PurePath | bytes:
   """What PIL can open: a file on an object store is read whole."""
-  if isinstance(source, bytes) or not paths.is_remote(source):
+  if isinstance(source, bytes):
+    return source
+  if not paths.is_remote(source):
+    if pathlib.Path(source).exists() and not pathlib.Path(source).is_file():  # a pipe would never end
+      raise ImageError(f"image {source} is no regular file")
     return source
   try:
     return epath.Path(source).read_bytes()

@@ -14,6 +14,7 @@ import base64
 import binascii
 import dataclasses
 import hashlib
+import json
 import logging
 import os
 import pathlib
@@ -33,6 +34,7 @@ _LOG = logging.getLogger(__name__)
 _BOXED = re.compile(r"\s*\\boxed\{(.*)\}\s*", re.DOTALL)
 # How base64 text of PNG, JPEG, WebP, GIF, BMP and TIFF files begins. Paths do not.
 _BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD", "Qk0", "SUkq", "TU0AK")
+_DEEPEST = 64  # lists and objects within each other, in a column of `meta`
 
 
 class TooManyBadRecords(ReaderError):
@@ -65,7 +67,9 @@ class ReaderConfig:
   Attributes:
     columns: which column is what.
     meta: further columns to keep in `Question.meta`, by name.
-    image_folder: where image paths start; by default the folder of the file.
+    image_folder: where image paths start; by default the folder of the file. A record cannot name an
+      image outside of it.
+    image_anywhere: it can: any file that this process may read. For files that one has written oneself.
     image_cache: folder to which images that come as bytes are written, by content, so that a list
       of questions holds paths and not the images of a whole data set; "" keeps the bytes.
     image_check: what is tried of every image when its record is read: "header" opens it (finds
@@ -79,6 +83,7 @@ class ReaderConfig:
   columns: Columns = Columns()
   meta: tuple[str, ...] = ()
   image_folder: str = ""
+  image_anywhere: bool = False
   image_cache: str = ""
   image_check: Literal["none", "header", "decode"] = "header"
   unbox: bool = True
@@ -250,7 +255,10 @@ def _question(record: Any, path: epath.Path, row: int, config: ReaderConfig,
   if not isinstance(record, Mapping):
     raise RecordError(f"a record must be an object, not {type(record).__name__}")
   if layout.adapt is not None:
-    record = layout.adapt(record, path)
+    try:
+      record = layout.adapt(record, path)
+    except RecursionError as error:  # JSON within a column
+      raise RecordError("a column is nested too deep") from error
   columns = config.columns
   text = _field(record, columns.text)
   if text is not None and not isinstance(text, str):
@@ -261,7 +269,7 @@ def _question(record: Any, path: epath.Path, row: int, config: ReaderConfig,
   if layout.ids_within_source and name and source:
     name = f"{source}-{name}"
   try:
-    return Question(
+    question = Question(
         id=name or f"{path.stem}-{row}", text=text,
         images=_images(record, path, config, layout.relocate), answers=_answers(record, config),
         kind=_optional_text(record, columns.kind) or "auto",
@@ -274,6 +282,26 @@ def _question(record: Any, path: epath.Path, row: int, config: ReaderConfig,
     raise
   except ValueError as error:  # what Question itself does not accept
     raise RecordError(str(error)) from error
+  _check_texts(question)
+  return question
+
+
+def _check_texts(question: Question) -> None:
+  """What a tokenizer or a dump could not take would end the run hours later."""
+  if _deeper(question.meta, _DEEPEST):
+    raise RecordError(f"a column of meta is nested more than {_DEEPEST} deep")
+  texts = [question.id, question.text, *question.answers, *question.options, question.category,
+           question.source, question.meta]
+  try:
+    json.dumps(texts, ensure_ascii=False, default=lambda value: "").encode()
+  except UnicodeEncodeError as error:
+    half = f"\\u{ord(error.object[error.start]):04x}"
+    raise RecordError(f"half of a character ({half}), which no file or tokenizer takes") from error
+
+
+def _deeper(value: Any, most: int) -> bool:
+  parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+  return most < 0 or any(_deeper(part, most - 1) for part in parts)
 
 
 def _field(record: Mapping[str, Any], column: str) -> Any:
@@ -324,6 +352,8 @@ def _images(record: Mapping[str, Any], path: epath.Path, config: ReaderConfig,
       source = _image_source(value, folder)
       if relocate and isinstance(source, pathlib.PurePath):
         source = _relocated(source, folder)
+      if isinstance(source, pathlib.PurePath) and not config.image_anywhere:
+        _check_inside(source, folder)
       _check_image(source, config.image_check)
     except ImageError as error:
       raise RecordError(f"image {number}: {error}") from error
@@ -335,11 +365,20 @@ def _images(record: Mapping[str, Any], path: epath.Path, config: ReaderConfig,
 
 def _relocated(source: epath.Path, folder: epath.Path) -> epath.Path:
   """The longest end of a path that exists below the folder; the path itself if none does."""
-  if source.exists():
+  if source.is_relative_to(folder) and source.exists():
     return source
   named = source.relative_to(folder) if source.is_relative_to(folder) else source
   ends = (folder.joinpath(*named.parts[start:]) for start in range(1, len(named.parts)))
   return next((end for end in ends if end.exists()), source)
+
+
+def _check_inside(source: epath.Path, folder: epath.Path) -> None:
+  try:
+    paths_lib.within(folder, os.fspath(source))
+  except ValueError as error:
+    raise RecordError(f"image path {error}; if you trust who wrote the file, set "
+                      "config.data.image_anywhere=True, or name a folder that holds all images in "
+                      "config.data.image_folder") from error
 
 
 def _cached(image: bytes, folder: epath.Path) -> epath.Path:

@@ -76,7 +76,7 @@ def reader(config: ConfigDict, source: str) -> readers.ReaderConfig:
   how = readers.ReaderConfig(image_cache=data.image_cache, max_bad_share=data.max_bad_share)
   if source == data.source:
     how = dataclasses.replace(how, columns=readers.Columns(**data.columns),
-                              image_folder=data.image_folder)
+                              image_folder=data.image_folder, image_anywhere=data.image_anywhere)
   return how
 
 

@@ -54,12 +54,12 @@ def read_documents(path: str | os.PathLike) -> list[Document]:
 
 
 def _lines(path: pathlib.Path) -> Iterator[Document]:
-  with path.open(encoding="utf-8") as lines:
+  with path.open(encoding="utf-8-sig") as lines:
     for number, line in enumerate(lines, 1):
       try:
         record = json.loads(line)
         yield Document(str(record.get("title", "")), str(record["text"]), str(record.get("url", "")))
-      except (ValueError, KeyError, AttributeError, TypeError) as error:
+      except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CorpusError(f"{path}, line {number}: {type(error).__name__} {error}; a line is an "
                           'object with "text"') from error
 

@@ -13,9 +13,12 @@ import os
 import pathlib
 from typing import Any
 
+from etils import epath
+
+from axpo_jax import paths
 from axpo_jax.agent.tools.base import EpisodeState, Observation, Tool, failure
 from axpo_jax.agent.tools.search import SEARCH_ERROR
-from axpo_jax.data.question import ImageError, load_image
+from axpo_jax.data.question import load_image
 
 SCHEMA = {"type": "function", "function": {
     "name": "image_search",
@@ -44,7 +47,7 @@ class ImageSearch(Tool):
   schema = SCHEMA
 
   def __init__(self, path: str | os.PathLike, *, max_results: int = 5, max_side: int = 448):
-    self._folder = pathlib.Path(path).parent
+    self._folder = epath.Path(path).parent
     self._max_results, self._max_side = max_results, max_side
     cache = _load(pathlib.Path(path))
     if not isinstance(cache, dict):
@@ -68,12 +71,10 @@ class ImageSearch(Tool):
   def _picture(self, picture: str | None):
     if not picture:
       return None
-    path = (self._folder / picture).resolve()
-    if not path.is_relative_to(self._folder.resolve()):  # a cache names its own pictures, no others
-      return None
     try:
-      image = load_image(path)
-    except ImageError:  # thumbnails are often missing; the title is worth showing all the same
+      image = load_image(paths.within(self._folder, picture))
+    # Thumbnails are often missing, and a cache names its own alone: the title is worth showing all the same.
+    except (ValueError, TypeError):
       return None
     image.thumbnail((self._max_side, self._max_side))
     return image

@@ -13,8 +13,10 @@ import pathlib
 import re
 
 import PIL.Image
+from etils import epath
 
-from axpo_jax.data.question import ImageError, load_image
+from axpo_jax import paths
+from axpo_jax.data.question import load_image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +50,14 @@ class Pictures:
       return ""
     short = key[:16]
     if short not in self.found:
-      self.found[short] = self._copy(folder / f"{key}.png")
+      self.found[short] = self._copy(folder, key)
     return short
 
-  def _copy(self, path: pathlib.Path) -> Picture:
+  def _copy(self, folder: pathlib.Path, key: str) -> Picture:
     try:
-      image = load_image(path)
-    except ImageError:  # a dump that was moved without its images still shows its text
+      image = load_image(paths.within(epath.Path(folder), f"{key}.png"))
+    # A dump that was moved without its images still shows its text; a link out of the folder shows nothing.
+    except ValueError:
       return _MISSING
     width, height = image.size
     image.thumbnail((self._side, self._side), PIL.Image.Resampling.LANCZOS)
