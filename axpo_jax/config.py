@@ -12,6 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
+from axpo_jax.rl.recipes import RECIPES
+
 STAGES = ("teach", "sft", "screen", "rl", "eval")
 TEACHERS = ("scripted", "policy", "openai")
 SFT_SOURCES = ("jsonl", "shards", "teacher")
@@ -22,7 +24,6 @@ BENCHMARKS = ("mathvision", "dynamath", "mathvr", "vstar", "visualprobe_bench", 
 PUBLIC_SETS = ("virl39k", "fvqa", "pyvision", "mmfinereason", "deepeyes", "visualprobe")
 FILE_SOURCES = ("jsonl", "parquet", *PUBLIC_SETS, *BENCHMARKS)
 DATA_SOURCES = ("miniworld", *FILE_SOURCES)
-ALGORITHMS = ("axpo", "grpo")
 OLD_LOGPROBS = ("current", "trainer")
 TOOLS = ("image_zoom_in", "python", "tavily-search", "image_search")
 SEARCH_BACKENDS = ("tavily", "local", "recorded", "miniworld")
@@ -92,6 +93,13 @@ def fields(config: ConfigDict, path: str = "") -> Iterator[tuple[str, Any]]:
       yield from fields(value, f"{path}{name}.")
     else:
       yield path + name, value
+
+
+def apply_recipe(config: ConfigDict) -> None:
+  """Sets the fields of `config.rl` that its recipe names, whatever a config file says of them."""
+  if config.rl.recipe not in RECIPES:
+    raise ConfigError(f"config.rl.recipe={config.rl.recipe!r}; choose one of {tuple(RECIPES)}")
+  config.rl.update_from_flattened_dict(RECIPES[config.rl.recipe])
 
 
 def limits(config: ConfigDict, stage: str) -> ConfigDict:
@@ -316,7 +324,9 @@ def _rollout() -> ConfigDict:
 
 def _rl() -> ConfigDict:
   return ConfigDict(dict(
-    algorithm="axpo",         # axpo, or grpo: the same without resampling
+    # axpo, grpo (the same without resampling), or another of rl.recipes.RECIPES (docs/algorithm.md), which sets
+    # the fields that it names.
+    recipe="axpo",
     steps=300,                # rollout phases, each with its updates
     questions=128,            # B, questions a step
     num_rollouts=8,           # N, rollouts a question [paper]

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from axpo_jax import paths
 from axpo_jax.config import (
-  ALGORITHMS,
   BENCHMARKS,
   DATA_SOURCES,
   ENGINES,
@@ -25,6 +24,7 @@ from axpo_jax.config import (
   TEACHERS,
   TOOLS,
   ConfigError,
+  apply_recipe,
   fields,
   longest_episode,
   reads_held_out,
@@ -35,7 +35,7 @@ _DTYPES = ("float32", "bfloat16")
 _CHOICES = {
   "model.export_dtype": _DTYPES, "rollout.embedded.dtype": _DTYPES, "rollout.sglang.push_dtype": _DTYPES,
   "optimizer.mu_dtype": _DTYPES, "sft.optimizer.mu_dtype": _DTYPES, "rollout.engine": ENGINES,
-  "rollout.sidecar.device": ("cuda", "cpu"), "rl.algorithm": ALGORITHMS, "rl.old_logprobs": OLD_LOGPROBS,
+  "rollout.sidecar.device": ("cuda", "cpu"), "rl.old_logprobs": OLD_LOGPROBS,
 }
 # The least value of numbers that no record checks.
 _LEAST = {
@@ -67,11 +67,12 @@ _NOT_BELOW = (  # (the smaller, the greater)
 
 
 def validate(config: ConfigDict) -> None:
-  """Checks a whole config, so that a run fails in its first seconds.
+  """Sets what config.rl.recipe names, and checks a whole config, so that a run fails in its first seconds.
 
   Raises:
     ConfigError: names the field and says what to set it to.
   """
+  apply_recipe(config)
   _validate_values(config)
   model = config.model
   if bool(model.checkpoint) == bool(model.preset):

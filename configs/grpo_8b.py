@@ -14,5 +14,5 @@ from configs.axpo_8b import get_config as axpo_8b
 
 def get_config() -> ConfigDict:
   c = axpo_8b()
-  c.rl.algorithm = "grpo"
+  c.rl.recipe = "grpo"
   return c

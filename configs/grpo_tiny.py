@@ -12,5 +12,5 @@ from configs.axpo_tiny import get_config as axpo_tiny
 
 def get_config() -> ConfigDict:
   c = axpo_tiny()
-  c.rl.algorithm = "grpo"
+  c.rl.recipe = "grpo"
   return c

@@ -7,6 +7,7 @@ Out: parsed flags. A misspelt field is answered with the nearest ones.
 import difflib
 import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from axpo_jax.config import ConfigError, RunStopped, fields
+from axpo_jax.rl.recipes import RECIPES
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -66,6 +68,17 @@ def check_config_flags(arguments: Sequence[str]) -> None:
       raise ConfigError(f"--config.{name} is a section: set one of its fields, such as "
                         f"--config.{next(k for k in known if k.startswith(f'{name}.'))}")
     raise ConfigError(f"--config.{name}: there is no such field{_nearest(name, known)}")
+  _check_recipe([argument for argument in arguments if re.match(r"--?config[.=]", argument)])
+
+
+def _check_recipe(arguments: Sequence[str]) -> None:
+  """Raises ConfigError for a field that is given beside a recipe that sets it otherwise."""
+  rl = read_config(arguments).rl
+  for name, wanted in RECIPES.get(rl.recipe, {}).items():
+    value = dict(fields(rl))[name]
+    if value != wanted and any(re.match(rf"--?config\.rl\.{re.escape(name)}\b", text) for text in arguments):
+      raise ConfigError(f"--config.rl.{name}={value!r}: config.rl.recipe={rl.recipe!r} sets it to {wanted!r}; "
+                        "leave one of the two out")
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from ml_collections import config_flags
 # Config files derive from each other (`from configs.axpo_tiny import ...`).
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from axpo_jax.config import apply_recipe
 from axpo_jax.config_checks import validate
 from axpo_jax.train import machine
 from launch import command
@@ -42,6 +43,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected argument {argv[1]!r}: overrides are --config.<field>=<value>.")
   if _PRINT_CONFIG.value:
+    apply_recipe(_CONFIG.value)
     print(_CONFIG.value)
     return
   if not _WORKDIR.value:

@@ -1,7 +1,7 @@
 """Runs a config at many points: one process of launch/main.py a point, and a table at the end.
 
   python launch/sweep.py --config=configs/axpo_tiny.py --workdir=runs/sweep --parallel=2 \
-    --sweep config.seed=0,1,2 --sweep config.rl.algorithm=grpo,axpo -- --config.rl.steps=10
+    --sweep config.seed=0,1,2 --sweep config.rl.recipe=grpo,axpo -- --config.rl.steps=10
 
 Several --sweep flags are a product. What is not a product, or has commas in its values, is a Python file
 with a function `points()` that returns a list of {"config.seed": 0, ...}: --points=my_sweep.py. There a

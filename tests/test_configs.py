@@ -6,9 +6,10 @@ import pathlib
 import pytest
 
 import axpo_jax
-from axpo_jax.config import ENGINES, ConfigError, base_config, engine_length
+from axpo_jax.config import ENGINES, ConfigError, base_config, engine_length, fields
 from axpo_jax.config_checks import validate
 from axpo_jax.eval.benchmarks import BENCHMARKS
+from axpo_jax.rl.recipes import RECIPES
 from tests import sizes
 
 FOLDER = pathlib.Path(axpo_jax.__file__).parents[1] / "configs"
@@ -74,7 +75,7 @@ def test_large_config_without_checkpoint_names_the_field(name):
 
 def test_values_of_the_paper():
   c = load(FOLDER / "axpo_8b.py").get_config()
-  assert c.rl.algorithm == "axpo"
+  assert c.rl.recipe == "axpo"
   assert (c.rl.num_rollouts, c.rl.resample.k, c.rl.resample.ratio) == (8, 4, 0.25)
   assert (c.rl.loss.clip_low, c.rl.loss.clip_high, c.rl.loss.kl_coef) == (0.2, 0.4, 1e-3)
   assert (c.agent.max_turns, c.rollout.temperature) == (3, 1.0)
@@ -83,7 +84,7 @@ def test_values_of_the_paper():
   # No turn is cut before the response is, and the prompt has room beside it.
   assert e.max_new_tokens == 32_768 < e.max_total_tokens
   assert (e.temperature, e.top_p, e.top_k, e.presence_penalty) == (0.7, 0.8, 20, 1.5)
-  assert load(FOLDER / "grpo_8b.py").get_config().rl.algorithm == "grpo"
+  assert load(FOLDER / "grpo_8b.py").get_config().rl.recipe == "grpo"
   assert load(FOLDER / "sft_8b.py").get_config().stages == ("sft",)
   # Out go questions solved 4 of 4 by the policy, and 0 of 4 by the teacher.
   assert (c.teach.rollouts, c.screen.rollouts) == (4, 4)
@@ -130,7 +131,7 @@ def test_engine_holds_the_longest_episode_of_the_stages(engine):
   ("data.path", "", "config.data.path"),
   ("data.path", "/no/such/file", "config.data.path"),
   ("data.eval_path", "", "config.data.eval_path"),
-  ("rl.algorithm", "ppo", "config.rl.algorithm"),
+  ("rl.recipe", "ppo", "config.rl.recipe"),
   ("agent.max_total_tokens", 100_000, "config.batch.length"),
   ("rollout.embedded.length", 24_576, "config.eval.max_total_tokens=49152"),
   ("eval.max_response_tokens", 50_000, "config.eval.max_response_tokens=50000"),
@@ -181,3 +182,15 @@ def test_sft_alone_needs_no_questions(ready):
   config.sft.path = ""
   with pytest.raises(ConfigError, match=r"config.sft.path"):
     validate(config)
+
+
+def test_a_recipe_sets_its_fields_by_name(ready):
+  """Every name that rl.recipes knows; a config file may have set them otherwise; other fields are free."""
+  for name, overrides in RECIPES.items():
+    config = ready(load(FOLDER / "axpo_tiny.py").get_config())
+    config.rl.recipe, config.rl.resample.ratio, config.rl.loss.clip_high = name, 0.5, 0.3
+    validate(config)
+    found = dict(fields(config.rl))
+    assert {field: found[field] for field in overrides} == dict(overrides), name
+    assert found["loss.clip_high"] == 0.3
+    assert found["resample.ratio"] == overrides.get("resample.ratio", 0.5)

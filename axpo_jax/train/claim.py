@@ -25,7 +25,8 @@ _FILE = "config.json"
 _SHOWN = 8  # differences in a message
 # Fields that a run may be continued with another value of, as patterns.
 _FREE = (
-  "log.*", "checkpoint.*", "compilation_cache", "eval.every", "rl.max_lost_steps", "rl.reference_offload",
+  # Of a recipe the fields count that it sets.
+  "rl.recipe", "log.*", "checkpoint.*", "compilation_cache", "eval.every", "rl.max_lost_steps", "rl.reference_offload",
   # Who computes: the same up to rounding.
   "mesh.*", "batch.*", "model.remat", "model.attention", "model.attention_chunk",
   "rollout.urls", "rollout.sidecar.*", "rollout.sglang.*", "rollout.embedded.*",

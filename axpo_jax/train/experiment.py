@@ -12,7 +12,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from axpo_jax import paths, processes
-from axpo_jax.config import ConfigError
+from axpo_jax.config import ConfigError, apply_recipe
 from axpo_jax.eval import sampling, summary
 from axpo_jax.model import programs
 from axpo_jax.train import (
@@ -40,6 +40,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   Raises:
     ConfigError: a field cannot work, or `workdir` belongs to a run with another config.
   """
+  apply_recipe(config)
   root = paths.workdir(workdir)
   machine.check_processes(config, jax.process_count())
   _check_folders(config, root)

@@ -353,7 +353,7 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
     checkpoints.save(loop.steps_done, loop.learner.stored(loop.state), host={"stage": "rl", **host},
                      iterator=trained)
 
-  with tqdm(total=config.rl.steps, initial=loop.steps_done - bool(unwritten), desc=config.rl.algorithm,
+  with tqdm(total=config.rl.steps, initial=loop.steps_done - bool(unwritten), desc=config.rl.recipe,
             disable=not distributed.is_main()) as bar:
     try:
       while unwritten or loop.steps_done < config.rl.steps:

@@ -49,10 +49,7 @@ class Recipe:
   @classmethod
   def from_config(cls, rl: ConfigDict) -> "Recipe":
     """Raises ValueError for values or combinations that cannot work."""
-    resample = ResampleConfig(**rl.resample)
-    if rl.algorithm == "grpo":
-      resample = dataclasses.replace(resample, ratio=0.0)
-    recipe = cls(resample, credit.CreditConfig(**rl.credit), LossConfig(**rl.loss),
+    recipe = cls(ResampleConfig(**rl.resample), credit.CreditConfig(**rl.credit), LossConfig(**rl.loss),
                  recipes.ShapingConfig(**rl.shaping))
     recipes.check(recipe.resample, recipe.credit)
     return recipe

@@ -21,7 +21,7 @@ def run(name: str, seed=None, scores=(), **config) -> Run:
 
 @pytest.mark.parametrize("names, expected", [
   (("grpo-sft0-seed0", "grpo-sft0-seed10"), "grpo-sft0"),
-  (("seed=0,rl.algorithm=axpo", "seed=1,rl.algorithm=axpo"), "rl.algorithm=axpo"),
+  (("seed=0,rl.recipe=axpo", "seed=1,rl.recipe=axpo"), "rl.recipe=axpo"),
   (("axpo/seed_0", "axpo/seed_1"), "axpo"), (("monday", "tuesday"), "monday + tuesday"),
   (("seed0", "seed1"), "seed0 + seed1")])
 def test_the_name_of_a_method_is_what_its_runs_share(names, expected):

@@ -52,6 +52,9 @@ COMMANDS = {
   "stray argument": ((TINY, "rl.num_rollouts=16"), "rl.num_rollouts=16", "--config.<field>"),
   "unknown flag": ((TINY, "--wrkdir=x"), "wrkdir"),
   "misspelt field": (setting("rl.rolouts", 16), "rl.rolouts", "did you mean --config.rl.num_rollouts"),
+  "field that the recipe sets otherwise": (
+    (TINY, "--config.rl.recipe=grpo_x2", "--config.rl.num_rollouts=12"), "rl.num_rollouts=12",
+    "'grpo_x2' sets it to 16"),
   "misspelt section": (setting("optimiser.learning_rate", 1), "optimiser.learning_rate",
                        "--config.optimizer.learning_rate"),
   "section": (setting("rl.resample", 3), "rl.resample", "is a section"),
@@ -67,7 +70,7 @@ VALUES = {
   "rl.shaping.tool_penalty": [("much", "'much'; choose")],
   "rl.num_rollouts": [("1", "must be 2 or more")],
   "rl.old_logprobs": [("foo", "'foo'; choose one of")],
-  "rl.algorithm": [("ppo", "'ppo'; choose one of")],
+  "rl.recipe": [("ppo", "'ppo'; choose one of")],
   "rl.steps": [("0", "must be 1 or more")],
   "optimizer.name": [("adam", "'adam'; choose one of ('adamw'")],
   "optimizer.b2": [("1.0", "must be in [0, 1)")],

@@ -25,7 +25,7 @@ TINY = (
   # As in configs/evidence_tiny.py: no SFT; evaluated once, after training, and with calls forced.
   "--config.stages=('rl','eval')", "--config.eval.every=-1", "--config.eval.forced=True",
   "--config.eval.questions=1")
-SWEEP = ("--sweep=config.seed=0,1", "--sweep=config.rl.algorithm=axpo,grpo")
+SWEEP = ("--sweep=config.seed=0,1", "--sweep=config.rl.recipe=axpo,grpo")
 
 
 def sweep(workdir, *flags, common=TINY) -> subprocess.CompletedProcess:
@@ -37,15 +37,15 @@ def sweep(workdir, *flags, common=TINY) -> subprocess.CompletedProcess:
 
 def test_two_algorithms_of_one_seed(tmp_path):
   """First with one point that cannot work (a folder of another config), then again without it."""
-  flags = ("--sweep=config.seed=1", "--sweep=config.rl.algorithm=axpo,grpo")
-  axpo, broken = (tmp_path / f"seed=1,rl.algorithm={name}" for name in ("axpo", "grpo"))
+  flags = ("--sweep=config.seed=1", "--sweep=config.rl.recipe=axpo,grpo")
+  axpo, broken = (tmp_path / f"seed=1,rl.recipe={name}" for name in ("axpo", "grpo"))
   broken.mkdir()
   (broken / "config.json").write_text("{}")
   done = sweep(tmp_path, *flags)
   assert done.returncode == 1
-  assert "FAILED seed=1,rl.algorithm=grpo" in done.stderr and "another configuration" in done.stderr
-  assert re.search(r"rl.algorithm=axpo \| 1 of 1 +\| \d\.\d{4} ", done.stdout)
-  assert re.search(r"rl.algorithm=grpo \| 0 of 1 +\| - ", done.stdout)
+  assert "FAILED seed=1,rl.recipe=grpo" in done.stderr and "another configuration" in done.stderr
+  assert re.search(r"rl.recipe=axpo \| 1 of 1 +\| \d\.\d{4} ", done.stdout)
+  assert re.search(r"rl.recipe=grpo \| 0 of 1 +\| - ", done.stdout)
   (broken / "config.json").unlink()
   before = (axpo / "metrics.jsonl").stat().st_mtime_ns
   again = sweep(tmp_path, *flags)
@@ -91,7 +91,7 @@ def test_commands_for_a_scheduler(tmp_path):
   lines = done.stdout.splitlines()
   assert len(lines) == 4 and not (tmp_path / "runs").exists()
   assert all("launch/main.py" in line and "--config.rl.steps=1" in line for line in lines)
-  assert "--config.seed=1 --config.rl.algorithm=grpo" in lines[3]
+  assert "--config.seed=1 --config.rl.recipe=grpo" in lines[3]
   assert len({re.search(r"--workdir=(\S+)", line)[1] for line in lines}) == 4
 
 
@@ -185,7 +185,7 @@ def test_point_that_cannot_run_is_refused_before_the_first_one_runs(flags, said,
 def test_table_has_the_interval_of_student(tmp_path):
   """Three seeds with 0.1, 0.2, 0.3: mean 0.2, t(2) = 4.303, s = 0.1: 4.303 * 0.1 / sqrt(3). A fourth that
   is not done does not count."""
-  flags = ("--sweep=config.seed=0,1,2,3", "--sweep=config.rl.algorithm=axpo")
+  flags = ("--sweep=config.seed=0,1,2,3", "--sweep=config.rl.recipe=axpo")
   commands = sweep(tmp_path, *flags, "--print").stdout.splitlines()
   for seed, command in enumerate(commands):
     folder = pathlib.Path(re.search(r"--workdir=(\S+)", command)[1])
@@ -197,4 +197,4 @@ def test_table_has_the_interval_of_student(tmp_path):
     if seed < 3:
       (folder / "sweep_done.json").write_text(json.dumps(shlex.split(command)))
   done = sweep(tmp_path, *flags, "--parallel=0", "--metrics=eval/pass_at_1,eval/other")
-  assert re.search(r"rl.algorithm=axpo \| 3 of 4 +\| 0.2000 ± 0.2484 +\| - ", done.stdout)
+  assert re.search(r"rl.recipe=axpo \| 3 of 4 +\| 0.2000 ± 0.2484 +\| - ", done.stdout)

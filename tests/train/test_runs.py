@@ -151,7 +151,7 @@ def test_workdir_of_another_config_is_refused(unbroken, overrides):
 def test_axpo_without_budget_is_grpo_bit_for_bit(overrides, one_device, tmp_path):
   common = {"stages": ("rl",), "rl__steps": 2}
   experiment.run(micro(overrides, rl__resample__ratio=0.0, **common), tmp_path / "axpo")
-  experiment.run(micro(overrides, rl__algorithm="grpo", **common), tmp_path / "grpo")
+  experiment.run(micro(overrides, rl__recipe="grpo", **common), tmp_path / "grpo")
   axpo, grpo = (untimed(read_metrics(tmp_path / name)) for name in ("axpo", "grpo"))
   assert axpo == grpo
   assert axpo[1]["axpo/triggered"] > 0

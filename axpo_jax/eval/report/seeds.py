@@ -19,7 +19,7 @@ from axpo_jax.eval.report import tables
 from axpo_jax.eval.report.runs import Run
 from axpo_jax.eval.statistics import Estimate
 
-# What a name says of the seed: "grpo-seed3", "seed=3,rl.algorithm=grpo", "grpo/seed_3".
+# What a name says of the seed: "grpo-seed3", "seed=3,rl.recipe=grpo", "grpo/seed_3".
 _SEED = re.compile(r"[^A-Za-z0-9]?seed[^A-Za-z0-9]?\d+")
 _SEPARATORS = "-_,./ "
 _LESS_IS_BETTER = ("rollout/tool_all_wrong_rate", "rollout/tool_all_wrong_rate_after")
