@@ -96,6 +96,7 @@ VALUES = {
   "data.source": [("csv", "'csv'; choose one of")],
   "agent.tools": [("('zoom',)", "['zoom']")],
   "agent.python.isolation": [("docker", "'docker'; choose")],
+  "agent.python.url": [("sandbox-1:8400", "write http://host:port")],
   "agent.search.backend": [("tavily", "TAVILY_API_KEY"), ("bing", "'bing'; choose one of")],
   "checkpoint.every": [("0", "must be 1 or more")],
 }
