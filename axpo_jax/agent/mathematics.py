@@ -29,6 +29,8 @@ MEMORY = 2 << 30  # bytes of address space of one process
 _WALL_SECONDS = 60.0  # of one comparison, where the process gets no CPU time
 _START_SECONDS = 120.0  # a cold disk included
 _WORKERS = 2
+# What this Python may need to start and to find its packages. No secrets.
+_ENVIRONMENT = ("PATH", "HOME", "LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH")
 
 _WORKER = str(pathlib.Path(__file__).with_name("math_worker.py"))
 
@@ -100,8 +102,8 @@ class _Worker:
   def _start(self) -> subprocess.Popen:
     self._process = subprocess.Popen(
         [sys.executable, "-P", _WORKER, str(CPU_SECONDS), str(MEMORY)], bufsize=0, cwd="/",
-        env={"PATH": os.defpath, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
-             "PYTHONHASHSEED": "0"},
+        env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | {
+            "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     try:
       self._read(_START_SECONDS)

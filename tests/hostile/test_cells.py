@@ -5,16 +5,14 @@ tests/agent/test_hostile.py has the attempts that are more than a cell: bombs, s
 
 import asyncio
 import ctypes
-import pathlib
 import platform
-import re
 
 import pytest
 
 from axpo_jax.agent.tools.base import EpisodeState, ToolBox
 from axpo_jax.agent.tools.kernels import KernelConfig, SandboxError
 from axpo_jax.agent.tools.python import PythonTool
-from axpo_jax.agent.tools.sandbox import seccomp, wire
+from axpo_jax.agent.tools.sandbox import wire
 from tests.hostile import corpus
 
 _SESSION, _ADD_KEY = -3, {"x86_64": 248, "aarch64": 217}
@@ -84,18 +82,3 @@ def test_ordinary_code_meets_no_filter(tool):
 def test_the_trainer_does_not_trust_a_supervisor(message):
   with pytest.raises(wire.WireError):
     wire.check_figures(message)
-
-
-def test_the_filters_numbers_are_those_of_the_headers():
-  headers = [pathlib.Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
-             pathlib.Path("/usr/include/asm-generic/unistd.h")]  # arm64 has the generic ones
-  if not all(header.exists() for header in headers):
-    pytest.skip("no headers of the Linux kernel here")
-  theirs = [dict(re.findall(r"#define\s+__NR(?:3264)?_(\w+)\s+(\d+)", header.read_text()))
-            for header in headers]
-  others = {"clone": seccomp._CLONE, "clone3": seccomp._CLONE3, "socket": seccomp._SOCKET,
-            "socketpair": seccomp._SOCKETPAIR}
-  compared = [(name, number, int(there[name]))
-              for name, numbers in {**seccomp._REFUSED, **others}.items()
-              for number, there in zip(numbers, theirs) if name in there]
-  assert len(compared) > 120 and [row for row in compared if row[1] != row[2]] == []

@@ -107,7 +107,8 @@ def check_kernel() -> None:
     os._exit(0 if all(readable) else 1 + readable.index(False))
   failed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
   if failed == _NO_FILTER:
-    raise IsolationError("the host lets no process put on a filter of system calls (seccomp)")
+    raise IsolationError("no filter of system calls can be put on: the host forbids seccomp, or its "
+                         f"processor ({platform.machine()}) is neither x86_64 nor aarch64")
   if failed:
     raise IsolationError(f"the trainer is root, so its kernels run as user {NOBODY}, who cannot "
                          f"read {folders[failed - 1]}: give others the right to read it, or use a "

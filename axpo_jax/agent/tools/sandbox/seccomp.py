@@ -62,11 +62,6 @@ _ALLOW, _KILL, _FAIL = 0x7FFF0000, 0x80000000, 0x00050000  # _FAIL | errno
 _PR_SET_SECCOMP, _MODE_FILTER = 22, 2
 
 
-def machines() -> tuple[str, ...]:
-  """The processors that the filter is written for."""
-  return tuple(_AUDIT_ARCH)
-
-
 @functools.cache
 def program(machine: str, *, sockets: bool) -> bytes:
   """The filter.
@@ -114,8 +109,11 @@ def put_on(*, sockets: bool) -> None:
   """Puts the filter on this process, for good. It must have given up new privileges before.
 
   Raises:
-    OSError: the operating system's kernel refuses, or has no such filters.
+    OSError: the operating system's kernel refuses, has no such filters, or is of another machine than
+      x86-64 and arm64.
   """
+  if platform.machine() not in _AUDIT_ARCH:
+    raise OSError(errno.ENOSYS, f"no filter of system calls for {platform.machine()}")
   data = program(platform.machine(), sockets=sockets)
   libc = ctypes.CDLL(None, use_errno=True)
   words = (_PR_SET_SECCOMP, _MODE_FILTER, ctypes.byref(_Program(len(data) // 8, data)), 0, 0)
