@@ -5,12 +5,15 @@ stands at its name. Without one it is honest: `echo`, and `remember` and `recall
 """
 
 import base64
+import functools
+import itertools
 import json
 import os
 import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 
@@ -60,6 +63,15 @@ LISTED = {
 }
 
 
+# What "everything" does with one call after another.
+CALLS = (
+  "bytes that are no UTF-8", "a picture of 13,000 x 13,000", "an answer of 100,000 brackets",
+  "a hundred pictures", "an answer of another form", "a lone surrogate", "never an answer",
+  "PostScript as a picture", "ten thousand lines of noise", "an error that quotes secrets",
+  "notifications and requests without end", "an answer to a call that nobody made",
+  "a result's schema with a pattern", "a line without end")
+
+
 def send(message):
   OUT.write(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
   OUT.flush()
@@ -69,6 +81,7 @@ def text(value):
   return {"content": [{"type": "text", "text": value}]}
 
 
+@functools.cache
 def png(width, height):
   def chunk(name, data):
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -83,52 +96,52 @@ def image(data):
   return {"type": "image", "mimeType": "image/png", "data": base64.b64encode(data).decode()}
 
 
-def call(number, name, arguments, kept):
+def call(number, name, arguments, kept, attack):
   """Answers a call, or attacks instead."""
-  if ATTACK == "bytes that are no UTF-8":
+  if attack == "bytes that are no UTF-8":
     OUT.write(b"\xff\xfe\x80 loading model\n")
-  elif ATTACK == "ten thousand lines of noise":
+  elif attack == "ten thousand lines of noise":
     OUT.write(b"INFO: hello\n" * 10_000)
-  elif ATTACK == "a line without end":
+  elif attack == "a line without end":
     while True:
       OUT.write(b"x" * 65_536)
-  elif ATTACK == "an answer of 100,000 brackets":
+  elif attack == "an answer of 100,000 brackets":
     OUT.write(b'{"jsonrpc": "2.0", "id": %d, "result": %s%s}\n'
               % (number, b"[" * 100_000, b"]" * 100_000))
     OUT.flush()
     return
-  elif ATTACK == "an answer of another form":
+  elif attack == "an answer of another form":
     return send({"id": number, "result": {"content": 7}})
-  elif ATTACK == "an answer to a call that nobody made":
+  elif attack == "an answer to a call that nobody made":
     send({"id": number + 1000, "result": text("forged")})
-  elif ATTACK == "never an answer":
+  elif attack == "never an answer":
     return
-  elif ATTACK == "it ends":
+  elif attack == "it ends":
     time.sleep(0.2)  # the other calls are on their way
     os._exit(1)
-  elif ATTACK == "notifications and requests without end":
+  elif attack == "notifications and requests without end":
     for i in range(20_000):
       send({"method": "notifications/message", "params": {"level": "info", "data": "n" * 100}})
       send({"id": f"q{i}", "method": "ping"})
-  elif ATTACK == "a picture of 13,000 x 13,000":
+  elif attack == "a picture of 13,000 x 13,000":
     return send({"id": number, "result": {"content": [image(png(13_000, 13_000))]}})
-  elif ATTACK == "a hundred pictures":
+  elif attack == "a hundred pictures":
     return send({"id": number, "result": {"content": [image(png(4, 4))] * 100}})
-  elif ATTACK == "PostScript as a picture":
+  elif attack == "PostScript as a picture":
     return send({"id": number, "result": {"content": [image(b"%!PS-Adobe-3.0 EPSF-3.0\n")]}})
-  elif ATTACK == "no base64":
+  elif attack == "no base64":
     return send({"id": number, "result": {"content": [
       {"type": "image", "mimeType": "image/png", "data": "@@ no"}]}})
-  elif ATTACK == "a lone surrogate":
+  elif attack == "a lone surrogate":
     OUT.write(b'{"jsonrpc": "2.0", "id": %d, "result": {"content": '
               b'[{"type": "text", "text": "a \\ud800 b"}]}}\n' % number)
     OUT.flush()
     return
-  elif ATTACK == "an error that quotes secrets":
+  elif attack == "an error that quotes secrets":
     return send({"id": number, "error": {"code": -32000, "message":
-                 f"GET https://user:pw@api.example/v1/{os.environ['API_KEY']}?key=abcdef failed; "
+                 f"GET https://user:pw@api.example/v1/{os.environ.get('API_KEY')}?key=abcdef failed; "
                  f"argv {sys.argv}"}})
-  elif ATTACK == "a result's schema with a pattern":
+  elif attack == "a result's schema with a pattern":
     structured = {"text": "a" * 40 + "!"}
     return send({"id": number, "result": {**text("hello"), "structuredContent": structured}})
   if name == "remember":
@@ -155,7 +168,9 @@ def main():
   if ATTACK == "a process that will not end":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     subprocess.Popen(["sleep", "1000"])
-  kept = []
+  if ATTACK == "it ends every 30 s":
+    threading.Timer(30, os._exit, [1]).start()
+  kept, attacks = [], itertools.cycle(CALLS)
   for line in sys.stdin:
     message = json.loads(line)
     number, params = message.get("id"), message.get("params") or {}
@@ -169,7 +184,8 @@ def main():
       case "tools/list":
         listing(number, params.get("cursor"))
       case "tools/call":
-        call(number, params["name"], params.get("arguments") or {}, kept)
+        attack = next(attacks) if ATTACK == "everything" else ATTACK
+        call(number, params["name"], params.get("arguments") or {}, kept, attack)
       case _ if number is not None and "method" in message:
         send({"id": number, "error": {"code": -32601, "message": "no such method"}})
   while ATTACK == "a process that will not end":

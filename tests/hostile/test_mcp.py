@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 import zlib
 
 import pytest
@@ -167,11 +168,35 @@ def test_a_server_killed_while_nobody_calls_is_started_again_unnoticed():
 
 
 def test_a_process_that_will_not_end_is_killed_with_its_children():
-  before = children(everybody=True)
-  with serving("a process that will not end") as server:
+  tag = uuid.uuid4().hex
+  with serving("a process that will not end", env={"AXPO_TAG": tag}) as server:
     assert call(boxed(server)).text == "hello"
-  left = children(everybody=True) - before
-  assert not left
+    assert len(tagged(tag)) == 2  # it has started another
+  assert not tagged(tag)
+
+
+def test_a_process_that_will_not_end_does_not_outlive_the_trainer():
+  tag = uuid.uuid4().hex
+  code = f"""
+import sys
+from axpo_jax.agent.tools.mcp_config import McpConfig
+from axpo_jax.agent.tools.mcp_server import McpServer
+command = (sys.executable, "-S", {SERVER!r}, "a process that will not end")
+McpServer(McpConfig(command=command, env={{"AXPO_TAG": {tag!r}}})).tools()
+raise SystemExit("something else went wrong")
+"""
+  done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, check=False, text=True,
+                        cwd=pathlib.Path(__file__).parents[2])
+  assert done.stderr.strip() == "something else went wrong"
+  deadline = time.monotonic() + 5
+  while tagged(tag):
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+
+
+def tagged(tag):
+  """Processes that have the tag in their environment, which children inherit."""
+  return {path.parent.name for path in pathlib.Path("/proc").glob("[0-9]*/environ") if tag in _read(path)}
 
 
 def nothing_left(server):
@@ -183,21 +208,18 @@ def nothing_left(server):
   return False
 
 
-def children(everybody=False):
-  """Processes of the servers: our children, or all that run now."""
-  if everybody:
-    return {int(name) for name in os.listdir("/proc") if name.isdigit() and _command(name)}
+def children():
+  """The servers' processes below this one."""
   tasks = pathlib.Path("/proc/self/task").iterdir()
-  found = " ".join((task / "children").read_text() for task in tasks).split()
-  return [int(pid) for pid in found if SERVER in _command(pid)]
+  found = " ".join(_read(task / "children") for task in tasks).split()
+  return [int(pid) for pid in found if SERVER in _read(pathlib.Path("/proc", pid, "cmdline"))]
 
 
-def _command(pid):
+def _read(path):
   try:
-    command = pathlib.Path(f"/proc/{pid}/cmdline").read_text()
-  except OSError:
+    return path.read_text(errors="replace")
+  except OSError:  # it has ended, or is another user's
     return ""
-  return command if SERVER in command or "sleep\x001000" in command else ""
 
 
 # ---- secrets ----

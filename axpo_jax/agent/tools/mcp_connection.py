@@ -9,6 +9,7 @@ no use for) too, and a server that asks us things is answered ten times a second
 from __future__ import annotations
 
 import asyncio
+import atexit
 import collections
 import contextlib
 import logging
@@ -281,6 +282,7 @@ async def _stdio(config: McpConfig, stderr: collections.deque[bytes]) -> AsyncIt
     *config.command, env=get_default_environment() | dict(config.env), cwd=config.cwd,
     stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     start_new_session=True, limit=MAX_MESSAGE)
+  _groups.add(process.pid)
   try:
     send, receive = anyio.create_memory_object_stream(0)
     outgoing, written = anyio.create_memory_object_stream(0)
@@ -293,6 +295,18 @@ async def _stdio(config: McpConfig, stderr: collections.deque[bytes]) -> AsyncIt
   finally:
     with anyio.CancelScope(shield=True):
       await _end(process)
+      _groups.discard(process.pid)
+
+
+_groups: set[int] = set()  # process groups of local servers that run
+
+
+@atexit.register
+def _kill_groups() -> None:
+  """Most servers end with their input; those that do not must not outlive the trainer."""
+  for group in _groups:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+      os.killpg(group, signal.SIGKILL)
 
 
 async def _read_messages(stdout: asyncio.StreamReader, send: Any) -> None:
