@@ -5,10 +5,13 @@ tests/agent/test_hostile.py has the attempts that are more than a cell: bombs, s
 
 import asyncio
 import ctypes
+import os
 import platform
+import tempfile
 
 import pytest
 
+from axpo_jax.agent.tools import kernels
 from axpo_jax.agent.tools.base import EpisodeState, ToolBox
 from axpo_jax.agent.tools.kernels import KernelConfig, SandboxError
 from axpo_jax.agent.tools.python import PythonTool
@@ -82,3 +85,23 @@ def test_ordinary_code_meets_no_filter(tool):
 def test_the_trainer_does_not_trust_a_supervisor(message):
   with pytest.raises(wire.WireError):
     wire.check_figures(message)
+
+
+@pytest.mark.parametrize("made", ["a link", "open to all", "another user's"])
+def test_a_cache_folder_that_somebody_else_has_made(made, tmp_path, monkeypatch):
+  (tmp_path / "home").write_text("no folder")
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+  folder = tmp_path / f"axpo_jax_kernels_{os.getuid()}"
+  assert kernels._cache_folder() == str(folder)
+  if made == "a link":
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+  elif made == "open to all":
+    folder.chmod(0o777)
+  elif os.getuid() == 0:
+    os.chown(folder, 12345, 12345)
+  else:
+    pytest.skip("needs root")
+  with pytest.raises(SandboxError, match="remove the latter if another user has made it"):
+    kernels._cache_folder()
