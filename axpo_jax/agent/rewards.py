@@ -116,8 +116,6 @@ def _matches(question: Question, answer: str, gold: str) -> bool | None:
     return _same_choice(answer, gold, question.options)
   if kind == "text":
     return plain_text(answer) == plain_text(gold) != ""
-  if _RATIO.fullmatch(gold) or _RATIO.fullmatch(answer):  # 2:1 is not 2, whatever its value
-    return "".join(answer.split()) == "".join(gold.split())
   if kind in ("auto", "number"):
     same = _same_number(answer, gold, question.meta.get("tolerance"))
     if same is not None:
@@ -126,8 +124,6 @@ def _matches(question: Question, answer: str, gold: str) -> bool | None:
     return False
   return None
 
-
-_RATIO = re.compile(r"\s*\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+\s*")
 
 # ---- multiple choice ----
 

@@ -107,9 +107,8 @@ _UNIT = re.compile(r"(?<=[\d}])\s*\\?,?\s*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?(?:
 
 
 def same_rounded(answer: str, gold: str, decimals: int) -> bool:
-  """Whether two numbers or numeric expressions are equal when rounded, units left aside."""
-  if ":" in answer or ":" in gold:
-    return False  # a ratio is no number
+  """Whether two numbers or numeric expressions are equal when rounded, units left aside. A ratio is
+  worth its quotient."""
   given, right = (numeric_value(_UNIT.sub("", text.strip(" $"))) for text in (answer, gold))
   return given is not None and right is not None and round(given, decimals) == round(right, decimals)
 

@@ -67,10 +67,11 @@ def test_mathvision(tmp_path):
       tmp_path / "testmini.parquet", mathvision(),
       mathvision(id="5", options=["$\\frac{1}{2}$", "0.25", "2"], answer="A"),
       mathvision(id="6", options=[], answer="12", question="How many?"),
+      mathvision(id="10", options=["$1: 1$", "$7: 4$", "$8: 5$"], answer="C"),
       mathvision(id="7", question="<image1> <image2>?", options=["<image2>", "<image3>"], answer="B"),
       mathvision(id="8", options=["1", "2"], answer="C"),
       mathvision(id="9", decoded_image=None))
-  (letters, values, free, pictures), report = read("mathvision", path)
+  (letters, values, free, ratios, pictures), report = read("mathvision", path)
   assert letters.text == "Which of these?\n<image>"  # bare letters stand in the picture
   assert values.text.endswith("A. $\\frac{1}{2}$\nB. 0.25\nC. 2")
   # Equals the letter or the option's value.
@@ -78,9 +79,11 @@ def test_mathvision(tmp_path):
       "A", "(a)", "\\frac{1}{2}", "0.5", "1/2", "B", "0.25", "2", None)] == [1] * 5 + [0] * 4
   assert [value("mathvision", free, answer) for answer in ("12", "12.0", "13")] == [1, 1, 0]
   assert [value("mathvision", free, answer) for answer in (
-      "12 m^3", "12 \\text{ cm}^2", "12\\text{ units}", "12.004", "12.006", "12:1")] == [1, 1, 1, 1, 0, 0]
+      "12 m^3", "12 \\text{ cm}^2", "12\\text{ units}", "12.004", "12:1", "12.006", "12:5")] == [1, 1, 1, 1, 1, 0, 0]
+  assert [value("mathvision", ratios, answer) for answer in (
+      "8:5", "8 : 5", "\\frac{8}{5}", "7:4", "5:8")] == [1, 1, 1, 0, 0]
   assert pictures.text == "<image> (picture 2)?\nA. (picture 2)\nB. (picture 3)"
-  assert [bad.row for bad in report.examples] == [5, 6]
+  assert [bad.row for bad in report.examples] == [6, 7]
   assert "'C' is none of 2 options" in report.examples[0].reason
 
 

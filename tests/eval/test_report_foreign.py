@@ -2,9 +2,11 @@
 
 import base64
 import gzip
+import io
 import json
 import re
 
+import PIL.Image
 import pytest
 
 from axpo_jax.eval.report.__main__ import main
@@ -20,6 +22,12 @@ def block(path, name):
   return json.loads(gzip.decompress(base64.b64decode(found[1])))
 
 
+def picture():
+  stream = io.BytesIO()
+  PIL.Image.new("RGB", (30, 20), "red").save(stream, "PNG")
+  return base64.b64encode(stream.getvalue()).decode()
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
   """Anthropic's blocks and Qwen's text in one folder; some lines are damaged, some not scored."""
@@ -29,6 +37,9 @@ def page(tmp_path_factory):
   for record in records[:5]:
     record["messages"][0]["content"] = LONG
     record["reward"] = None
+  image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": picture()}}
+  named = {"type": "image_url", "image_url": {"url": "file:///etc/hostname"}}
+  records[5]["messages"][0]["content"] = [image, {"type": "text", "text": "With a picture."}, named]
   (folder / "step_1.jsonl").write_text("".join(json.dumps(record) + "\n{broken\n" for record in records))
   logs.write(folder / "qwen.jsonl", [logs.as_qwen(item) for item in items])
   assert main([str(folder)]) == 0
@@ -64,6 +75,13 @@ def test_foreign_logs_in_a_browser(page):
     assert folded.locator("div").inner_text().strip() == LONG.strip()
     # The answer has the width of the page, not that of a cell of the list.
     assert detail.locator(".block.answer").last.bounding_box()["width"] > 400
+    opened.fill("input[name=text]", "with a picture")
+    opened.focus("#list")
+    opened.keyboard.press("Home")
+    # The picture that travels in the log is drawn, the file that it names is not.
+    opened.wait_for_selector("#detail .head img")
+    assert detail.locator("img").evaluate_all("found => found.map(image => [image.naturalWidth])") == [[30]]
+    opened.fill("input[name=text]", "a long prompt")
     opened.select_option("select[name=outcome]", "wrong")
     assert opened.inner_text("#count").startswith("0 of")
     assert detail.locator(".modes").count() == 0
@@ -99,6 +117,6 @@ def test_damaged_lines_cost_one_trajectory_each(tmp_path):
     for rollout in group["rollouts"]:
       if "branch" in rollout:
         assert group["rollouts"][rollout["source"]]["frozen"] == rollout["start"]
-  assert groups[0]["images"][0]["key"] == ""
   assert groups[0]["rollouts"][0]["reward"] is None
-  assert re.search(r'id="image-" data-size="1 1"></script>', page.read_text())
+  assert groups[0]["images"][0]["key"] == away["shown"][:16]
+  assert f'id="image-{away["shown"][:16]}" data-size="1 1"></script>' in page.read_text()

@@ -42,7 +42,7 @@ def test_token_f1_by_hand(answer, gold, common, given_words, gold_words):
 
 @pytest.mark.parametrize("answer, gold, right", [
     ("1/3", "0.33", True), ("0.336", "1/3", False), ("27.004 m^3", "27", True), ("5\\text{ km}", "5", True),
-    ("60 degrees", "60", True), ("5 apples", "6", False), ("2:1", "2", False), ("x", "3", False)])
+    ("60 degrees", "60", True), ("5 apples", "6", False), ("1:1", "1", True), ("2:1", "3", False), ("x", "3", False)])
 def test_numbers_that_round_to_the_same_two_decimals(answer, gold, right):
   assert scoring.same_rounded(answer, gold, 2) is right
 

@@ -117,9 +117,7 @@ class Walk:
       self._call_message(content)
     elif who == "result":
       if message.get("requestor") != "user":  # tau2: the simulated user has tools of its own
-        blocks = RESPONSE.findall(content) if isinstance(content, str) else ()
-        for result in blocks or [content]:
-          self._result(message, result.strip() if blocks else result)
+        self._results(message, content)
     elif who == "user":
       self._user(content)
     else:
@@ -189,7 +187,7 @@ class Walk:
       self._agent_speaks = False
       if not self._answered_user:
         self.asked.append(_digest(said))
-      self.events.append(Event(USER, text))
+      self.events.append(Event(USER, text, images=notations.images_of(said)))
 
   # ---- calls and results ----
 
@@ -228,6 +226,14 @@ class Walk:
       self._result(item, item.get("output"))
     return None
 
+  def _results(self, message: Mapping[str, Any], content: Any) -> None:
+    """One result, or as many as a message wraps: Hermes' tags, tau2's list of messages."""
+    blocks = RESPONSE.findall(content) if isinstance(content, str) else ()
+    for block in blocks:
+      self._result(message, block.strip())
+    for inner in [] if blocks else _as_list(message.get("tool_messages")) or [message]:
+      self._result(inner, content if inner is message else inner.get("content"))
+
   def _result(self, message: Mapping[str, Any], content: Any) -> None:
     text = as_text(content)
     explicit, name = first(message, _RESULT_KEYS), message.get("name")
@@ -238,7 +244,7 @@ class Walk:
              lambda call: call.key is None or explicit is None]
     call = next((call for test in tests for call in self._waiting if test(call)), None)
     self._agent_speaks = False
-    self.events.append(Event(RESULT, text))
+    self.events.append(Event(RESULT, text, images=notations.images_of(content)))
     if call is None:
       self.orphans += 1
       return

@@ -36,6 +36,7 @@ CALL_WORDS = re.compile(
   r"```tool_(?:code|call)|^[ \t]*Action[ \t]*:\s*(?:\{|\w+\s*[\[(]|[^\n]*\n\s*Action Input\s*:)|"
   r'"name"\s*:\s*"[^"\n]+"\s*,\s*"(?:arguments|parameters|args|kwargs|input)"\s*:', re.MULTILINE)
 _CALL_KEY = re.compile(r"(?:tool|function)s?[-_ ]?(?:use|call|invocation|request)s?", re.IGNORECASE)
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")  # shorter ones, and those with a dot, are names
 _DEEPEST = 12  # levels of a message that are searched for such keys
 
 
@@ -49,6 +50,7 @@ class Event:
     name: of a call, the tool; "" if it cannot be read.
     key: by which a result finds its call.
     error: of a call, the kind of its error; None if it worked.
+    images: base64 texts (or data URIs) of the pictures in a message of the user or in a result.
   """
 
   kind: str
@@ -56,6 +58,7 @@ class Event:
   name: str = ""
   key: Any = None
   error: str | None = None
+  images: Sequence[str] = ()
 
 
 def split_text(text: str) -> list[dict[str, str]]:
@@ -100,6 +103,20 @@ def text_of(content: Any) -> str:
   texts = (part if isinstance(part, str) else part.get("text") for part in parts
            if isinstance(part, str | Mapping))
   return "\n".join(text for text in texts if isinstance(text, str) and text)
+
+
+def images_of(content: Any) -> list[str]:
+  """The pictures that travel in a message's content, as base64 texts or data URIs. What is only named,
+  by a path or an address, is not opened: a log may name any file of this machine."""
+  found = []
+  for part in content if isinstance(content, list) else [content]:
+    if isinstance(part, Mapping) and "image" in str(part.get("type")):
+      # {"image_url": {"url": ...}} or {"image_url": ...}, {"source": {"data": ...}}, {"data": ...}.
+      inner = first(part, ("image_url", "source", "image", "data"))
+      text = first(inner, ("url", "data")) if isinstance(inner, Mapping) else inner
+      if isinstance(text, str) and (text.startswith("data:image/") or _BASE64.fullmatch(text)):
+        found.append(text)
+  return found
 
 
 def parsed(text: str) -> Any:

@@ -1,16 +1,17 @@
 """Images for the page: small enough to travel in it, each once.
 
-In: the image folder beside a dump. Out: data URIs by key. Coordinates are kept apart from pixels, so
-a box drawn on a smaller copy stands where it stood on the original.
+In: the image folder beside a dump, or pictures inside a log. Out: data URIs by key. Coordinates are
+kept apart from pixels, so a box drawn on a smaller copy stands where it stood on the original.
 """
 
 from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
 import io
 import pathlib
-import re
+from collections.abc import Callable
 
 import PIL.Image
 from etils import epath
@@ -28,7 +29,7 @@ class Picture:
   uri: str
 
 
-_KEY = re.compile(r"\w+", re.ASCII)
+IMAGE = "\ufffc"  # stands for an image in a text: the object replacement character
 _MISSING = Picture(1, 1, "")
 
 
@@ -45,18 +46,23 @@ class Pictures:
 
   def add(self, folder: pathlib.Path, key: str) -> str:
     """Takes folder/<key>.png in; returns the key's short form, by which the page knows it."""
-    if not _KEY.fullmatch(key):  # a dump must not name any other file of this machine
-      self.found[""] = _MISSING
-      return ""
     short = key[:16]
     if short not in self.found:
-      self.found[short] = self._copy(folder, key)
+      self.found[short] = self._copy(lambda: paths.within(epath.Path(folder), f"{key}.png"))
     return short
 
-  def _copy(self, folder: pathlib.Path, key: str) -> Picture:
+  def add_text(self, text: str) -> str:
+    """Takes a picture in that is base64 text or a data URI; returns its key."""
+    key = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+    if key not in self.found:
+      self.found[key] = self._copy(lambda: base64.b64decode(text.partition(",")[2] or text))
+    return key
+
+  def _copy(self, source: Callable[[], epath.Path | bytes]) -> Picture:
     try:
-      image = load_image(paths.within(epath.Path(folder), f"{key}.png"))
-    # A dump that was moved without its images still shows its text; a link out of the folder shows nothing.
+      image = load_image(source())
+    # A dump that was moved without its images still shows its text; a link out of the folder, or what
+    # is no picture, shows nothing.
     except ValueError:
       return _MISSING
     width, height = image.size

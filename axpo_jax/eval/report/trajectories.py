@@ -20,11 +20,10 @@ from typing import Any
 from axpo_jax.agent.rollout import FAILED_STOPS
 from axpo_jax.eval.diagnose import dumps
 from axpo_jax.eval.report import foreign
-from axpo_jax.eval.report.pictures import Pictures
+from axpo_jax.eval.report.pictures import IMAGE, Pictures
 from axpo_jax.eval.report.runs import Run
 
 PROMPT, SAMPLED = 0, (1, 2, 4)  # kinds; see agent.transcript.Kind
-IMAGE = "\ufffc"  # stands for an image in a text: the object replacement character
 _VISION = re.compile(r"<\|vision_(?:start|end)\|>")
 _USER = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 _SYSTEM = re.compile(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", re.DOTALL)
@@ -61,7 +60,7 @@ def collect(runs: Sequence[Run], pictures: Pictures, limit: int) -> Collection:
   sources = [(_count_lines(path), _read(r, run, path, pictures, texts))
              for r, run in enumerate(runs) for path in run.dumps]
   logs = [[*run.logs.traces, *run.logs.uncounted] if run.logs else [] for run in runs]
-  sources += [(len(traces), foreign.groups(r, traces)) for r, traces in enumerate(logs) if traces]
+  sources += [(len(traces), foreign.groups(r, traces, pictures)) for r, traces in enumerate(logs) if traces]
   groups, sizes = [], [size for size, _ in sources]
   for (_, found), most in zip(sources, _fair(sizes, limit)):
     groups += _taken(found, most, texts)

@@ -65,7 +65,7 @@
       pictures += seen;
       if (start >= stop || !NAMES[segment.kind]) continue;
       if (segment.kind === ANSWER && !segment.tokens.slice(start, stop).join("").replace(MARKS, "").trim()) continue;
-      const body = segment.kind === OBSERVATION
+      const body = segment.kind === OBSERVATION || segment.kind === USER
         ? observation(segment, own, first)
         : [make("div", { class: "text" }, Report.tokens(segment, credit(rollout, behindPrefix), start, stop))];
       // A call that is cut open by the prefix shows its box where its arguments are.
