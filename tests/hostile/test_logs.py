@@ -2,11 +2,15 @@
 
 import json
 import os
+import random
 
 import pytest
 
-from axpo_jax.eval.diagnose import reading
+from axpo_jax.eval.diagnose import figures, output, reading
 from axpo_jax.eval.diagnose.__main__ import main
+from axpo_jax.eval.report import foreign
+from axpo_jax.eval.report.pictures import Pictures
+from tests.eval import logs
 from tests.hostile import corpus
 
 
@@ -64,3 +68,53 @@ def test_what_is_no_file_is_listed_and_not_waited_for(tmp_path, capsys):
   assert result["rollouts"] == 1
   assert {problem["file"].rpartition("/")[2] for problem in result["problems"]} == {
     "pipe.jsonl", "away.json", "bytes.jsonl"}
+
+
+JUNK = (None, True, -1, 2**70, float("nan"), float("inf"), "", "\ud800", "\x1b[2J", "<tool_call>", "{", [], {},
+        [None], [[]], {"": {}}, [{"type": "tool_use"}], {"role": "assistant"}, "assistant", "tool",
+        [{"role": "assistant", "tool_calls": [{"function": {"name": [], "arguments": 3}}]}])
+
+
+def mutated(value, draw, chance=0.06):
+  """A copy in which some values, keys included, are junk."""
+  if draw.random() < chance:
+    return draw.choice(JUNK)
+  if isinstance(value, dict):
+    return {draw.choice(("type", "role", "content", key)) if draw.random() < chance / 2 else key:
+            mutated(inner, draw, chance) for key, inner in value.items()}
+  if isinstance(value, list):
+    return [mutated(inner, draw, chance) for inner in value for _ in range(draw.choice((1, 1, 1, 0, 2)))]
+  return value
+
+
+@pytest.mark.parametrize("name", logs.WRITERS)
+def test_mutated_records_never_end_the_reading_or_the_page(name, tmp_path):
+  draw = random.Random(name)
+  records = [mutated(logs.WRITERS[name][0](item), draw) for item in logs.episodes(3) for _ in range(3)]
+  records.append(mutated(logs.as_tau2(logs.episodes(4)[:20]), draw, 0.01))
+  path = tmp_path / "log.jsonl"
+  path.write_text("".join(json.dumps(record) + "\n" for record in records))
+  found = reading.read([path], keep=True)
+  assert len(found.traces) + len(found.uncounted) + len(found.problems) >= len(records)
+  output.markdown(figures.diagnose(found.traces), found)
+  for _, build in foreign.groups(0, [*found.traces, *found.uncounted], Pictures(64)):
+    json.dumps(build(), allow_nan=False)
+
+
+LONG = 200_000
+REPEATED = {"calls": "<tool_call>", "results": "<tool_response>", "closed calls": "<tool_call>{}</tool_call>",
+            "thoughts": "<think></think>", "turns": "<|im_start|>", "functions": "<function=a>", "lines": "\n",
+            "actions": "Action:\n", "equals": "=", "names": '"name": "', "brackets": "[", "blanks": " "}
+
+
+@pytest.mark.parametrize("piece", REPEATED.values(), ids=REPEATED)
+def test_repetition_costs_time_in_proportion(piece, tmp_path):
+  text = piece * (LONG // len(piece))
+  (tmp_path / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (
+    {"text": text}, {"messages": [{"role": "assistant", "content": text}]},
+    {"messages": [{"role": "assistant", "content": "<tool_call>{}</tool_call>"},
+                  {"role": "user", "content": text}, {"role": "assistant", "content": "3"}]})))
+  (tmp_path / "log.txt").write_text(text + "<|im_start|>system")
+  (tmp_path / "other.txt").write_text(text + "\n<|im_start|>system")
+  with corpus.bounds(seconds=5, megabytes=256):
+    reading.read([tmp_path], keep=True)
