@@ -129,7 +129,7 @@ class _Reader:
       self.out.skipped.append(Problem(str(path), 0, "empty"))
     elif strange and not (named or read):
       more = f" (and {len(strange) - 1} more like it)" if len(strange) > 1 else ""
-      self.out.skipped.append(Problem(str(path), 0, strange[0].reason + more))
+      self.out.skipped.append(Problem(str(path), 0, strange[0].reason.partition(";")[0] + more))
     else:
       self.out.problems += problems
 
