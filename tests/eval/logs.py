@@ -301,8 +301,9 @@ def as_tau2(items: list[dict]) -> dict:
       if kind != "no_result":
         messages.append({"role": "tool", "id": f"c{number}", "requestor": "assistant",
                          "content": "3", "error": kind != "ok"})
-    messages.append({"role": "assistant", "content": "I could use a tool." if item["mentions"]
-                     else "I know this."})
+    messages.append({"role": "assistant", "content": "It is 3.", "tool_calls": None, "raw_data": {
+      "usage": {"server_tool_use": None}, "thinking_blocks": [
+        {"type": "thinking", "thinking": thought_of(item), "signature": "x"}]}})
     runs.append({"id": "r", "task_id": item["question"], "trial": 0, "messages": messages,
                  "timestamp": f"2026-03-0{item['step']}T10:00:00.1", "start_time": "x",
                  "reward_info": {"reward": float(item["right"]), "db_check": None}})

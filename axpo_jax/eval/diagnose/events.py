@@ -48,7 +48,7 @@ _ROLES = {name: kind for kind, names in {
   "call": "tool_call function_call"}.items() for name in names.split()}
 GIVEN = "context"  # role of what another agent, or an example, is said to have done
 GIVEN_ROLES = (GIVEN, "system", "developer")
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thinking_blocks")
 _THINKING_PARTS = ("thinking", "reasoning", "redacted_thinking")
 _CALL_PARTS = ("tool_use", "tool_call", "tool-call", "function_call", "server_tool_use", "mcp_tool_use")
 _RESULT_PARTS = ("tool_result", "tool-result", "tool_response", "function_response",
@@ -129,7 +129,10 @@ class Walk:
   def _agent(self, message: Mapping[str, Any], content: Any) -> None:
     self._raw.append(message)
     self._agent_speaks = False  # a turn of its own, even right behind another
-    self._add(THINK, "\n".join(text_of(message[name]) for name in _THOUGHTS if message.get(name)))
+    raw = message.get("raw_data")  # tau2 keeps what the provider said besides
+    for place in (message, raw if isinstance(raw, Mapping) else {}):
+      for name in _THOUGHTS:
+        self._add(THINK, text_of(place.get(name)))
     for part in _parts(content):
       kind = part.get("type")
       if kind in _CALL_PARTS:
@@ -137,7 +140,7 @@ class Walk:
       elif kind in _RESULT_PARTS or str(kind).endswith("_tool_result"):
         self._result(part, _content_of(part))
       elif kind in _THINKING_PARTS:
-        self._add(THINK, str(part.get("thinking") or text_of([part]) or text_of(part.get("summary"))))
+        self._add(THINK, text_of([part]) or text_of(part.get("summary")))
       else:
         self._agent_text(text_of([part]))
     for call in _as_list(message.get("tool_calls")):

@@ -94,14 +94,14 @@ def error_of(text: str) -> str | None:
 
 
 def text_of(content: Any) -> str:
-  """The text of a message's content: a string, or parts of which some are text."""
+  """The text of a message's content: a string, or parts of which some are text or thinking."""
   if isinstance(content, str):
     return content
   parts = [content] if isinstance(content, Mapping) else content
   if not isinstance(parts, Sequence):
     return ""
-  texts = (part if isinstance(part, str) else part.get("text") for part in parts
-           if isinstance(part, str | Mapping))
+  texts = (part if isinstance(part, str) else part.get("text") or part.get("thinking")
+           for part in parts if isinstance(part, str | Mapping))
   return "\n".join(text for text in texts if isinstance(text, str) and text)
 
 
