@@ -166,6 +166,23 @@ def test_kill_in_mid_save_leaves_the_checkpoint_before(store):
     assert checkpoints.steps() == [2, 3]
 
 
+def test_a_damaged_checkpoint_on_a_store_is_passed_over(store, caplog):
+  """A state of another step, whose files are whole: only the arrays' own checksums tell."""
+  folder, target = store / "damaged", jax.eval_shape(lambda: {"x": jnp.zeros(8)})
+  with Checkpoints(folder) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, {"x": jnp.full(8, float(step))}, host={"step": step})
+  for file in paths.files_below(folder / "1" / "state"):
+    (folder / "2" / "state" / file.relative_to(folder / "1" / "state")).write_bytes(file.read_bytes())
+  with Checkpoints(folder) as checkpoints:
+    restored = checkpoints.restore(target)
+    assert restored.host == {"step": 1} and restored.state["x"][0] == 1
+    checkpoints.save(2, {"x": jnp.full(8, 3.0)}, host={"step": 2})
+    assert checkpoints.steps() == [1, 2]
+    assert checkpoints.restore(target).state["x"][0] == 3
+  assert "going on from checkpoint 1; newer ones are damaged: 2: " in caplog.text
+
+
 def test_questions_are_read_from_s3(tmp_path, monkeypatch):
   server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
   server.start()

@@ -6,7 +6,11 @@ mid-save finds the one before; the remains are deleted, at the latest by the nex
 background: the arrays are copied before `save` returns, so the state may be donated at once.
 
 Restoring is exact (every array bit for bit) and places arrays with the shardings of the running
-mesh, which may differ from the mesh that saved.
+mesh, which may differ from the mesh that saved. Checksums of all arrays, the step and the iterator's
+place lie beside the state (`train.checksums`), so a damaged checkpoint is not restored: the one before it
+is, and a line says so. The checksums belong to the arrays and not to files, so they hold on object stores
+too, and cost no reading of files: on a chip a pass over the state in its memory, on a CPU about a second
+a GB.
 
   with Checkpoints(folder, keep=2) as checkpoints:
     checkpoints.save(step, state, host={"config": ...}, iterator=iterator)
@@ -15,17 +19,21 @@ mesh, which may differ from the mesh that saved.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import zlib
 from collections.abc import Awaitable, Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint.experimental.v1 as ocp
+from absl import logging
 
 from axpo_jax import paths, processes
 from axpo_jax.model import sharding
+from axpo_jax.train.checksums import checksums
 
 # Names inside a checkpoint folder.
 _STATE, _ITERATOR, _HOST = "state", "iterator", "host"
@@ -34,7 +42,11 @@ _MIN_SLICE_BYTES = 1 << 26
 
 
 class CheckpointError(RuntimeError):
-  """A checkpoint that is missing, or does not fit what it is restored to."""
+  """A checkpoint that is missing or damaged, or does not fit what it is restored to."""
+
+
+class _DamagedError(Exception):
+  """A checkpoint is not what was saved; the message says in what."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +68,7 @@ class Checkpoints:
       _absolute(folder), context=_context(), cleanup_tmp_directories=True,
       preservation_policy=ocp.training.preservation_policies.LatestN(keep))
     self._pending = None
+    self._damaged: set[int] = set()  # steps that could not be restored
 
   def __enter__(self) -> Checkpoints:
     return self
@@ -82,15 +95,21 @@ class Checkpoints:
         training (prefetch), put the state of the last trained batch into `host` instead. All
         processes pass iterators of one state, and another number of them can restore it.
     Raises:
-      CheckpointError: the step has a checkpoint already.
+      CheckpointError: the step has a checkpoint already, and that is not known to be damaged.
       Exception: whatever made the save before this one fail.
     """
     self.wait()
+    if step in self._damaged:
+      self._orbax.delete(step)
+      self._damaged.remove(step)
     if step in self.steps():
       raise CheckpointError(f"step {step} has a checkpoint already in {self._orbax.directory}")
-    items = {_STATE: _nested(state), _HOST: _Json({"host": host, "arrays": _describe(state)})}
+    record = {"step": step, "host": host, "arrays": _describe(state), "checksums": checksums(_flat(state))}
+    items = {_STATE: _nested(state)}
     if iterator is not None:
-      items[_ITERATOR] = _Json(iterator.get_state())
+      items[_ITERATOR] = position = _Json(iterator.get_state())
+      record["iterator"] = position.checksum
+    items[_HOST] = _Json(record)
     # Forced: orbax would skip a save that it finds too early, and the caller decides here.
     self._pending = self._orbax.save_checkpointables_async(step, items, force=True)
 
@@ -100,26 +119,64 @@ class Checkpoints:
 
     Args:
       abstract_state: pytree of ShapeDtypeStructs with shardings (`Learner.abstract_state`).
-      step: default the newest.
+      step: default the newest that is not damaged; each that is passed over is told in a line.
       iterator: set to the saved position, in place.
     Raises:
-      CheckpointError: no checkpoint, one without the iterator that is asked for, or arrays that
-        differ from `abstract_state`; the message lists every difference.
+      CheckpointError: no checkpoint, or none that is not damaged; one without the iterator that is
+        asked for; or arrays that differ from `abstract_state`, of which the message lists all.
     """
-    step = self.latest() if step is None else step
-    if step not in (steps := self.steps()):
+    steps = processes.share((self.steps(), None))
+    if step not in steps and (step is not None or not steps):
       raise CheckpointError(f"{self._orbax.directory} has no checkpoint of step {step}; it has {steps}")
-    record = _Json(None)
-    self._load(step, {_HOST: record})
-    _check_arrays(f"checkpoint {step}", record.value["arrays"], _describe(abstract_state))
-    if iterator is not None:
+    reasons: list[str] = []
+    for candidate in reversed(steps) if step is None else [step]:
+      try:
+        restored, position = self._read(candidate, abstract_state, iterator is not None)
+      except CheckpointError:  # it is what was saved, and so are the others: they would not fit either
+        raise
+      except Exception as error:  # of orbax and what it reads with, whatever they are
+        self._damaged.add(candidate)
+        reasons.append(" ".join(f"{candidate}: {type(error).__name__}: {error}".split())[:500])
+        continue
+      if position is not None:
+        iterator.set_state(position)
+      if reasons and processes.is_main():
+        logging.warning("%s: going on from checkpoint %d; newer ones are damaged: %s",
+                        self._orbax.directory, candidate, "; ".join(reasons))
+      return restored
+    raise CheckpointError(f"{self._orbax.directory}: every checkpoint is damaged: {'; '.join(reasons)}. Put a copy "
+                          "back, or begin with another --workdir")
+
+  def _read(self, step: int, abstract_state: Any, with_iterator: bool) -> tuple[Restored, Any]:
+    """A checkpoint and the iterator's position in it.
+
+    Raises:
+      CheckpointError: it does not fit.
+      Exception: it is damaged; in all processes, whichever of them saw it.
+    """
+    file = _Json()
+    self._load(step, {_HOST: file})
+    record = file.loaded()
+    if record.get("step", step) != step:
+      raise _DamagedError(f"it is that of step {record['step']}, renamed")
+    _check_arrays(f"checkpoint {step}", record["arrays"], _describe(abstract_state))
+    position = None
+    if with_iterator:
       if not (self._orbax.directory / str(step) / _ITERATOR).exists():
         raise CheckpointError(f"checkpoint {step} holds no data iterator; restore without one")
-      position = _Json(None)
-      self._load(step, {_ITERATOR: position})
-      iterator.set_state(position.value)
+      self._load(step, {_ITERATOR: (file := _Json())})
+      position = file.loaded()
+      if record.get("iterator", file.checksum) != file.checksum:
+        raise _DamagedError("its data iterator is another checkpoint's")
     nested = self._load(step, {_STATE: _nested(abstract_state)})[_STATE]
-    return Restored(step, _unnested(nested, abstract_state), record.value["host"])
+    state = _unnested(nested, abstract_state)
+    if (saved := record.get("checksums")) is None:
+      logging.warning("checkpoint %d was written without checksums: it is taken as it is", step)
+    else:
+      found = checksums(_flat(state))
+      if wrong := [name for name in saved if saved[name] != found[name]]:
+        raise _DamagedError(f"{len(wrong)} of {len(saved)} arrays are not those that were saved ({wrong[0]})")
+    return Restored(step, state, record["host"]), position
 
   def wait(self) -> None:
     """Returns when the running save is complete; raises what made it fail."""
@@ -132,64 +189,65 @@ class Checkpoints:
     self._orbax.close()
 
   def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
-    return self._orbax.load_checkpointables(step, wanted)
+    """What a checkpoint holds. Raises: in all processes what was raised in one of them."""
+    path, loaded = self._orbax.directory / str(step), {}
 
+    def load():
+      with _alone():
+        loaded.update(ocp.load_checkpointables(path, wanted))
 
-def save_tree(path: str | os.PathLike, tree: Any) -> None:
-  """Writes a pytree of jax arrays once, whole or not at all: e.g. the fixed reference policy.
-
-  What stands at `path` is replaced. Blocks.
-  """
-  items = {_STATE: _nested(tree), _HOST: _Json({"arrays": _describe(tree)})}
-  with _context():
-    ocp.save_checkpointables(_absolute(path), items, overwrite=True)
-
-
-def load_tree(path: str | os.PathLike, abstract_tree: Any) -> Any:
-  """Reads what `save_tree` wrote, placed like `abstract_tree`.
-
-  Raises:
-    CheckpointError: nothing there, or arrays that differ.
-  """
-  path = _absolute(path)
-  if not ocp.is_orbax_checkpoint(path):
-    raise CheckpointError(f"{path} does not exist or is not complete")
-  record = _Json(None)
-  ocp.load_checkpointables(path, {_HOST: record})
-  _check_arrays(path, record.value["arrays"], _describe(abstract_tree))
-  nested = ocp.load_checkpointables(path, {_STATE: _nested(abstract_tree)})[_STATE]
-  return _unnested(nested, abstract_tree)
+    processes.on_all(load)
+    return loaded
 
 
 class _Json:
-  """A JSON value that orbax saves and loads as a part of a checkpoint."""
+  """A JSON value that orbax saves and loads as a part of a checkpoint, with a checksum of its own."""
 
-  def __init__(self, value: Any):
+  def __init__(self, value: Any = None):
     # Made into text now, so that changes after `save` returns do not reach the file.
     self._text = json.dumps(value, sort_keys=True)
 
   @property
-  def value(self) -> Any:
-    return json.loads(self._text)
+  def checksum(self) -> int:
+    return zlib.crc32(self._text.encode())
 
   async def save(self, directory: Any) -> Awaitable[None]:
     async def write():
       folder = await directory.await_creation()
       if jax.process_index() == 0:
-        (folder / "value.json").write_text(self._text)
+        (folder / "value.json").write_text(f'{{"crc32": {self.checksum}, "value": {self._text}}}')
 
     return write()
 
   async def load(self, directory: Any) -> Awaitable[None]:
     async def read():
-      self._text = (directory / "value.json").read_text()
+      self._file = (directory / "value.json").read_bytes()
 
     return read()
+
+  def loaded(self) -> Any:
+    """The value that was loaded. Not checked in `load`: orbax makes another error of what is raised there."""
+    held = json.loads(self._file)
+    checked = isinstance(held, dict) and held.keys() == {"crc32", "value"}  # older ones have none
+    value = held["value"] if checked else held
+    self._text = json.dumps(value, sort_keys=True)
+    if checked and held["crc32"] != self.checksum:
+      raise _DamagedError("a value.json is not what was saved")
+    return value
 
 
 def _context() -> ocp.Context:
   saving = ocp.options.ArrayOptions.Saving(min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES)
   return ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving))
+
+
+def _alone() -> contextlib.AbstractContextManager:
+  """Within it orbax does not wait for other processes, so that one of them may fail and tell the others."""
+  if jax.process_count() == 1:
+    return contextlib.nullcontext()
+  me = jax.process_index()
+  return ocp.Context(multiprocessing_options=ocp.options.MultiprocessingOptions(
+    primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"alone_{me}"))
 
 
 def _absolute(path: str | os.PathLike) -> str:

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from axpo_jax.model import sharding
-from axpo_jax.train.checkpoint import CheckpointError, Checkpoints, load_tree, save_tree
+from axpo_jax.train.checkpoint import CheckpointError, Checkpoints
 from axpo_jax.train.state import OptimizerConfig, abstract_state, make_optimizer
 
 OPTIMIZER = make_optimizer(OptimizerConfig(1e-3, total_steps=10, mu_dtype="bfloat16"))
@@ -164,17 +163,3 @@ def test_kill_in_mid_save_leaves_the_checkpoint_before(tmp_path):
     checkpoints.save(2, {"x": jnp.zeros(8)}, host={"step": 2})  # the step that was torn
     assert checkpoints.steps() == [1, 2]
   assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
-
-
-def test_a_tree_of_its_own_is_replaced_whole(tmp_path):
-  mesh = _mesh(fsdp=4)
-  tree = {"x": jax.device_put(jnp.arange(8.0), NamedSharding(mesh, PartitionSpec("fsdp")))}
-  target = {"x": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=tree["x"].sharding)}
-  save_tree(tmp_path / "reference", {"x": jnp.zeros(3)})
-  save_tree(tmp_path / "reference", tree)
-  loaded = load_tree(tmp_path / "reference", target)
-  assert _bytes(loaded) == _bytes(tree) and loaded["x"].sharding == tree["x"].sharding
-  with pytest.raises(CheckpointError, match="wanted"):
-    load_tree(tmp_path / "reference", {"x": jax.ShapeDtypeStruct((3,), jnp.float32)})
-  with pytest.raises(CheckpointError, match="does not exist"):
-    load_tree(tmp_path / "none", target)
