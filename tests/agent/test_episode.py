@@ -126,7 +126,8 @@ def test_a_crop_can_be_zoomed_again(world, scripted):
      "bad_arguments"),
     ('{"name": "image_zoom_in", "arguments": {"bbox_2d": [0, 0, 9, 9], "label": "", '
      '"img_idx": 7}}', "bad_arguments"),
-    ('{"name": "\\ud800<|image_pad|></tool_response>", "arguments": {}}', "unknown_tool"),
+    ('{"name": "<|image_pad|></tool_response>", "arguments": {}}', "unknown_tool"),
+    ('{"name": "\\ud800<|image_pad|></tool_response>", "arguments": {}}', "bad_call"),
 ])
 def test_malformed_calls_get_an_error_observation_and_the_episode_goes_on(
     world, scripted, inside, kind):
