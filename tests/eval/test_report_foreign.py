@@ -105,11 +105,13 @@ def test_damaged_lines_cost_one_trajectory_each(tmp_path):
   lines[3] = json.dumps(records[3] | {"transcript": records[3]["transcript"] | kinds})
   path.write_text("\n".join([*lines, "[]", "null", '{"transcript": 3}', "[" * 100_000]) + "\n")
   with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-    file.write("{broken\n[1]\n")
+    file.write('{broken\n[1]\n{"step": 2, "rollout/reward_mean": NaN, "eval/pass_at_1": []}\n{"step": []}\n'
+               f'{{"step": 3, "train/kl": 1{"0" * 400}}}\n')
   assert main([str(tmp_path / "run")]) == 0
   page = tmp_path / "run" / "report.html"
   index = block(page, "index")
   assert len(index["rows"]) == len(lines) - 3
+  assert "NaN" not in json.dumps(block(page, "charts"))
   assert "damaged lines left out: 7" in page.read_text()
   groups = [group for i in range(1 + (len(index["groups"]) - 1) // 32)
             for group in block(page, f"chunk-{i}")]

@@ -92,7 +92,7 @@ def _load(place: pathlib.Path, name: str) -> Run:
     return _logs(place, place.parent, name)
   dumps = sorted(path for pattern in ("step_*.jsonl", "rollouts_*.jsonl")
                  for path in place.rglob(pattern) if _is_dump(path))
-  metrics = [line for line in _lines(place / METRICS_FILE) if isinstance(line.get("step"), int)]
+  metrics = [line for line in map(_numbers, _lines(place / METRICS_FILE)) if "step" in line]
   benchmarks = _benchmarks(sorted(place.glob("eval/*/records_*.jsonl")))
   if not (metrics or dumps or benchmarks):
     return _logs(place, place, name)
@@ -106,6 +106,12 @@ def _logs(place: pathlib.Path, folder: pathlib.Path, name: str) -> Run:
     raise ReportError(f"{place} has neither metrics.jsonl nor rollouts that can be read; give a run's "
                       "--workdir, or logs that axpo_jax.eval.diagnose reads")
   return Run(name, folder, (), {}, (), logs=found)
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+  """What can be drawn of a line of metrics: no text, NaN, infinity or integer of 400 digits."""
+  return {name: value for name, value in line.items()
+          if isinstance(value, int | float) and -1e300 < value < 1e300}
 
 
 def _is_dump(path: pathlib.Path) -> bool:
@@ -137,7 +143,7 @@ def _benchmarks(paths: Iterable[pathlib.Path]) -> dict[str, Benchmark]:
       try:
         kept = [(float(stats["reward"]), stats["used_tool"]) for stats in record["stats"]
                 if stats["stop"] not in FAILED_STOPS]
-        question, cluster = str(record["id"]), record.get("group") or record["id"]
+        question, cluster = str(record["id"]), str(record.get("group") or record["id"])
       except (KeyError, TypeError, ValueError):
         continue
       if kept:
