@@ -117,6 +117,8 @@ def test_an_unknown_notation_counts_as_nothing(said, tmp_path, capsys):
   assert result["warnings"][0]["kind"] == "unread_calls"
   assert f"{path}:1" in result["warnings"][0]["text"]
   assert "unread_calls" in capsys.readouterr().out
+  assert main([str(path), "--out", str(tmp_path), "--count-unread"]) == 0  # who knows that it is prose
+  assert json.loads((tmp_path / "diagnosis.json").read_text())["rollouts"] == 3
 
 
 def test_a_result_without_a_call_is_an_unknown_notation_too(tmp_path):

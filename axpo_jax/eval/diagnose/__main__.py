@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     names = dict(item.split("=", 1) if "=" in item else (item, "") for item in arguments.field)
     reading = read(arguments.traces, form=arguments.format, fields=Fields(names),
-                   tokenizer=arguments.tokenizer)
+                   tokenizer=arguments.tokenizer, count_unread=arguments.count_unread)
   except TraceError as error:
     print(f"diagnose: {error}", file=sys.stderr)
     return 2
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       print(text, flush=True)
   except BrokenPipeError:  # `| head` has seen enough; what is still buffered must not be written
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-  if not reading.traces or reading.unread:
+  if not reading.traces or reading.uncounted:
     return 2
   return int(arguments.strict and bool(result["warnings"]))
 
@@ -61,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument("--words", nargs="*", default=(), metavar="WORD",
                       help="words by which thinking mentions a tool")
   parser.add_argument("--tokenizer", help="tokenizer.json for dumps without the text of their tokens")
+  parser.add_argument("--count-unread", action="store_true",
+                      help="count rollouts with words of unknown calls: you know that they are prose")
   parser.add_argument("--out", default=".", metavar="FOLDER",
                       help="where diagnosis.json and diagnosis.md go (default: here)")
   parser.add_argument("--plain", action="store_true", help="Markdown on a terminal too")

@@ -92,11 +92,12 @@ def unread_warnings(reading: Reading) -> list[dict[str, str]]:
     return []
   words = collections.Counter(problem.reason for problem in reading.unread)
   named = ", ".join(f"{word} ({count})" for word, count in words.most_common(3))
-  first = reading.unread[0]
+  first, left_out = reading.unread[0], len(reading.uncounted)
+  end = (f"{left_out} rollouts are not counted, since they would look as if they did not act"
+         if left_out else "they are counted as prose, as --count-unread says")
   return [{"kind": "unread_calls", "text": (
     f"{len(reading.unread)} rollouts hold words of calls, and no call could be read: {named}; the "
-    f"first at {first.file}:{first.line}. {len(reading.uncounted)} rollouts are not counted, since "
-    "they would look as if they did not act")}]
+    f"first at {first.file}:{first.line}. {end}")}]
 
 
 def lines(problems: Sequence[Problem]) -> list[str]:

@@ -47,7 +47,7 @@ class Reading:
     formats: how many records of each format.
     left_out: continuations and rollouts that the machine ended: read, but not counted.
     skipped: files (and parts of them) that hold no rollouts as far as anyone can say.
-    unread: rollouts with words of calls that no known notation explains; not counted.
+    unread: rollouts with words of calls that no known notation explains.
     uncounted: the traces of `unread`, and those that were withheld with them.
   """
 
@@ -61,7 +61,8 @@ class Reading:
 
 
 def read(paths: Iterable[str | pathlib.Path], *, form: str | None = None,
-         fields: Fields | None = None, tokenizer: str | None = None, keep: bool = False) -> Reading:
+         fields: Fields | None = None, tokenizer: str | None = None, keep: bool = False,
+         count_unread: bool = False) -> Reading:
   """Reads files, and folders recursively.
 
   Args:
@@ -70,6 +71,7 @@ def read(paths: Iterable[str | pathlib.Path], *, form: str | None = None,
     fields: where foreign records keep messages, reward, question and time.
     tokenizer: a tokenizer.json, for dumps without the text of their tokens.
     keep: foreign traces keep their events, to show them.
+    count_unread: words of calls that no notation explains are prose: count their rollouts.
 
   Raises:
     TraceError: a path that is not there, or an unknown format.
@@ -79,7 +81,7 @@ def read(paths: Iterable[str | pathlib.Path], *, form: str | None = None,
   reader = _Reader(form, fields or Fields(), tokenizer, keep)
   for path, named in _files(paths, reader.out):
     reader.read(path, named)
-  return reader.finish()
+  return reader.finish(count_unread)
 
 
 @dataclasses.dataclass
@@ -133,7 +135,7 @@ class _Reader:
     else:
       self.out.problems += problems
 
-  def finish(self) -> Reading:
+  def finish(self, count_unread: bool) -> Reading:
     """Counts what can be counted. Where words of calls occur in a file and not one call was read, its
     notation is unknown, and those of its rollouts that seem not to act may have acted."""
     scopes = collections.defaultdict(list)
@@ -147,7 +149,7 @@ class _Reader:
     for found in self._found:
       if found.unread:
         self.out.unread.append(Problem(found.file, found.line, found.unread))
-      if found.unread or id(found) in blind:
+      if not count_unread and (found.unread or id(found) in blind):
         self.out.uncounted.append(found.trace)
       else:
         self.out.traces.append(found.trace)
