@@ -167,6 +167,16 @@ def test_any_key_holds_messages_if_it_is_named(tmp_path):
   assert figures_of(diagnose(reading.traces)) == counted(items)
 
 
+def test_a_prompt_that_goes_on_is_no_example(tmp_path):
+  """Rows of single turns: what stands behind the user's last word in the prompt was done here."""
+  messages = logs.as_openai({**episodes(1)[0], "calls": [("zoom", "ok")]})["messages"]
+  user = {"role": "user", "content": "and now?"}
+  reading = read([logs.write(tmp_path / "log.jsonl", [
+    {"prompt": messages[:-1], "completion": messages[-1:]},
+    {"prompt": [*messages, user], "completion": messages[-1:]}])])
+  assert [[call.error for call in trace.calls] for trace in reading.traces] == [[None], []]
+
+
 def test_questions_are_told_apart_by_what_was_asked(tmp_path):
   """Neither by what a user quotes, nor all together where nothing is known of them."""
   def asked(text):

@@ -19,6 +19,7 @@ from axpo_jax.eval.diagnose.notations import CHATML, parsed, split_text, text_of
 from axpo_jax.eval.diagnose.traces import TraceError, at
 
 COMPLETIONS = ("completion", "output", "response")
+_USERS = ("user", "human")
 PROMPTS = ("prompt", "input", "messages", "question")
 # Names under which a record may keep a list of messages.
 _LISTS = ("messages", "traj", "conversations", "conversation", "trajectory", "history", "items")
@@ -219,14 +220,16 @@ def _messages(record: Mapping[str, Any], path: pathlib.Path) -> list[Conversatio
 
 
 def _completion(record: Mapping[str, Any], path: pathlib.Path) -> list[Conversation] | None:
-  """A prompt and what the agent made of it, each a text or messages: verifiers, verl, TRL. Calls in
-  the prompt are examples or another's, and do not count."""
+  """A prompt and what the agent made of it, each a text or messages: verifiers, verl, TRL. What an
+  agent did before the prompt's last user turn is an example; behind it, it is this rollout's begin."""
   if (made := _made(record)) is None:
     return None
-  prompt = next((record[name] for name in PROMPTS if record.get(name)), ())
-  given = [message if message.get("role") in ("user", "human", *GIVEN_ROLES)
+  prompt = _as_messages(next((record[name] for name in PROMPTS if record.get(name)), ()), "user")
+  roles = [message.get("role") for message in prompt]
+  asked = max((i for i, role in enumerate(roles) if role in _USERS), default=-1)
+  given = [message if i > asked or role in (*_USERS, *GIVEN_ROLES)
            else {"role": GIVEN, "content": text_of(message.get("content"))}
-           for message in _as_messages(prompt, "user")]
+           for i, (role, message) in enumerate(zip(roles, prompt))]
   return [Conversation([*given, *_as_messages(made, "assistant")], record, tools=_tools(record))]
 
 
