@@ -105,3 +105,14 @@ def test_a_cache_folder_that_somebody_else_has_made(made, tmp_path, monkeypatch)
     pytest.skip("needs root")
   with pytest.raises(SandboxError, match="remove the latter if another user has made it"):
     kernels._cache_folder()
+
+
+def test_many_kernels_leave_each_other_room_for_threads(tool):
+  """With rlimits the limit counts all processes of a user, those that hide their memory too."""
+  box = ToolBox([tool], ["execute"])
+  states = [EpisodeState("q", []) for _ in range(10)]  # two processes each, of 16 that a kernel may have
+  code = "import threading\nthread = threading.Thread(target=print)\nthread.start(); thread.join(); 42"
+  seen = [asyncio.run(box.call("python", {"code": code}, state)) for state in states]
+  for state in states:
+    box.end_episode(state)
+  assert [observation.text.strip() for observation in seen] == ["42"] * 10
