@@ -118,3 +118,13 @@ def test_repetition_costs_time_in_proportion(piece, tmp_path):
   (tmp_path / "other.txt").write_text(text + "\n<|im_start|>system")
   with corpus.bounds(seconds=5, megabytes=256):
     reading.read([tmp_path], keep=True)
+
+
+def test_results_of_other_calls_cost_time_in_proportion(tmp_path):
+  calls = [{"id": f"c{i}", "function": {"name": "t", "arguments": "{}"}} for i in range(20_000)]
+  results = [{"role": "tool", "tool_call_id": f"x{i}", "content": "3"} for i in range(20_000)]
+  (tmp_path / "log.jsonl").write_text(json.dumps(
+    {"messages": [{"role": "assistant", "tool_calls": calls}, *results]}))
+  with corpus.bounds(seconds=10, megabytes=256):
+    (trace,) = reading.read([tmp_path]).traces
+  assert {call.error for call in trace.calls} == {"no_result"}

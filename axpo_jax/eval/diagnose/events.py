@@ -57,6 +57,8 @@ _RESULT_PARTS = ("tool_result", "tool-result", "tool_response", "function_respon
 _RUN_BY_PROVIDER = ("web_search_call", "file_search_call", "code_interpreter_call",
                     "image_generation_call", "mcp_call")
 _RESULT_KEYS = ("tool_call_id", "tool_use_id", "call_id", "source_call_id", "toolCallId")
+# Calls that may wait for a result at once; each result looks through all of them.
+_MOST_WAITING = 128
 
 
 class Walk:
@@ -204,6 +206,7 @@ class Walk:
     self._speaks()
     self.events.append(call)
     self._waiting.append(call)
+    del self._waiting[:-_MOST_WAITING]
 
   def _add(self, kind: str, text: str) -> None:
     if text.strip():
@@ -223,8 +226,8 @@ class Walk:
     if kind in _CALL_PARTS:
       return self._call(item)
     name = item.get("name") or kind.removesuffix("_call")
-    self._put(Event(CALL, as_text(first(item, notations.ARGUMENTS)), str(name), first(item, notations.CALL_KEYS),
-                    UNANSWERED))
+    arguments, key = first(item, notations.ARGUMENTS), first(item, notations.CALL_KEYS)
+    self._put(Event(CALL, as_text(arguments), str(name), key, UNANSWERED))
     if kind in _RUN_BY_PROVIDER:
       self._result(item, item.get("output"))
     return None
@@ -253,7 +256,7 @@ class Walk:
       return
     self._waiting = [waiting for waiting in self._waiting if waiting is not call]
     if call.error == UNANSWERED:
-      failed = notations.flagged(message) or (isinstance(content, Mapping) and notations.flagged(content))
+      failed = any(notations.flagged(said) for said in (message, content) if isinstance(said, Mapping))
       call.error = "tool_error" if failed else notations.error_of(text)
 
 
