@@ -206,18 +206,26 @@ def prefill_batches(
   lacking = [job for job in jobs if _lacking(*job)]
   for size in tokens.sizes:
     group = [job for job in lacking if tokens(_lacking(*job)) == size]
-    most = max(1, min(batch.sizes[-1], most_tokens // (size * layout.shards)))
+    rows = prefill_rows(batch, size, layout.shards, most_tokens)
     by_shard = [[job for job in group if layout.shard(job[1].row) == shard]
                 for shard in range(layout.shards)]
-    for start in range(0, max(map(len, by_shard)), most):
-      part = [job for jobs in by_shard for job in jobs[start : start + most]]
+    for start in range(0, max(map(len, by_shard)), rows[-1]):
+      part = [job for jobs in by_shard for job in jobs[start : start + rows[-1]]]
       fullest = layout.most(move.row for _, move in part)
-      # A bucket that pads beyond the budget would defeat it: a full call is its own bucket.
-      # So is a prompt alone: after new weights, the one whose beginning all others wait for.
-      each = min(batch(fullest), max(most, fullest)) if fullest > 1 else 1
+      each = next(count for count in rows if count >= fullest)
       yield _prefill_inputs(part, place, each, size, layout), slots(
         max(prompt.length - 1 for prompt, _ in part)
       )
+
+
+def prefill_rows(batch: Buckets, tokens: int, shards: int, most_tokens: int) -> list[int]:
+  """How many rows a device may have of a prefill of so many tokens a row; the last is the most.
+
+  A bucket that pads beyond the budget would defeat it: a full call is its own bucket. So is a prompt
+  alone: after new weights, the one whose beginning all others wait for.
+  """
+  most = max(1, min(batch.sizes[-1], most_tokens // (tokens * shards)))
+  return sorted({1, most, *(size for size in batch.sizes if size < most)})
 
 
 def _is_apart(move: Move, layout: Layout) -> bool:
@@ -316,10 +324,14 @@ def decode_inputs(
   return arranged(inputs, [s.row for s in running], each, layout)
 
 
+def padded_list(longest: int) -> int:
+  """G, a power of two from 64, so that shapes stay few."""
+  return max(64, 1 << (longest - 1).bit_length() if longest else 0)
+
+
 def _padded_lists(lists: Sequence[Sequence[int]], rows: int) -> np.ndarray:
-  """int32 [rows, G], padded with -1; G is a power of two from 64, so that shapes stay few."""
-  longest = max(map(len, lists))
-  out = np.full((rows, max(64, 1 << (longest - 1).bit_length() if longest else 0)), -1, np.int32)
+  """int32 [rows, G], padded with -1."""
+  out = np.full((rows, padded_list(max(map(len, lists)))), -1, np.int32)
   for row, values in enumerate(lists):
     out[row, : len(values)] = values
   return out

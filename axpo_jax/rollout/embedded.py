@@ -34,7 +34,6 @@ from axpo_jax.model import sharding
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.vision_inputs import PATCH_BUCKETS
 from axpo_jax.rollout.batches import (
-  Buckets,
   Prompt,
   TokenSequence,
   check_images,
@@ -44,6 +43,7 @@ from axpo_jax.rollout.batches import (
   prefill_batches,
   wave_images,
 )  # fmt: skip
+from axpo_jax.rollout.call_sizes import CallSizes
 from axpo_jax.rollout.device import Device
 from axpo_jax.rollout.engine import (
   EngineClosed,
@@ -130,12 +130,8 @@ class EmbeddedEngine:
     self._device.install(params)
     self._device.reset_pool()
     shards = self._device.shards
-    most_each = -(-config.max_running // shards)
-    self._pool = PrefixPool(self._device.rows, config.length, shards, most_each)
-    self._batch_buckets = Buckets(-(-config.min_batch // shards), most_each)  # of one device
-    self._copy_buckets = Buckets(config.min_batch, config.max_running)
-    self._token_buckets = Buckets(config.min_tokens, config.length)
-    self._slot_buckets = Buckets(config.min_slots, config.length, fine=True)
+    self._sizes = sizes = CallSizes.of(config, shards)
+    self._pool = PrefixPool(self._device.rows, config.length, shards, sizes.batch.sizes[-1])
     # An unanswered sequence is in exactly one of these two lists.
     self._queue: list[TokenSequence] = []
     self._running: list[TokenSequence] = []
@@ -339,11 +335,11 @@ class EmbeddedEngine:
     jobs = [(sequence.prompt, move) for sequence, move in wave]
     vision, place = wave_images(jobs, self._model, self.config.patch_lengths, self._device.shards)
     features = None if vision is None else self._device.encode(vision)
-    layout = self._pool.layout
-    for batch in copy_batches(jobs, self._copy_buckets, self._slot_buckets, layout):
+    layout, sizes = self._pool.layout, self._sizes
+    for batch in copy_batches(jobs, sizes.copy, sizes.slots, layout):
       self._device.copy(*batch)
     for inputs, slots in prefill_batches(
-      jobs, place, self._batch_buckets, self._token_buckets, self._slot_buckets,
+      jobs, place, sizes.batch, sizes.tokens, sizes.slots,
       layout=layout, most_tokens=self.config.prefill_tokens,
     ):  # fmt: skip
       shown = None if inputs.image_index_BxT is None else features
@@ -371,11 +367,11 @@ class EmbeddedEngine:
     """Decodes for all that run; resolves those that finish."""
     block = self.config.decode_block
     inputs = decode_inputs(
-      self._running, [self._pool.valid(s.row) for s in self._running], self._batch_buckets,
+      self._running, [self._pool.valid(s.row) for s in self._running], self._sizes.batch,
       block=block, layout=self._pool.layout, length=self.config.length,
     )  # fmt: skip
     longest = max(self._pool.valid(s.row) for s in self._running) + block
-    slots = self._slot_buckets(min(longest, self.config.length))
+    slots = self._sizes.slots(min(longest, self.config.length))
     out = self._device.decode(inputs, slots=slots, block=block)
     ids_BxT, logprobs_BxT = out.tokens_TxB.T.tolist(), out.logprobs_TxB.T.tolist()
     counts = out.count_B.tolist()

@@ -12,6 +12,8 @@ from axpo_jax.config import ConfigError, engine_length, sampling_stages
 from axpo_jax.model import hf, sharding
 from axpo_jax.model.config import PRESETS, ModelConfig
 from axpo_jax.rl.losses import LossConfig
+from axpo_jax.rollout import kv_pool
+from axpo_jax.rollout.call_sizes import CallSizes
 from axpo_jax.rollout.sidecar import sizing
 from axpo_jax.train import aot, build, chips, lora, machine, sections, slice_report
 from axpo_jax.train.batch import Batch, batch_shards
@@ -64,9 +66,23 @@ class Plan:
     text = (f"{self.mesh.size} chips as {self.topology}, mesh {mesh}; {self.model.text.num_layers} "
             f"layers; micro-batches of {self.rows} rows x {self.config.batch.length:,} = "
             f"{tokens:,} tokens, {tokens // self.mesh.size:,} a chip")
-    if self.config.rollout.engine == "sglang" and sampling_stages(self.config):
-      text += f"\nsampling: {self._servers()}"
+    if sampling_stages(self.config):
+      sampler = self._servers() if self.config.rollout.engine == "sglang" else self._engine()
+      text += f"\nsampling: {sampler}"
     return text
+
+  def _engine(self) -> str:
+    """How many programs the embedded engine can meet."""
+    config, mesh = self.config, self._sampler_mesh()
+    shards = sharding.parts("batch", mesh, kv_pool.engine_rules(None))
+    penalised = tuple(
+      drawn.max_new_tokens if drawn.presence_penalty else 0
+      for drawn in (sections.sampling(config, stage) for stage in sampling_stages(config)))
+    counts = CallSizes.of(sections.embedded(config), shards).programs(
+      self.model.vision.merge_unit, penalised)
+    listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    return (f"the embedded engine, whose calls can have {sum(counts.values()):,} shapes at most ({listed}); each "
+            "is compiled when a call first has it")
 
   def _servers(self) -> str:
     """What the SGLang servers that sample for the run need."""

@@ -56,7 +56,8 @@ def steps(workdir):
 
 
 def test_killed_and_resumed(changes, start_server, tmp_path):
-  """Killed in the second step, the main process first and then both, and resumed to the end."""
+  """Killed in the second step, the main process alone, and in the third, both at once; then one process
+  goes on to the end."""
   workdir = tmp_path / "run"
   with start_server() as server:
     with job(workdir, changes, server) as broken:
@@ -65,8 +66,13 @@ def test_killed_and_resumed(changes, start_server, tmp_path):
       main, other = broken.wait()
       # The other one ends by itself: its coordinator is gone.
       assert main == -signal.SIGKILL and other not in (None, 0), str(broken)
-    with job(workdir, changes, server) as whole:
-      assert whole.wait() == [0, 0], str(whole)
+    with job(workdir, changes, server) as broken:
+      broken.until(lambda: 2 in steps(workdir))
+      for process in broken.processes:
+        process.send_signal(signal.SIGKILL)
+      assert broken.wait() == [-signal.SIGKILL] * 2, str(broken)
+    with job(workdir, changes, server, count=1) as whole:
+      assert whole.wait() == [0], str(whole)
   lines = read_metrics(workdir)
   assert [line["step"] for line in lines] == list(range(STEPS + 1))
   assert all(math.isfinite(value) for line in lines for value in line.values())
