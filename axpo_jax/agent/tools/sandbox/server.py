@@ -195,11 +195,9 @@ def _own_memory(pid: int, proc: int) -> int:
 
 def _threads_of_user() -> int:
   """Processes and threads that the process limit of this user counts already."""
-  count, user = 0, str(os.getuid())
+  count = 0
   for folder in pathlib.Path("/proc").iterdir():
-    if folder.name.isdigit():
-      with contextlib.suppress(OSError, KeyError, ValueError):  # it has just ended
-        # Not the folder's owner: that is root for whoever hides its memory, as kernels do.
-        fields = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-        count += int(fields["Threads"]) if fields["Uid"].split()[0] == user else 0
+    with contextlib.suppress(OSError):
+      if folder.name.isdigit() and folder.stat().st_uid == os.getuid():
+        count += len(os.listdir(folder / "task"))
   return count
