@@ -1,4 +1,4 @@
-"""One run of the comparison in docs/results.md: RL in the miniature from a given SFT policy.
+"""One run of the comparison in docs/results_40_steps.md: RL in the miniature from a given SFT policy.
 
   python launch/main.py --config=configs/evidence_tiny.py --workdir=runs/one \
     --config.model.checkpoint=runs/evidence/sft-0/sft/policy
@@ -16,7 +16,7 @@ forced. What it starts from is evaluated once, by the point that made it.
 In the world of `axpo_tiny.py` calls are better than guesses from the start, and GRPO finds out by itself. Here
 they are at first a little worse, better where it is hard, and can be learnt: the teacher nearly always
 stops after the first of two searches, which is worth no more than a guess; and it computes the easy
-sums, which are most, as often as the hard ones. docs/results.md says what was tried.
+sums, which are most, as often as the hard ones. docs/results_40_steps.md says what was tried.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""The points of docs/results.md: SFT policies, and every recipe from them.
+"""The points of docs/results_40_steps.md: SFT policies, and every recipe from them.
 
   python launch/sweep.py --config=configs/evidence_tiny.py --points=configs/sweeps/evidence.py \
     --workdir=runs/evidence --parallel=2

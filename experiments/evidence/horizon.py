@@ -26,6 +26,7 @@ LABELS = {
   "axpo_added_random": "AXPO, λ = 1, random prefix",
   "axpo_added_no_credit": "AXPO, λ = 1, no prefix credit",
 }
+PAIRS = 9  # (SFT policy, seed) of the plan
 THRESHOLD = 0.60  # of held-out Pass@1
 DRAWS = 10_000
 _COLOURS = ("#4878a8", "#e6ab02", "#d95f02", "#7570b3", "#74a9cf", "#1b9e77", "#999999")
@@ -138,6 +139,13 @@ def tests(runs: Sequence[Run]) -> list[Test]:
   return [Test(*one, p) for one, p in zip(found, corrected, strict=True)]
 
 
+def _state(c: Comparison) -> str:
+  """How many of the plan's runs are in."""
+  found = {label: len(of_recipe(c.runs, recipe)) for recipe, label in LABELS.items()}
+  return (f"**{sum(found.values())} of the plan's {PAIRS * len(LABELS)} runs are in**, of {PAIRS} each: "
+          + "; ".join(f"{label}: {count}" for label, count in found.items()) + ".")
+
+
 def _levels(c: Comparison) -> str:
   """Means of every recipe, and how many runs reached the threshold."""
   rows = [["", "runs", f"reached {THRESHOLD:.2f}", *(outcome.name for outcome in OUTCOMES)]]
@@ -248,6 +256,6 @@ def _figure(c: Comparison):
 
 
 TABLES: Mapping[str, Callable[[Comparison], str]] = {
-  "horizon_levels": _levels, "horizon_tests": _tested, "horizon_pairs": _pairs,
+  "horizon_state": _state, "horizon_levels": _levels, "horizon_tests": _tested, "horizon_pairs": _pairs,
   "horizon_looks": _looks}
 FIGURES = {"horizon": ("Held-out Pass@1, tool rate and search over steps", _figure)}

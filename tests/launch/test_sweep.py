@@ -1,5 +1,5 @@
 """Sweeps: real runs of the micro job, resumed and with one that fails, which are also the comparison of
-docs/results.md at its smallest; points that wait for others; and the table."""
+docs/results_40_steps.md at its smallest; points that wait for others; and the table."""
 
 import importlib.util
 import json
