@@ -246,10 +246,10 @@ def _figure(c: Comparison):
       steps = sorted(set.intersection(*map(set, curves)))
       found = [statistics.over_seeds([one[step] for one in curves]) for step in steps]
       axis.plot(steps, [one.mean for one in found], color=colour, label=f"{label} (n = {len(curves)})")
-      if len(curves) > 1:
+      if len(curves) > 2:  # of two runs it would be wider than the figure
         axis.fill_between(steps, [one.low for one in found], [one.high for one in found],
                           color=colour, alpha=0.12, linewidth=0)
-    axis.set(title=title, xlabel="step")
+    axis.set(title=title, xlabel="step", ylim=(0, 1))
   axes.flat[0].axhline(THRESHOLD, color="#666666", linewidth=0.8, linestyle=":")
   axes.flat[0].legend(frameon=False, fontsize=8)
   return figure
