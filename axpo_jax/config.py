@@ -318,6 +318,7 @@ def _rollout() -> ConfigDict:
       mem_fraction=0.8,       # of a GPU's memory, for weights and KV cache
       max_total_tokens=0,     # of the KV cache; 0 = what mem_fraction leaves
       max_running=64,         # sequences decoded at once
+      env=(),                 # names of further variables of this environment that servers get
     )),
   ))
 
@@ -424,6 +425,10 @@ def _teach() -> ConfigDict:
     url="",                   # such as http://localhost:8000/v1
     model="",                 # its name there
     max_concurrent=64,        # requests at once
+    attempts=4,               # how often a sample is asked for where the endpoint is busy or fails
+    timeout_s=1800.0,         # seconds of one attempt
+    omit=(),                  # fields left out of requests, for endpoints that refuse them:
+                              # ("temperature", "max_tokens")
     extensions=True,          # send top_k and skip_special_tokens, which vLLM and SGLang know
   ))
 
@@ -465,7 +470,13 @@ def _eval() -> ConfigDict:
     folder="",                # that holds the benchmarks
     # An OpenAI-compatible endpoint that decides where no rule does; "" = none. Its key is read from
     # AXPO_JUDGE_API_KEY.
-    judge=ConfigDict(dict(url="", model="")),
+    judge=ConfigDict(dict(
+      url="", model="",
+      max_concurrent=16,      # requests at once
+      attempts=3,             # how often a verdict is asked for where the endpoint is busy or fails
+      timeout_s=60.0,         # seconds of one attempt
+      omit=(),                # fields left out of requests, for endpoints that refuse them: ("temperature",)
+    )),
     shard=32,                 # questions of a shard: what a kill can cost
     questions=512,            # held-out questions
     rollouts=4,               # [paper]

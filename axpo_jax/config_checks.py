@@ -41,7 +41,9 @@ _CHOICES = {
 _LEAST = {
   **dict.fromkeys((
     "rl.steps", "rl.questions", "rl.updates", "rl.max_lost_steps", "sft.steps", "sft.examples", "sft.max_length",
-    "teach.rollouts", "teach.shard", "teach.max_concurrent", "screen.rollouts", "screen.shard",
+    "teach.rollouts", "teach.shard", "screen.rollouts", "screen.shard",
+    *(f"{endpoint}.{name}" for endpoint in ("teach", "eval.judge")
+      for name in ("max_concurrent", "attempts", "timeout_s")),
     "eval.questions", "eval.rollouts", "eval.shard", "batch.rows", "batch.length", "batch.image_rows",
     "batch.logprob_chunk", "checkpoint.every", "checkpoint.keep", "data.miniworld.train_size",
     "agent.max_observation_tokens", "agent.python.timeout", "agent.search.max_concurrent",

@@ -49,6 +49,8 @@ _START = flags.DEFINE_float("start_timeout", 900, "Seconds until a started serve
 _PROBE = flags.DEFINE_float("probe_every", 5, "Seconds between two looks at a server.")
 _HANG = flags.DEFINE_float(
   "hang_after", 300, "Seconds without an answer until a server is restarted; a push must be shorter.")
+_ENV = flags.DEFINE_list(
+  "env", [], "Names of further variables of this environment that the servers get; no secret goes to them unasked.")
 _URLS_FILE = flags.DEFINE_string("urls_file", None, "Also write the JSON line into this file.")
 _LOGS = flags.DEFINE_string("log_folder", "sidecar_logs", "Folder of the servers' logs.")
 _INSTALL = flags.DEFINE_bool("install", False, "Make the environment for --device, and stop.")
@@ -74,7 +76,7 @@ def _spec(extra_flags: list[str]) -> SidecarSpec:
     gpus=tuple(_GPUS.value), host=_HOST.value, port=_PORT.value, api_key=_api_key(),
     router=_ROUTER.value, router_port=_ROUTER_PORT.value, context_length=_CONTEXT.value,
     dtype=_DTYPE.value, mem_fraction=_MEMORY.value, max_total_tokens=_POOL.value,
-    max_running=_RUNNING.value, extra_flags=tuple(extra_flags), start_timeout=_START.value,
+    max_running=_RUNNING.value, extra_flags=tuple(extra_flags), env=tuple(_ENV.value), start_timeout=_START.value,
     probe_every=_PROBE.value, hang_after=_HANG.value,
   )  # fmt: skip
 

@@ -17,6 +17,7 @@ from typing import Protocol
 import aiohttp
 
 from axpo_jax.data.question import IMAGE_MARK
+from axpo_jax.rollout import endpoint
 
 KEY_VARIABLE = "AXPO_JUDGE_API_KEY"
 
@@ -54,52 +55,57 @@ class ChatJudge:
     key: sent as bearer token; by default the environment variable AXPO_JUDGE_API_KEY, if set.
     max_concurrent: requests at once.
     attempts: how often one verdict is asked for; busy and failing servers are asked again.
-    timeout: seconds of one attempt.
-    first_wait: seconds before the second attempt; doubled for each further one.
+    timeout_s: seconds of one attempt.
+    omit: fields left out of requests, for endpoints that refuse them.
+    first_wait_s: seconds before the second attempt; doubled for each further one, and more where the
+      server asks for it (`Retry-After`).
   """
 
   def __init__(self, url: str, model: str, *, key: str | None = None, max_concurrent: int = 16,
-               attempts: int = 3, timeout: float = 60.0, first_wait: float = 1.0):
-    self._url, self._model = url.rstrip("/") + "/chat/completions", model
+               attempts: int = 3, timeout_s: float = 60.0, omit: Sequence[str] = (),
+               first_wait_s: float = 1.0):
+    self._url, self._model, self._omit = url.rstrip("/") + "/chat/completions", model, omit
     key = key or os.environ.get(KEY_VARIABLE)
     self._headers = {"Authorization": f"Bearer {key}"} if key else {}
     self._free = asyncio.Semaphore(max_concurrent)
-    self._attempts, self._first_wait = attempts, first_wait
-    self._timeout = aiohttp.ClientTimeout(total=timeout)
+    self._attempts, self._first_wait_s = attempts, first_wait_s
+    self._timeout = aiohttp.ClientTimeout(total=timeout_s)
     self._session: aiohttp.ClientSession | None = None
-    self._structured = True  # until the endpoint refuses it
+    self._structured = "response_format" not in omit  # until the endpoint refuses it
 
   async def __call__(self, question: str, golds: Sequence[str], answer: str) -> bool:
+    text = prompt(question, golds, answer)
     async with self._free:
-      for attempt in range(self._attempts):
-        if attempt:
-          await asyncio.sleep(self._first_wait * 2 ** (attempt - 1))
-        try:
-          return verdict(await self._ask(prompt(question, golds, answer)))
-        except (aiohttp.ClientError, TimeoutError, JudgeError) as error:
-          last = error
-    raise JudgeError(f"no verdict from {self._url} after {self._attempts} attempts: {last!r}")
+      try:
+        return await endpoint.ask(lambda: self._ask(text), attempts=self._attempts,
+                                  first_wait_s=self._first_wait_s)
+      except (endpoint.BusyError, endpoint.RefusedError) as error:
+        raise JudgeError(f"no verdict from {self._url}: {error}") from error
 
-  async def _ask(self, text: str) -> str:
+  async def _ask(self, text: str) -> bool:
     self._session = self._session or aiohttp.ClientSession(
         headers=self._headers, timeout=self._timeout)
+    structured = self._structured
     body = {"model": self._model, "temperature": 0, "messages": [
         {"role": "system", "content": _INSTRUCTIONS}, {"role": "user", "content": text}]}
-    if self._structured:
-      body["response_format"] = _FORMAT
-    async with self._session.post(self._url, json=body) as response:
-      if self._structured and response.status in (400, 404, 422, 501):  # it may not know the field
-        self._structured = False
-        return await self._ask(text)
-      if response.status != 200:
-        raise JudgeError(f"status {response.status}: {(await response.text())[:200]}")
-      try:
-        choice = (await response.json())["choices"][0]
-        if choice.get("finish_reason") == "length":
-          raise JudgeError("the reply was cut by the endpoint's limit of tokens")
-        return str(choice["message"]["content"])
-      except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise JudgeError(f"not a chat completion: {error!r}") from error
+    body |= {"response_format": _FORMAT} if structured else {}
+    body = {name: value for name, value in body.items() if name not in self._omit}
+    try:
+      reply = await endpoint.post_json(self._session, self._url, body)
+    except endpoint.RefusedError as error:
+      if not structured or error.status not in (400, 404, 422, 501):
+        raise
+      self._structured = False  # it may not know the field
+      return await self._ask(text)
+    try:
+      choice = reply["choices"][0]
+      if choice.get("finish_reason") == "length":
+        raise endpoint.BusyError("the reply was cut by the endpoint's limit of tokens")
+      return verdict(str(choice["message"]["content"]))
+    except JudgeError as error:
+      raise endpoint.BusyError(str(error)) from error
+    except (LookupError, TypeError, AttributeError) as error:
+      raise endpoint.BusyError(f"not a chat completion: {error!r}") from error
 
   async def close(self) -> None:
     """Ends the connections."""

@@ -157,7 +157,7 @@ async def _scorer(job: Job, config: ConfigDict) -> AsyncIterator[shards.Scorer |
     yield None
     return
   named = config.eval.judge
-  judge = ChatJudge(named.url, named.model) if named.url else None
+  judge = ChatJudge(**named) if named.url else None
   try:
     yield functools.partial(job.benchmark.score, judge=judge)
   finally:
@@ -202,7 +202,7 @@ async def _endpoint(config: ConfigDict, bench: build.Workbench, policy: str, fol
   section, idle = config.teach, _idle(config, bench, stage)
   engine = OpenAIEngine(bench.chat, OpenAIConfig(
     section.url, section.model, api_key=os.environ.get(KEY_VARIABLE, ""),
-    max_concurrent=section.max_concurrent, extensions=section.extensions))
+    **{name: section[name] for name in ("max_concurrent", "attempts", "timeout_s", "extensions", "omit")}))
   try:
     yield _with(idle, engine)
   finally:

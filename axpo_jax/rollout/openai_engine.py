@@ -27,6 +27,7 @@ from absl import logging
 
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ProcessedImage
+from axpo_jax.rollout import endpoint
 from axpo_jax.rollout.engine import RequestError, Sample, SampleRequest
 from axpo_jax.rollout.weightless import WeightlessEngine
 
@@ -50,7 +51,10 @@ class OpenAIConfig:
     max_concurrent: requests at once.
     timeout_s: seconds of one attempt.
     attempts: how often one sample is asked for; busy and failing servers are asked again.
-    first_wait_s: seconds before the second attempt; doubled for each further one.
+    first_wait_s: seconds before the second attempt; doubled for each further one, and more where the
+      server asks for it (`Retry-After`).
+    omit: fields left out of requests, for endpoints that refuse them. Samples are cut at their limit of
+      tokens also without "max_tokens".
     extensions: send what OpenAI's own API does not know and vLLM and SGLang do (top_k, and special
       tokens kept in the text).
   """
@@ -63,6 +67,7 @@ class OpenAIConfig:
   attempts: int = 4
   first_wait_s: float = 2.0
   extensions: bool = True
+  omit: tuple[str, ...] = ()
 
 
 class OpenAIEngine(WeightlessEngine):
@@ -91,7 +96,8 @@ class OpenAIEngine(WeightlessEngine):
     """
     self._check_open()
     body = self._body(request)
-    replies = await asyncio.gather(*(self._ask(body | {"seed": seed}) for seed in request.seeds))
+    seeded = [body if "seed" in self.config.omit else body | {"seed": seed} for seed in request.seeds]
+    replies = await asyncio.gather(*map(self._ask, seeded))
     samples = [self._sample(request, reply) for reply in replies]
     self._count(request, samples)
     return samples
@@ -104,18 +110,18 @@ class OpenAIEngine(WeightlessEngine):
             "presence_penalty": params.presence_penalty}
     if self.config.extensions:
       body |= {"skip_special_tokens": False} | ({"top_k": params.top_k} if params.top_k else {})
-    return body
+    return {name: value for name, value in body.items() if name not in self.config.omit}
 
   async def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
+    config = self.config
     async with self._free:
-      for attempt in range(self.config.attempts):
-        if attempt:
-          await asyncio.sleep(self.config.first_wait_s * 2 ** (attempt - 1))
-        try:
-          return await self._post(body)
-        except (aiohttp.ClientError, TimeoutError, EndpointError) as error:
-          last = error
-    raise EndpointError(f"no reply from {self.config.url} in {self.config.attempts} attempts: {last!r}")
+      try:
+        return await endpoint.ask(lambda: self._post(body), attempts=config.attempts,
+                                  first_wait_s=config.first_wait_s)
+      except endpoint.BusyError as error:
+        raise EndpointError(f"{config.url}: {error}") from error
+      except endpoint.RefusedError as error:
+        raise RequestError(f"{config.url} refuses the request ({error})") from error
 
   async def _post(self, body: dict[str, Any]) -> dict[str, Any]:
     if self._session is None:
@@ -124,21 +130,16 @@ class OpenAIEngine(WeightlessEngine):
         headers={"Authorization": f"Bearer {key}"} if key else {},
         timeout=aiohttp.ClientTimeout(total=self.config.timeout_s),
         connector=aiohttp.TCPConnector(limit=0))
-    url = f"{self.config.url.rstrip('/')}/chat/completions"
-    async with self._session.post(url, json=body) as response:
-      text = await response.text()
-      if response.status in (400, 401, 403, 404, 413, 422):
-        raise RequestError(f"{url} refuses the request ({response.status}): {text[:300]}")
-      if response.status != 200:
-        raise EndpointError(f"status {response.status}: {text[:300]}")
+    reply = await endpoint.post_json(self._session, f"{self.config.url.rstrip('/')}/chat/completions", body)
     try:
-      reply = json.loads(text)
       message, reason = (reply["choices"][0][name] for name in ("message", "finish_reason"))
-      turn = turn_text(message)
+      counted = (reply.get("usage") or {}).get("prompt_tokens")
+      # Half of a character, which JSON can name, has no tokens.
+      turn = turn_text(message).encode("utf-8", "replace").decode()
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-      raise EndpointError(f"not a chat completion: {text[:300]}") from error
+      raise endpoint.BusyError(f"not a chat completion: {str(reply)[:300]}") from error
     return {"turn": turn, "cut": reason == "length",
-            "prompt_tokens": (reply.get("usage") or {}).get("prompt_tokens")}
+            "prompt_tokens": counted if isinstance(counted, int) else None}
 
   def _sample(self, request: SampleRequest, reply: dict[str, Any]) -> Sample:
     self._compare(request, reply["prompt_tokens"])

@@ -33,8 +33,9 @@ _FREE = (
   # Where things lie, and how fast they are asked for.
   "data.image_folder", "data.image_anywhere", "data.image_cache", "data.max_bad_share", "agent.audit",
   "agent.overlap_tools", "agent.run_limits.*", "agent.python.warm", "agent.python.max_concurrent",
-  "agent.python.url", "agent.search.per_minute", "agent.search.max_concurrent", "teach.url",
-  "teach.max_concurrent", "eval.judge.url",
+  "agent.python.url", "agent.search.per_minute", "agent.search.max_concurrent",
+  *(f"{endpoint}.{name}" for endpoint in ("teach", "eval.judge")
+    for name in ("url", "max_concurrent", "attempts", "timeout_s")),
 )
 # Of these, what changes more than rounding.
 _NOT_FREE = ("rollout.sglang.push_dtype", "rollout.embedded.dtype", "rollout.sidecar.device")

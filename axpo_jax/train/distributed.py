@@ -16,10 +16,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import socket
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import jax
+from absl import logging
 from flax import nnx
 from jax.experimental import multihost_utils
 
@@ -44,7 +46,7 @@ def initialize(coordinator: str = "", processes: int = 0, process: int = -1) -> 
   """Joins the processes of a run; call it before anything touches a device.
 
   Args:
-    coordinator: host:port that process 0 listens on; empty: what the environment says (a TPU pod,
+    coordinator: host:port that process 0 listens on, on that address alone; empty: what the environment says (a TPU pod,
       Slurm, Open MPI, Kubernetes, or JAX_COORDINATOR_ADDRESS), and if it says nothing, the process
       is alone.
     processes: how many; 0: what the environment says; 1: alone, whatever it says.
@@ -56,7 +58,8 @@ def initialize(coordinator: str = "", processes: int = 0, process: int = -1) -> 
   if processes == 1:
     return
   given = {"coordinator_address": coordinator or None, "num_processes": processes or None,
-           "process_id": process if process >= 0 else None}
+           "process_id": process if process >= 0 else None,
+           "coordinator_bind_address": bind_address(coordinator) if process == 0 else None}
   try:
     # One process a host has all of its devices; on a TPU pod there is no other way.
     jax.distributed.initialize(**given, heartbeat_timeout_seconds=_HEARTBEAT,
@@ -65,6 +68,27 @@ def initialize(coordinator: str = "", processes: int = 0, process: int = -1) -> 
     if any(value is not None for value in given.values()):
       raise ConfigError(f"{error} Give --coordinator=<host>:<port>, --processes and --process_id, all "
                        "three.") from error
+
+
+def bind_address(coordinator: str) -> str | None:
+  """Where process 0 listens so that others reach it at `coordinator`; None: JAX's default, all interfaces.
+
+  Whoever reaches that port can end the run and read what processes exchange, so the default is taken only
+  where the address is none of this machine's (the name of a service, a forwarded port), and said.
+  """
+  host, _, port = coordinator.rpartition(":")
+  if not host or not port.isdigit():
+    return None  # jax says what is wrong with it
+  host = host.strip("[]")
+  try:
+    for family, _, _, _, (address, *_) in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+      with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((address, 0))
+      return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+  except OSError:
+    logging.warning("--coordinator=%s is no address of this machine, so process 0 listens on all of its "
+                    "interfaces: let a firewall keep strangers from port %s", coordinator, port)
+  return None
 
 
 def on_main(function: Callable[..., T], *args: Any) -> T:

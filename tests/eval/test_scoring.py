@@ -159,7 +159,7 @@ async def served(replies, ask):
   site = web.TCPSite(runner, "127.0.0.1", 0)
   await site.start()
   port = runner.addresses[0][1]
-  judge = judges.ChatJudge(f"http://127.0.0.1:{port}/v1/", "judge-7b", key="k", first_wait=0.001)
+  judge = judges.ChatJudge(f"http://127.0.0.1:{port}/v1/", "judge-7b", key="k", first_wait_s=0.001)
   try:
     return await ask(judge), seen
   finally:

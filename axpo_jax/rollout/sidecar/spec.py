@@ -9,6 +9,7 @@ Only what differs from SGLang's defaults is set, each for a reason:
            rendezvous, which would listen on all interfaces, goes through a file; NCCL and gloo are
            bound to the loopback device; ZeroMQ uses sockets in a private folder.
   key      Travels in the environment of the server, never on a command line (see serve.py).
+  secrets  Of this process's environment servers get what they may need by name, and no keys of others.
   CPU      torch's own attention and sampling, an explicit size of the KV pool (SGLang would take all
            memory), float32 (it would take 16 bits), no torch compiler (20 s at the first image).
 """
@@ -17,6 +18,7 @@ import dataclasses
 import ipaddress
 import os
 import pathlib
+import re
 import socket
 from collections.abc import Mapping
 
@@ -25,7 +27,17 @@ from axpo_jax.model.config import ModelConfig, UnsupportedConfig, VisionConfig
 SERVE = pathlib.Path(__file__).with_name("serve.py")
 DEVICES = ("cuda", "cpu")
 API_KEY_VARIABLE = "AXPO_SIDECAR_API_KEY"
-_NOT_PASSED_ON = ("PYTHONPATH", "PYTHONHOME", "GLIBC_TUNABLES", API_KEY_VARIABLE)
+# Variables that servers get: these, and those that begin so, but for what is called a secret.
+_PASSED_ON = {"PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TZ", "TERM", "HOSTNAME", "CC", "CXX", "CPATH",
+              "LIBRARY_PATH", "NO_PROXY", "no_proxy", "TOKENIZERS_PARALLELISM"}
+_PREFIXES = ("LC_", "LD_", "XDG_", "CUDA", "NVIDIA_", "NVTE_", "NVSHMEM_", "NCCL_", "GLOO_", "UCX_", "FI_", "HIP_",
+             "ROCR_", "HSA_", "SGLANG_", "SGL_", "TORCH", "PYTORCH_", "TRITON_", "FLASHINFER_", "OMP_", "KMP_", "MKL_",
+             "OPENBLAS_", "MALLOC_")
+_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|CREDENTIALS?)$")
+# What no flag behind `--` may say: it is said here, and checked; would show a secret in `ps` and in logs;
+# or opens another port.
+_RESERVED = ("model-path", "model", "device", "host", "port", "config", "api-key", "admin-api-key",
+             "ssl-keyfile-password", "dist-init-addr", "nccl-init-addr")
 
 
 class SidecarError(RuntimeError):
@@ -51,8 +63,10 @@ class SidecarSpec:
     Images need what is left.
   max_total_tokens: size of the KV pool; 0 means what `mem_fraction` leaves (GPUs), 32768 (CPU).
   max_running: sequences decoded at once.
-  extra_flags: for SGLang, last, so that they win.
-  extra_env: for the servers' processes.
+  extra_flags: for SGLang, last, so that they win. Not those for which there is a field here.
+  env: names of further variables of this process that the servers get, such as HF_TOKEN. Without them
+    they get what CUDA, torch, SGLang and the shell need, and nothing that is called a key or a secret.
+  extra_env: further variables for the servers' processes, with their values.
   start_timeout: seconds from a start to the first healthy answer.
   probe_every: seconds between two looks at a serving server.
   hang_after: seconds without any answer until a server is killed and started again. A server does
@@ -77,6 +91,7 @@ class SidecarSpec:
   max_total_tokens: int = 0
   max_running: int = 64
   extra_flags: tuple[str, ...] = ()
+  env: tuple[str, ...] = ()
   extra_env: Mapping[str, str] = dataclasses.field(default_factory=dict)
   start_timeout: float = 900.0
   probe_every: float = 5.0
@@ -96,6 +111,10 @@ class SidecarSpec:
         f"host={self.host!r} can be reached by others, and whoever reaches a server can load weights "
         f"into it: set a key (variable {API_KEY_VARIABLE}), or keep 127.0.0.1"
       )
+    for flag in self.extra_flags:
+      _check_flag(flag)
+    if unset := [name for name in self.env if name not in os.environ]:
+      raise SidecarError(f"env names {unset[0]}, which is not set here")
     self._check_sizes()
 
   def _check_sizes(self):
@@ -115,6 +134,15 @@ class SidecarSpec:
         f"tensor_parallel={self.tensor_parallel} does not divide {text.num_heads} heads")
     if self.context_length > text.max_positions:
       raise SidecarError(f"context_length={self.context_length}; the model has {text.max_positions}")
+
+
+def _check_flag(flag: str) -> None:
+  name = flag.partition("=")[0].removeprefix("--").replace("_", "-")
+  # argparse takes beginnings of a flag's name for the flag.
+  if flag.startswith("--") and name and any(known.startswith(name) for known in _RESERVED):
+    raise SidecarError(f"--{name} cannot be given to SGLang itself: host, port, model and device are fields (flags) of "
+                       f"the sidecar, which checks them; a key comes from the variable {API_KEY_VARIABLE}, since flags "
+                       "are seen in `ps` and in logs")
 
 
 def model_config(folder: str) -> ModelConfig:
@@ -195,7 +223,7 @@ def router_command(spec: SidecarSpec, port: int, worker_urls: list[str]) -> list
 
 def process_environment(spec: SidecarSpec, scratch: str) -> dict[str, str]:
   """What servers and router have in common. `scratch`: a private folder, as old as the process."""
-  env = {k: v for k, v in os.environ.items() if k not in _NOT_PASSED_ON}
+  env = {name: value for name, value in os.environ.items() if _passed_on(name) or name in spec.env}
   env |= {
     "AXPO_SIDECAR_PARENT": str(os.getpid()),
     "PYTHONUNBUFFERED": "1",
@@ -203,6 +231,12 @@ def process_environment(spec: SidecarSpec, scratch: str) -> dict[str, str]:
     "NO_PROXY": ",".join(filter(None, (env.get("NO_PROXY"), "127.0.0.1,localhost"))),
   }
   return env | ({API_KEY_VARIABLE: spec.api_key} if spec.api_key else {}) | dict(spec.extra_env)
+
+
+def _passed_on(name: str) -> bool:
+  if name in _PASSED_ON:
+    return True
+  return name.startswith(_PREFIXES) and not _SECRET.search(name)
 
 
 def server_environment(spec: SidecarSpec, index: int, scratch: str) -> dict[str, str]:
