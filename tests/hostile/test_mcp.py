@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import gc
 import http.server
 import json
 import os
@@ -122,12 +123,26 @@ def test_an_answer(attack, error, shown):
   seen.text.encode("utf-8")
 
 
-def test_a_line_without_end(monkeypatch):
-  monkeypatch.setattr(mcp_connection, "MAX_MESSAGE", 1 << 20)
-  with serving("a line without end", time_limit=10.0) as server:
-    box = boxed(server)
-    with corpus.bounds(seconds=8, megabytes=64):
-      assert "was lost" in call(box).text
+def test_lines_without_end(monkeypatch):
+  """Each ends its session; what was read of it does not wait for Python's garbage collector."""
+  monkeypatch.setattr(mcp_connection, "MAX_MESSAGE", 8 << 20)
+  gc.disable()
+  try:
+    with serving("a line without end", time_limit=10.0) as server:
+      box = boxed(server)
+      with corpus.bounds(seconds=20, megabytes=256):
+        assert "was lost" in call(box).text
+        before = resident_mb()
+        for _ in range(4):
+          assert "was lost" in call(box).text
+    assert resident_mb() - before < 32
+  finally:
+    gc.enable()
+
+
+def resident_mb():
+  pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+  return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def test_many_pictures():

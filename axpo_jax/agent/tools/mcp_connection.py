@@ -370,4 +370,9 @@ async def _end(process: asyncio.subprocess.Process) -> None:
         break
   with contextlib.suppress(ProcessLookupError, PermissionError):
     os.killpg(process.pid, signal.SIGKILL)  # its children
+  # What was not read: it may be large, and the reader is part of a cycle that is not collected soon.
+  with contextlib.suppress(TimeoutError):
+    async with asyncio.timeout(0.5):
+      while await process.stdout.read(1 << 20):
+        pass
   process._transport.close()  # the pipes, which a child may still hold
