@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import axpo_jax
+from axpo_jax.config import ConfigError, base_config
 from axpo_jax.model import hf
 from axpo_jax.model.config import PRESETS, ModelConfig, UnsupportedConfig
+from axpo_jax.train import build
 from tests.hostile import corpus
 
 TINY = PRESETS["tiny"]
@@ -87,3 +90,13 @@ def test_special_ids_lie_in_the_vocabulary(field):
   for wrong in (CONFIG.text.vocab_size, -1):
     with pytest.raises(UnsupportedConfig, match=f"{field}={wrong} is outside the vocabulary of 64"):
       ModelConfig.from_hf(CONFIG.to_hf() | {field: wrong})
+
+
+def test_a_tokenizer_with_more_ids_than_the_model(tmp_path):
+  """An id beyond the embedding would act as its last one."""
+  (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
+  config = base_config()
+  config.model.checkpoint = str(tmp_path)
+  config.model.tokenizer = f"{axpo_jax.__path__[0]}/assets/tiny_tokenizer"
+  with pytest.raises(ConfigError, match=r"config\.model\.tokenizer: its tokenizer has \d+ ids, the model 64"):
+    build.workbench(config)
