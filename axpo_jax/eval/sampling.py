@@ -190,6 +190,7 @@ async def _policy(config: ConfigDict, bench: build.Workbench, policy: str, folde
     engine = build.engine(config, bench, params, urls, folder)
     try:
       await engine.update_weights(params, 0)
+      del params  # nothing trains them; the engine has its own
       yield _with(idle, engine)
     finally:
       await engine.close()
