@@ -25,7 +25,7 @@ _TOOLS = [
   "tenacity>=9.0",  # search: retries
 ]
 
-# The page of eval.report; its figures are drawn by the script inside the package.
+# The page of report; its figures are drawn by the script inside the package.
 _REPORT = ["plotly>=6.0,<8"]
 
 # Object stores: what epath reaches gs:// and s3:// by. docs/pods.md says what may lie there.
@@ -54,7 +54,7 @@ setup(
   python_requires=">=3.11,<3.14",
   classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],
   packages=find_packages(include=["axpo_jax", "axpo_jax.*"]),
-  package_data={"axpo_jax": ["assets/**/*", "eval/report/assets/*"]},
+  package_data={"axpo_jax": ["assets/**/*", "report/assets/*"]},
   install_requires=_requirements(),
   extras_require={
     "aot": _AOT,

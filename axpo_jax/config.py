@@ -188,7 +188,7 @@ def _data() -> ConfigDict:
       # Mix of the question families, everywhere.
       families=ConfigDict(dict(perception=1.0, search=0.0, reasoning=0.0)),
       # Mix of each family's kinds of questions in the RL and evaluation splits; all kinds are in
-      # data.miniworld.world.KINDS.
+      # miniworld.world.KINDS.
       kinds=ConfigDict(dict(read=1.0, two_hop=1.0, total=1.0)),
       easy_share=0.5,         # reasoning questions that can be answered without computing
     )),
@@ -308,8 +308,8 @@ def _rollout() -> ConfigDict:
         misses=2,             # failed looks in a row that take a server out
       )),
     )),
-    # Fields of rollout.sidecar.SidecarSpec for the servers that a run starts itself. They have GPUs of
-    # their own, and the trainer has the others of this machine: see train.machine.
+    # Fields of engine.sglang.server.SidecarSpec for the servers that a run starts itself. They have GPUs of
+    # their own, and the trainer has the others of this machine: see stages.machine.
     sidecar=ConfigDict(dict(
       device="cuda",          # or cpu: the real server, slowly
       servers=0,              # 0 = on half of this machine's GPUs; on a CPU, one
@@ -453,7 +453,7 @@ def _sft() -> ConfigDict:
     freeze_vision=True,       # keep the vision tower and its mergers fixed
     # Mix of each family's kinds of questions that the teacher answers (miniworld).
     kinds=ConfigDict(dict(read=1.0, two_hop=1.0, total=1.0)),
-    # The scripted teacher's habits: fields of data.miniworld.habits.TeacherConfig.
+    # The scripted teacher's habits: fields of miniworld.habits.TeacherConfig.
     teacher=ConfigDict(dict(
       p_tool_small=0.45, p_tool_large=0.10, p_search=0.40, p_stop_short=0.20, p_python_hard=0.45,
       p_python_easy=0.10)),

@@ -2,7 +2,7 @@
 
 In: the whole tree of `config.base_config`. Out: nothing, or a `ConfigError` that names the field, its
 value and what to set it to. What needs no JAX is checked first; then every record of every stage is
-built once (`train.sections`), since a run builds some of them hours after its start.
+built once (`stages.sections`), since a run builds some of them hours after its start.
 """
 
 import math
@@ -116,7 +116,7 @@ def validate(config: ConfigDict) -> None:
                       "reports log-probabilities behind the penalty, which the trainer cannot compute "
                       "again: set it to 0, or use config.rollout.engine='embedded'")
   _validate_tools(config)
-  from axpo_jax.train import sections  # loads JAX, which the checks above do not need
+  from axpo_jax.stages import sections  # loads JAX, which the checks above do not need
   sections.check(config)
 
 

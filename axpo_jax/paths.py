@@ -8,7 +8,7 @@ neither folders, nor renaming, nor appending. So whoever writes uses what is her
 - `upload`: a folder of files, of which one goes last: who finds that one finds the others.
 - `local`, `scratch`: a folder on this machine for what must have one (safetensors, tokenizers, SGLang).
 
-Files that grow have writers of their own: `train.metrics`, `agent.tools.audit`.
+Files that grow have writers of their own: `stages.metrics`, `agent.tools.audit`.
 """
 
 from __future__ import annotations

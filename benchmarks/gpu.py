@@ -8,7 +8,7 @@ own, so that none finds another's memory taken, and prints one line of JSON:
   parity    log-probabilities of a sequence with an image in bfloat16: how far ours and transformers'
             are from transformers' own in float32, and from each other (nats, mean over tokens)
   training  seconds, tokens/s and MFU of an optimizer step over `--micro_batches` rows of `--tokens`
-            tokens each, an image included. The model FLOPs are those of `train.flops.needed` times three:
+            tokens each, an image included. The model FLOPs are those of `plan.flops.needed` times three:
             recomputation does not count
   decode    new tokens/s of `--batch` prompts, prefill included: the embedded engine against
             transformers' `generate`

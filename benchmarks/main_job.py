@@ -43,20 +43,23 @@ import torch
 from ml_collections import ConfigDict
 from transformers.utils import logging as transformers_logging
 
+from axpo_jax import seeds
 from axpo_jax.agent.transcript import Transcript
 from axpo_jax.config import ASSETS
 from axpo_jax.data.question import Question
+from axpo_jax.engine.protocol import EngineStats, SampleRequest
+from axpo_jax.miniworld.engine import TeacherEngine
 from axpo_jax.model import hf
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.images import ProcessedImage
+from axpo_jax.plan import flops
 from axpo_jax.rl.resample import prefix_budget
-from axpo_jax.rollout.engine import EngineStats, SampleRequest
-from axpo_jax.rollout.teacher_engine import TeacherEngine
-from axpo_jax.train import build, collect, flops, seeds
+from axpo_jax.rollouts import collect
+from axpo_jax.stages import build
+from axpo_jax.stages.rl import Recipe
 from axpo_jax.train.batch import batch_shards, packing_metrics, targets
 from axpo_jax.train.examples import supervised
 from axpo_jax.train.packing import Example, pack
-from axpo_jax.train.rl import Recipe
 from axpo_jax.train.step import Learner, supervised_objective
 from benchmarks.torch_side import PyTorch, choose_threads
 from configs import axpo_tiny

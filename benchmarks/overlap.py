@@ -35,10 +35,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from axpo_jax.agent.tools.base import EpisodeState, Observation, Tool, ToolBox
-from axpo_jax.train import build
-from axpo_jax.train.ahead import Ahead
-from axpo_jax.train.collect import Group
-from axpo_jax.train.rl import Collected, Loop
+from axpo_jax.rollouts.ahead import Ahead
+from axpo_jax.rollouts.collect import Group
+from axpo_jax.stages import build
+from axpo_jax.stages.rl import Collected, Loop
 from configs import axpo_tiny
 
 TOOL_SECONDS = 2.0

@@ -34,7 +34,7 @@ from axpo_jax.model import sharding
 from axpo_jax.model.config import PRESETS, ModelConfig
 from axpo_jax.model.images import PatchFormat, ProcessedImage
 from axpo_jax.model.vision_inputs import mrope_positions
-from axpo_jax.train import build
+from axpo_jax.stages import build
 from axpo_jax.train.batch import Batch, packing_metrics, shape_of
 from axpo_jax.train.packing import Example, pack
 from configs import axpo_8b, axpo_tiny

@@ -34,9 +34,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from axpo_jax.config import ASSETS
-from axpo_jax.data.make_tokenizer import ADDED_TOKENS
 from axpo_jax.model import hf
 from axpo_jax.model.config import PRESETS, ModelConfig, TextConfig, VisionConfig
+from experiments.miniworld.make_tokenizer import ADDED_TOKENS
 
 FIRST_ADDED = 151_643  # the id of <|endoftext|>; the other added tokens follow in their order
 SHARD_BYTES = 1 << 30

@@ -16,8 +16,8 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from axpo_jax.eval.report.__main__ import main as make_report
-from tests.eval.report_run import open_page, write_run
+from axpo_jax.report.__main__ import main as make_report
+from tests.report.report_run import open_page, write_run
 
 
 def main() -> None:

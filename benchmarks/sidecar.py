@@ -31,8 +31,10 @@ import time
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from axpo_jax.train import build, collect, seeds
-from axpo_jax.train.rl import Loop
+from axpo_jax import seeds
+from axpo_jax.rollouts import collect
+from axpo_jax.stages import build
+from axpo_jax.stages.rl import Loop
 from configs import axpo_tiny
 
 CONTINUATIONS = 4

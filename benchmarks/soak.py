@@ -46,12 +46,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from etils import epath
 
 from axpo_jax.agent.tools import audit
+from axpo_jax.engine.protocol import Engine, Sample, SampleRequest
+from axpo_jax.engine.sglang.server import Sidecar, SidecarSpec
 from axpo_jax.model.chat import Chat
-from axpo_jax.rollout.engine import Engine, Sample, SampleRequest
-from axpo_jax.rollout.sidecar import Sidecar, SidecarSpec
-from axpo_jax.train import build
-from axpo_jax.train.collect import Group
-from axpo_jax.train.rl import Loop
+from axpo_jax.rollouts.collect import Group
+from axpo_jax.stages import build
+from axpo_jax.stages.rl import Loop
 from configs import axpo_tiny
 
 CORPUS = pathlib.Path(__file__).resolve().parents[1] / "tests" / "hostile"

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
   os.environ["JAX_PLATFORMS"] = "cpu"  # no device is used
   from axpo_jax.config import ConfigError
   from axpo_jax.model.config import UnsupportedConfig
-  from axpo_jax.train.chips import TopologyError
+  from axpo_jax.plan.chips import TopologyError
   try:
     _report(_CONFIG.value)
   except (ConfigError, TopologyError, UnsupportedConfig, OSError) as error:
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
 
 
 def _report(config: ConfigDict) -> None:
-  from axpo_jax.train import slice_plan, slice_report
+  from axpo_jax.plan import slice_plan, slice_report
   plan = slice_plan.Plan.from_config(config, _TOPOLOGY.value, layers=_LAYERS.value,
                                      image_share=_IMAGES.value, largest=_LARGEST.value)
   print(f"{pathlib.Path(sys.argv[0]).name}: {plan.describe()}\n", flush=True)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from axpo_jax.config import apply_recipe
 from axpo_jax.config_checks import validate
-from axpo_jax.train import machine
+from axpo_jax.stages import machine
 from launch import command
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -53,7 +53,8 @@ def main(argv: list[str]) -> None:
   validate(_CONFIG.value)
   machine.prepare(_CONFIG.value)
   # Imported late: --help, a misspelt override and a bad field answer without waiting for JAX.
-  from axpo_jax.train import distributed, experiment, preemption
+  from axpo_jax.stages import distributed, experiment
+  from axpo_jax.train import preemption
   distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
   preemption.install()
   try:

@@ -24,8 +24,8 @@ from absl import app, flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from axpo_jax.rollout.sidecar import Sidecar, SidecarError, SidecarSpec, environment, sizing
-from axpo_jax.rollout.sidecar.spec import API_KEY_VARIABLE, DEVICES
+from axpo_jax.engine.sglang.server import Sidecar, SidecarError, SidecarSpec, environment, sizing
+from axpo_jax.engine.sglang.server.spec import API_KEY_VARIABLE, DEVICES
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint folder in Hugging Face layout.")
 _DEVICE = flags.DEFINE_enum("device", "cuda", DEVICES, "What the servers run on.")

@@ -46,7 +46,7 @@ from axpo_jax import markdown, paths
 from axpo_jax.config import ConfigError
 from axpo_jax.config_checks import validate
 from axpo_jax.eval import statistics
-from axpo_jax.train.metrics import read_metrics
+from axpo_jax.stages.metrics import read_metrics
 from launch import command
 
 _CONFIG = flags.DEFINE_string("config", None, "Config file of all points.")

@@ -89,7 +89,7 @@ def job(config: str, workdir: pathlib.Path, changes: dict, count: int, port: int
 _DYING = f"""
 import os, runpy, signal, sys
 sys.path.insert(0, {str(REPO)!r})
-from axpo_jax.train.metrics import MetricsWriter
+from axpo_jax.stages.metrics import MetricsWriter
 last, write = int(sys.argv.pop(1)), MetricsWriter.write
 
 def write_and_die(self, step, values):

@@ -36,8 +36,8 @@ def sidecar_python():
 
   Tests that ask for it start real servers: `with Sidecar(SidecarSpec(...), folder) as sidecar`.
   """
-  from axpo_jax.rollout.sidecar import SidecarError
-  from axpo_jax.rollout.sidecar.environment import find_python
+  from axpo_jax.engine.sglang.server import SidecarError
+  from axpo_jax.engine.sglang.server.environment import find_python
 
   try:
     return find_python("cpu")

@@ -1,6 +1,6 @@
 """Imports point one way, and what needs no accelerator does not load one.
 
-launch -> train, eval -> rollout, agent, rl, model, data
+launch -> stages, report, plan -> rollouts, train, eval -> agent -> engine -> model, data, rl
 """
 
 import ast
@@ -21,33 +21,38 @@ ALLOWED = {
   "paths": {"config"},
   "processes": set(),
   "markdown": set(),
-  "config_checks": {"config", "paths", "rl.recipes", "train.sections"},
+  "seeds": set(),
+  "config_checks": {"config", "paths", "rl.recipes", "stages.sections"},
   "config_reference": {"config"},
-  "model": {"model"},
   "rl": {"rl"},
+  "model": {"model"},
   "data": {"data", "model", "paths"},
-  "rollout": {"rollout", "model", "data", "processes"},
-  "agent": {"agent", "paths", "model.chat", "model.images", "model.pictures", "data.question",
-            "rollout.engine"},
-  "train": {"train", "eval", "rollout", "agent", "rl", "model", "data", "config", "paths",
-            "processes"},
-  "eval": {"train", "eval", "rollout", "agent", "rl", "model", "data", "config", "paths", "processes",
-           "markdown"},
+  "engine": {"engine", "model", "processes"},
+  "agent": {"agent", "paths", "model.chat", "model.images", "model.pictures", "data.question", "engine.protocol"},
+  "miniworld": {"miniworld", "data", "model", "engine"},
+  "eval": {"eval", "engine.endpoint", "agent", "data", "rl", "paths"},
+  "rollouts": {"rollouts", "eval.scoring", "agent", "engine", "data", "model", "rl", "config", "paths", "seeds"},
+  "train": {"train", "rollouts.collect", "agent", "model", "rl", "config", "paths", "processes"},
+  "diagnose": {"diagnose", "markdown", "rollouts", "agent", "rl"},
+  "stages": {"stages", "markdown", "rollouts", "train", "eval", "miniworld", "agent", "engine", "model", "data", "rl",
+             "config", "paths", "processes", "seeds"},
+  "plan": {"plan", "stages", "train", "engine", "model", "rl", "config"},
+  "report": {"report", "stages.metrics", "stages.summary", "diagnose", "rollouts", "eval", "agent", "data", "paths"},
 }
 # Modules that agents, tools and planning are made of: they load in a moment, on any machine.
 WITHOUT_JAX = (
-  "agent.dump", "agent.episode", "agent.rewards", "agent.tools.audit", "agent.tools.corpus",
+  "rollouts.dump", "agent.episode", "agent.rewards", "agent.tools.audit", "agent.tools.corpus",
   "agent.tools.function", "agent.tools.image_search", "agent.tools.mcp_server",
   "agent.tools.python", "agent.tools.tavily", "agent.tools.zoom", "config_checks", "data.adapters",
-  "data.filters", "data.inspect", "data.miniworld.teacher", "data.question", "data.readers",
-  "eval.benchmarks", "eval.forced", "eval.judge", "eval.passk", "eval.scoring", "eval.shards", "eval.summary",
-  "model.chat", "model.config", "model.images", "rl.advantages", "rl.census", "rl.credit",
-  "rl.recipes", "rl.resample", "rollout.engine", "rollout.openai_engine", "rollout.sidecar",
-  "rollout.sidecar.environment", "rollout.sidecar.sizing", "rollout.teacher_engine",
-  "rollout.weightless",
-  "train.machine", "train.seeds")
+  "data.filters", "data.inspect", "miniworld.teacher", "data.question", "data.readers",
+  "eval.benchmarks", "stages.forced", "eval.judge", "eval.passk", "eval.scoring", "rollouts.shards", "stages.summary",
+  "model.chat", "model.config", "model.images", "rl.advantages", "rollouts.census", "rl.credit",
+  "rl.recipes", "rl.resample", "engine.protocol", "engine.openai", "engine.sglang.server",
+  "engine.sglang.server.environment", "engine.sglang.server.sizing", "miniworld.engine",
+  "engine.weightless",
+  "stages.machine", "seeds")
 # Runs in the servers' environment, which has torch and SGLang and nothing of ours.
-SERVE = PACKAGE / "rollout" / "sidecar" / "serve.py"
+SERVE = PACKAGE / "engine" / "sglang" / "server" / "serve.py"
 
 
 def imported(path: pathlib.Path) -> set[str]:
@@ -91,7 +96,7 @@ def test_package_imports_neither_torch_nor_sglang(path):
 
 def test_launch_needs_train_only():
   assert ours(REPO / "launch" / "main.py") == {
-    "config.apply_recipe", "config_checks.validate", "train.distributed", "train.experiment", "train.machine",
+    "config.apply_recipe", "config_checks.validate", "stages.distributed", "stages.experiment", "stages.machine",
     "train.preemption"}
 
 
@@ -104,7 +109,7 @@ def test_wrong_import_would_be_noticed(tmp_path):
   file = tmp_path / "wrong.py"
   file.write_text("def f():\n  from axpo_jax.agent import rewards\n")
   assert ours(file) == {"agent.rewards"}
-  assert not allowed("agent.rewards", "rollout")
+  assert not allowed("agent.rewards", "engine")
   assert not allowed("model.qwen3_vl", "agent")
   assert allowed("model.chat.Chat", "agent")
 
@@ -124,7 +129,7 @@ def test_tools_load_without_their_packages():
   """setup.py's extra `tools` is needed by whoever uses a tool, not by whoever imports it."""
   lines = ["import sys",
            "for name in ('IPython', 'aiolimiter', 'bm25s', 'mcp', 'tenacity'): sys.modules[name] = None",
-           *(f"import axpo_jax.{name}" for name in WITHOUT_JAX), "import axpo_jax.train.toolbox"]
+           *(f"import axpo_jax.{name}" for name in WITHOUT_JAX), "import axpo_jax.stages.toolbox"]
   done = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=REPO, capture_output=True,
                         text=True)
   assert done.returncode == 0, done.stderr

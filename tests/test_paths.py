@@ -26,8 +26,8 @@ from axpo_jax.agent.tools import audit
 from axpo_jax.config import ConfigError
 from axpo_jax.data.question import load_image
 from axpo_jax.data.readers import read_questions
+from axpo_jax.stages.metrics import MetricsWriter, read_metrics
 from axpo_jax.train.checkpoint import Checkpoints
-from axpo_jax.train.metrics import MetricsWriter, read_metrics
 from tests import gcs
 
 REPO = pathlib.Path(axpo_jax.__file__).parents[1]

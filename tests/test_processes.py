@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from axpo_jax import processes
-from axpo_jax.rollout.sidecar.spec import free_port
+from axpo_jax.engine.sglang.server.spec import free_port
 from tests import children
 
 

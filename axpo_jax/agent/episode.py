@@ -40,9 +40,9 @@ from axpo_jax.agent.transcript import (
   TranscriptError,
 )  # fmt: skip
 from axpo_jax.data.question import Question, open_image
+from axpo_jax.engine.protocol import Engine, PromptTooLong, Sample, SampleRequest, SamplingParams
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageError, ImageLimits, ImageProcessor
-from axpo_jax.rollout.engine import Engine, PromptTooLong, Sample, SampleRequest, SamplingParams
 
 Judge = Callable[[Question, str], Awaitable[rewards.Verdict]]
 

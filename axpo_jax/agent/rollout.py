@@ -122,7 +122,7 @@ class Rollout:
     return float(np.mean(np.exp(np.asarray(self.transcript.logprobs[slice(*span)], np.float64))))
 
   def to_json(self) -> dict[str, Any]:
-    """All fields but the transcript, as JSON values; see agent.dump for the transcript."""
+    """All fields but the transcript, as JSON values; see rollouts.dump for the transcript."""
     fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
               if field.name != "transcript"}
     # Not asdict: it copies arguments level by level, and they may have many.

@@ -8,13 +8,11 @@ stores them as they are. Items are made in the order of the stream, by threads a
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import grain
 
-from axpo_jax.data.miniworld import world
 from axpo_jax.data.question import Question
 
 T = TypeVar("T")
@@ -31,25 +29,6 @@ class Source(Protocol[T]):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int, /) -> T: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class MiniWorldSource:
-  """The first `size` questions of a split of the miniature world, made when they are asked for."""
-
-  size: int
-  seed: int
-  split: str = "train"
-  config: world.WorldConfig = dataclasses.field(default_factory=world.WorldConfig)
-
-  def __len__(self) -> int:
-    return self.size
-
-  def __getitem__(self, index: int) -> Question:
-    index = operator.index(index)
-    if not 0 <= index < self.size:
-      raise IndexError(f"question {index} of a split of {self.size}")
-    return world.make_question(self.seed, index, self.config, self.split)
 
 
 @dataclasses.dataclass(frozen=True)

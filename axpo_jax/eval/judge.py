@@ -17,7 +17,7 @@ from typing import Protocol
 import aiohttp
 
 from axpo_jax.data.question import IMAGE_MARK
-from axpo_jax.rollout import endpoint
+from axpo_jax.engine import endpoint
 
 KEY_VARIABLE = "AXPO_JUDGE_API_KEY"
 

@@ -3,7 +3,7 @@
 In: a model and a LoraConfig. Out: the same model whose chosen linear layers compute
 x @ kernel + x @ a @ b * alpha / rank. `b` begins with zeros, so that a new adapter changes nothing.
 An adapter is a parameter of its layer like the kernel: stacked, scanned and split over the mesh with
-it. What the trainer does with adapters is in `train.lora`.
+it. What the trainer does with adapters is in `train.adapters`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from axpo_jax.agent.rollout import Rollout
 from axpo_jax.agent.transcript import Transcript
 from axpo_jax.model.vision_inputs import mrope_positions
 from axpo_jax.rl.credit import Credit, loss_mask
-from axpo_jax.train.collect import Group
+from axpo_jax.rollouts.collect import Group
 from axpo_jax.train.packing import Example
 
 

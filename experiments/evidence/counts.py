@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from axpo_jax.eval import passk
-from axpo_jax.eval.shards import Record
+from axpo_jax.rollouts.shards import Record
 
 
 class Counts(NamedTuple):

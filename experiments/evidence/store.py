@@ -17,8 +17,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from axpo_jax.eval import shards
-from axpo_jax.train.metrics import read_metrics
+from axpo_jax.rollouts import shards
+from axpo_jax.stages.metrics import read_metrics
 from experiments.evidence import counts
 from experiments.evidence.counts import Counts
 

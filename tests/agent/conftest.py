@@ -17,9 +17,9 @@ from axpo_jax.agent.tools.python import PythonTool
 from axpo_jax.agent.tools.zoom import ImageZoomIn
 from axpo_jax.agent.transcript import EpisodeImage
 from axpo_jax.data.question import Question
+from axpo_jax.engine.protocol import Sample, SampleRequest, SamplingParams
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageLimits, ImageProcessor, ProcessedImage
-from axpo_jax.rollout.engine import Sample, SampleRequest, SamplingParams
 
 TINY = pathlib.Path(axpo_jax.__file__).parent / "assets" / "tiny_tokenizer"
 

@@ -14,8 +14,8 @@ from axpo_jax.agent.tools.base import Observation, Tool, ToolBox
 from axpo_jax.agent.transcript import Kind, TranscriptError
 from axpo_jax.data import question as question_lib
 from axpo_jax.data.question import Question
+from axpo_jax.engine.protocol import PromptTooLong, Sample
 from axpo_jax.model.images import ImageLimits
-from axpo_jax.rollout.engine import PromptTooLong, Sample
 
 ZOOM = ('<tool_call>\n{{"name": "image_zoom_in", "arguments": {{"bbox_2d": [{0}, {0}, {1}, {1}], '
         '"label": "box"}}}}\n</tool_call>')

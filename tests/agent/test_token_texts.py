@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from axpo_jax.agent.dump import dump_rollouts
 from axpo_jax.agent.token_texts import token_texts
+from axpo_jax.rollouts.dump import dump_rollouts
 
 
 @pytest.mark.parametrize("text", ["plain words", "naïve café", "日本 and 🙂🙂", "", "\\boxed{½}"])

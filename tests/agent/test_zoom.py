@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from axpo_jax.agent.tools.base import EpisodeState, ToolBox
 from axpo_jax.agent.tools.zoom import BoxError, ImageZoomIn, pixel_box
-from axpo_jax.data.miniworld import perception
+from axpo_jax.miniworld import perception
 from axpo_jax.model.images import ImageLimits
 
 SMALL = ImageLimits(48 * 48, 48 * 48)

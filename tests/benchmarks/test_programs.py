@@ -7,7 +7,7 @@ import pytest
 
 from axpo_jax.model import sharding
 from axpo_jax.model.config import PRESETS
-from axpo_jax.train import build
+from axpo_jax.stages import build
 from benchmarks import programs
 from configs import axpo_8b, axpo_tiny
 

@@ -7,6 +7,7 @@ import pytest
 
 from axpo_jax.data import pipeline
 from axpo_jax.data.question import Question
+from axpo_jax.miniworld.world import MiniWorldSource
 
 
 def questions(n):
@@ -71,7 +72,7 @@ def test_examples_restore_exactly_over_an_epoch_boundary():
 
 
 def test_miniworld_source_streams_its_split():
-  source = pipeline.MiniWorldSource(6, seed=1, split="rl")
+  source = MiniWorldSource(6, seed=1, split="rl")
   seen = sum(ids(pipeline.question_batches(source, 2, seed=0, epochs=1)), ())
   assert sorted(seen) == [f"perception-rl-1-{i}" for i in range(6)]
   with pytest.raises(IndexError):

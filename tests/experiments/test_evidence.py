@@ -10,9 +10,10 @@ import shutil
 import pytest
 from scipy import stats as scipy_stats
 
-from axpo_jax.eval import shards, statistics
-from axpo_jax.eval.shards import Record
-from axpo_jax.rl.census import RolloutStats
+from axpo_jax.eval import statistics
+from axpo_jax.rollouts import shards
+from axpo_jax.rollouts.census import RolloutStats
+from axpo_jax.rollouts.shards import Record
 from experiments.evidence import __main__ as command
 from experiments.evidence import counts, figures, measures, store, tables
 from experiments.evidence.counts import Counts, Shares

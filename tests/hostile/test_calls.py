@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from axpo_jax.agent.dump import dump_rollouts
 from axpo_jax.agent.parse import CallError, SpecialIds, parse_call
 from axpo_jax.agent.rollout import CallRecord, Rollout
 from axpo_jax.agent.tools import audit
 from axpo_jax.agent.tools.base import EpisodeState, ToolBox
 from axpo_jax.agent.transcript import Transcript
+from axpo_jax.rollouts.dump import dump_rollouts
 from tests.hostile import corpus
 
 

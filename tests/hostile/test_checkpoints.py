@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from axpo_jax.engine.sglang.server.spec import free_port
 from axpo_jax.model import sharding
-from axpo_jax.rollout.sidecar.spec import free_port
 from axpo_jax.train.checkpoint import CheckpointError, Checkpoints
 from axpo_jax.train.checksums import checksums
 from tests import children

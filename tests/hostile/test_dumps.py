@@ -7,10 +7,10 @@ import json
 import PIL.Image
 import pytest
 
-from axpo_jax.agent.dump import ImageStore, rollout_from_line
 from axpo_jax.agent.parse import SpecialIds
 from axpo_jax.agent.transcript import TranscriptError
-from axpo_jax.eval.report.pictures import Pictures
+from axpo_jax.report.pictures import Pictures
+from axpo_jax.rollouts.dump import ImageStore, rollout_from_line
 from tests.hostile import corpus
 
 SPECIAL = {field.name: number for number, field in enumerate(dataclasses.fields(SpecialIds))}

@@ -6,11 +6,11 @@ import random
 
 import pytest
 
-from axpo_jax.eval.diagnose import figures, output, reading
-from axpo_jax.eval.diagnose.__main__ import main
-from axpo_jax.eval.report import foreign
-from axpo_jax.eval.report.pictures import Pictures
-from tests.eval import logs
+from axpo_jax.diagnose import figures, output, reading
+from axpo_jax.diagnose.__main__ import main
+from axpo_jax.report import foreign
+from axpo_jax.report.pictures import Pictures
+from tests.diagnose import logs
 from tests.hostile import corpus
 
 

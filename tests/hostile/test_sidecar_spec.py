@@ -6,10 +6,10 @@ import logging
 import pytest
 
 import axpo_jax
+from axpo_jax.engine.sglang.server import SidecarError, SidecarSpec
+from axpo_jax.engine.sglang.server.spec import process_environment, server_command
 from axpo_jax.model.config import PRESETS
-from axpo_jax.rollout.sidecar import SidecarError, SidecarSpec
-from axpo_jax.rollout.sidecar.spec import process_environment, server_command
-from axpo_jax.train import distributed
+from axpo_jax.stages import distributed
 
 MODEL = f"{axpo_jax.__path__[0]}/assets/warm_start"
 

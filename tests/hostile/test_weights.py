@@ -12,7 +12,7 @@ import axpo_jax
 from axpo_jax.config import ConfigError, base_config
 from axpo_jax.model import hf
 from axpo_jax.model.config import PRESETS, ModelConfig, UnsupportedConfig
-from axpo_jax.train import build
+from axpo_jax.stages import build
 from tests.hostile import corpus
 
 TINY = PRESETS["tiny"]

@@ -10,7 +10,7 @@ import pytest
 
 import axpo_jax
 from axpo_jax.config import ConfigError
-from axpo_jax.train import chips, slice_plan
+from axpo_jax.plan import chips, slice_plan
 from configs import axpo_8b
 from tests import children
 

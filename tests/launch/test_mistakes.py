@@ -19,7 +19,7 @@ from PIL import Image
 
 import axpo_jax
 from axpo_jax.config import ASSETS, RunStopped
-from axpo_jax.train import experiment
+from axpo_jax.stages import experiment
 from tests import children
 
 REPO = pathlib.Path(axpo_jax.__file__).parents[1]

@@ -12,11 +12,11 @@ import sys
 import pytest
 
 import axpo_jax
-from axpo_jax.train.metrics import read_metrics
+from axpo_jax.stages.metrics import read_metrics
 from tests import children
 
 REPO = pathlib.Path(axpo_jax.__file__).parents[1]
-MICRO = "tests/train/micro_config.py"
+MICRO = "tests/stages/micro_config.py"
 TINY = (
   # A policy that calls, and is often wrong: something is resampled, and recovered.
   f"--config.model.checkpoint={REPO / 'axpo_jax' / 'assets' / 'practised'}",

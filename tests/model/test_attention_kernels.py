@@ -112,7 +112,7 @@ def test_the_choice():
 def test_compiles_for_a_slice_without_an_array_of_tokens_x_tokens():
   """Two rows of 32k tokens on four chips, two of which share a row; the kernel is chosen by itself."""
   pytest.importorskip("libtpu", reason="NOT TESTED HERE: compiling for TPUs. libtpu is not installed")
-  from axpo_jax.train.chips import slice_mesh
+  from axpo_jax.plan.chips import slice_mesh
   length, kv_heads, group, dim = 32_768, 2, 4, 128
   mesh = slice_mesh("v5e:2x2", {"fsdp": 2, "context": 2})
 

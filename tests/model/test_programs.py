@@ -11,7 +11,7 @@ from flax import nnx
 from axpo_jax.model import programs, sharding
 from axpo_jax.model.config import PRESETS
 from axpo_jax.model.qwen3_vl import Qwen3VL
-from axpo_jax.train import aot
+from axpo_jax.plan import aot
 from axpo_jax.train.state import OptimizerConfig, make_optimizer
 from axpo_jax.train.step import Learner, supervised_objective
 

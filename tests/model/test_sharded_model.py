@@ -9,7 +9,7 @@ from flax import nnx
 from axpo_jax.model import sharding
 from axpo_jax.model.cache import KVCache
 from axpo_jax.model.text import gather_image
-from axpo_jax.train.hlo import collectives
+from axpo_jax.plan.hlo import collectives
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 # Two devices share a row.

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from axpo_jax.eval import passk
-from axpo_jax.rl import census, losses, recipes
-from axpo_jax.rl.acting import acting_census
+from axpo_jax.rl import losses, recipes
 from axpo_jax.rl.credit import Branch, CreditConfig, GroupOutcome, assign_credit
+from axpo_jax.rollouts import census
+from axpo_jax.rollouts.acting import acting_census
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 

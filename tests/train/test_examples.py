@@ -11,11 +11,13 @@ import pytest
 import axpo_jax
 from axpo_jax.agent.transcript import Kind
 from axpo_jax.config import ASSETS
-from axpo_jax.data.miniworld import perception
-from axpo_jax.data.miniworld.teacher import TeacherConfig
+from axpo_jax.miniworld import perception
+from axpo_jax.miniworld.engine import TeacherEngine
+from axpo_jax.miniworld.teacher import TeacherConfig
 from axpo_jax.rl.credit import ALL, CONTINUATION, PREFIX, Credit
-from axpo_jax.rollout.teacher_engine import TeacherEngine
-from axpo_jax.train import build, collect, examples
+from axpo_jax.rollouts import collect
+from axpo_jax.stages import build
+from axpo_jax.train import examples
 from axpo_jax.train.packing import PackingError
 from configs.sft_tiny import get_config
 

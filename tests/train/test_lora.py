@@ -16,15 +16,16 @@ from axpo_jax.model.config import TEXT_TARGETS, VISION_TARGETS, LoraConfig
 from axpo_jax.model.layers import Linear, Maker
 from axpo_jax.model.lora import Adapter
 from axpo_jax.model.qwen3_vl import Qwen3VL
-from axpo_jax.train import build, experiment, lora
+from axpo_jax.stages import build, experiment
+from axpo_jax.stages.metrics import MetricsWriter, read_metrics
+from axpo_jax.train import adapters as lora
 from axpo_jax.train.batch import targets
 from axpo_jax.train.checkpoint import Checkpoints
-from axpo_jax.train.metrics import MetricsWriter, read_metrics
 from axpo_jax.train.packing import pack
 from axpo_jax.train.state import OptimizerConfig, make_optimizer
 from axpo_jax.train.step import Learner, supervised_objective
-from tests.train import rigged
-from tests.train.micro_config import get_config
+from tests.stages import rigged
+from tests.stages.micro_config import get_config
 
 EVERYWHERE = LoraConfig(rank=4, alpha=12.0, targets=(*TEXT_TARGETS, *VISION_TARGETS))
 ADAPTED = {*(f"text/layers/{name}" for name in TEXT_TARGETS),

@@ -14,7 +14,7 @@ from axpo_jax.model import sharding
 from axpo_jax.model.config import PRESETS
 from axpo_jax.model.images import ImageLimits, PatchFormat, ProcessedImage
 from axpo_jax.model.vision_inputs import pack_images
-from axpo_jax.train import sections
+from axpo_jax.stages import sections
 from axpo_jax.train.batch import (
   batch_shards,
   load_batch,

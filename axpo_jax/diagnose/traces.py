@@ -1,0 +1,215 @@
+"""One rollout of any agent, as far as the question "does it act, and does that help?" goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from axpo_jax.rl.advantages import RIGHT
+from axpo_jax.rollouts.acting import ACT, DECLINE
+
+ACTING = ("either", ACT, DECLINE)
+
+
+class TraceError(ValueError):
+  """A record that cannot be read; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """One tool call.
+
+  Attributes:
+    name: the tool as called; "" when the call could not be read.
+    error: kind of its error, None when it worked.
+  """
+
+  name: str
+  error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+  """One rollout.
+
+  Attributes:
+    place: file and line that it was read from.
+    question: rollouts of the same question share this.
+    when: step (int) or day ("2026-01-31") that it belongs to; None if the log does not say.
+    reward: None if the log does not say.
+    calls: in order.
+    thinking: what the agent said to itself; None where the log has nothing of the kind.
+    tools: names of the tools that it was offered, as far as the log says.
+    acting: whether one should act on the question: "act", "decline" or "either".
+    events: what happened (`events.Event`), where the reader was told to keep it.
+  """
+
+  place: str
+  question: str
+  when: int | str | None = None
+  reward: float | None = None
+  calls: Sequence[Call] = ()
+  thinking: str | None = None
+  tools: Sequence[str] = ()
+  acting: str = "either"
+  events: Sequence[Any] = ()
+
+  @property
+  def used_tool(self) -> bool:
+    return bool(self.calls)
+
+  @property
+  def scored(self) -> bool:
+    return self.reward is not None
+
+  @property
+  def right(self) -> bool:
+    return self.reward is not None and self.reward > RIGHT
+
+
+# Names under which logs keep what a trace needs, first match wins; looked for in the record and
+# then in its sub-records META. `--field reward=path.to.it` puts a name before these.
+FIELDS: dict[str, tuple[str, ...]] = {
+  "reward": ("reward", "score", "correct", "is_correct", "accuracy", "acc"),
+  "question": ("question_id", "qid", "problem_id", "task_id", "prompt_id", "example_id"),
+  "when": ("step", "global_step", "training_step", "date", "timestamp", "created_at", "created",
+           "start_time"),
+  "acting": ("acting",),
+  "messages": (),
+}
+META = ("metadata", "meta", "extra", "extra_info", "info", "reward_info")
+# Ids of questions are often unique only within one of these.
+_SCOPES = ("data_source", "dataset", "env_id", "domain")
+# What an object of several scores is worth: the first of these that it has.
+_TOTALS = (*FIELDS["reward"], "score_total", "total", "overall", "final", "value")
+
+
+class Fields:
+  """Finds a trace's facts in a foreign record.
+
+  Args:
+    names: {a name of FIELDS: dotted path}, looked for first.
+  """
+
+  def __init__(self, names: Mapping[str, str] | None = None):
+    self._names = dict(names or {})
+    if unknown := self._names.keys() - FIELDS.keys():
+      raise TraceError(f"no field {sorted(unknown)}; there are {sorted(FIELDS)}")
+
+  @property
+  def messages(self) -> str | None:
+    """Where the messages are, if that was said."""
+    return self._names.get("messages")
+
+  def find(self, record: Mapping[str, Any], field: str, known: Mapping[str, Any] | None = None
+           ) -> tuple[str, Any]:
+    """(name, value) of one field; ("", None) if the record has none. What a format `known`s itself
+    goes before the usual names, and after a path that was given."""
+    if field in self._names:
+      return self._names[field], at(record, self._names[field])
+    if known and known.get(field) is not None:
+      return field, known[field]
+    for place in (record, *(record.get(name) for name in META)):
+      if isinstance(place, Mapping):
+        for name in FIELDS[field]:
+          if place.get(name) is not None:
+            return name, place[name]
+    return "", None
+
+  def common(self, record: Mapping[str, Any], known: Mapping[str, Any] | None = None
+             ) -> dict[str, Any]:
+    """Reward, time and label of a record, as arguments of a Trace; `question` if it is named.
+
+    Raises:
+      TraceError: a value that cannot be what its name says.
+    """
+    name, when = self.find(record, "when", known)
+    out = {"reward": _reward(self.find(record, "reward", known)[1]), "when": _when(when, name)}
+    _, question = self.find(record, "question", known)
+    if question is not None:
+      scope = next((str(record[name]) for name in _SCOPES if record.get(name)), "")
+      out["question"] = f"{scope} {question}".strip()
+    _, acting = self.find(record, "acting", known)
+    if acting is not None:
+      if acting not in ACTING:
+        raise TraceError(f"acting is {acting!r}; it must be one of {ACTING}")
+      out["acting"] = acting
+    return out
+
+
+def at(record: Any, path: str) -> Any:
+  """What lies at a dotted path; None if nothing does. A name with dots in it goes first."""
+  if isinstance(record, Mapping) and path in record:
+    return record[path]
+  for name in path.split("."):
+    record = record.get(name) if isinstance(record, Mapping) else None
+  return record
+
+
+def _reward(value: Any) -> float | None:
+  if isinstance(value, Mapping):
+    name = next((name for name in _TOTALS if name in value), None)
+    if name is None and len(value) == 1:
+      (name,) = value
+    if name is None:
+      raise TraceError(f"reward is an object with the fields {sorted(map(str, value))[:8]}; name one: "
+                       "--field reward=PATH")
+    return _reward(value[name])
+  if value is None or value == "":
+    return None
+  words = {"true": 1.0, "correct": 1.0, "false": 0.0, "incorrect": 0.0, "wrong": 0.0}
+  if isinstance(value, str) and value.lower() in words:
+    return words[value.lower()]
+  try:
+    reward = float(value)
+  except (TypeError, ValueError, OverflowError) as error:
+    raise TraceError(f"reward is {_short(value)}, not a number, true or false") from error
+  if math.isinf(reward):
+    raise TraceError(f"reward is {reward}, not a finite number")
+  return None if math.isnan(reward) else reward
+
+
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?")  # Python's own numbers may have a _ inside
+_COMPACT = re.compile(r"(\d{4})(\d\d)(\d\d)(?:[T_ -]\d{4,6}.*|\d{6})?")  # 20251127_101500
+# Larger numbers are seconds since 1970 (from September 2001 on), smaller ones are steps.
+_FIRST_TIMESTAMP, _LAST_TIMESTAMP = 1_000_000_000, 10_000_000_000
+
+
+def _when(value: Any, name: str = "") -> int | str | None:
+  """A step, or the day of a date."""
+  if value is None or isinstance(value, bool):
+    return None
+  text = str(value).strip()
+  compact = _COMPACT.fullmatch(text) if "step" not in name else None
+  if compact and (day := _day(*map(int, compact.groups()))) is not None:
+    return day
+  if not _NUMBER.fullmatch(text):
+    try:
+      return datetime.datetime.fromisoformat(text).date().isoformat()
+    except ValueError as error:
+      raise TraceError(
+        f"{_short(value)} is neither a step nor a date such as 2026-01-31") from error
+  number = float(text)
+  while _LAST_TIMESTAMP <= number < math.inf:  # milli-, micro- and nanoseconds
+    number /= 1000
+  if not abs(number) < _LAST_TIMESTAMP:
+    raise TraceError(f"{_short(value)} is neither a step nor a date such as 2026-01-31")
+  if number < _FIRST_TIMESTAMP:
+    return int(number)
+  return datetime.datetime.fromtimestamp(number, datetime.UTC).date().isoformat()
+
+
+def _day(year: int, month: int, day: int) -> str | None:
+  try:
+    return datetime.date(year, month, day).isoformat() if 1970 <= year <= 2200 else None
+  except ValueError:
+    return None
+
+
+def _short(value: Any) -> str:
+  text = repr(value)
+  return text if len(text) <= 80 else f"{text[:77]}..."

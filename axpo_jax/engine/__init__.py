@@ -1,0 +1,1 @@
+"""Who samples tokens: the protocol, and the engines that keep it."""

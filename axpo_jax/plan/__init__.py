@@ -1,0 +1,1 @@
+"""What a slice or a GPU server needs, compiled without one."""

@@ -1,1 +1,0 @@
-"""Who samples the tokens: the engine protocol and the engines."""

@@ -1,6 +1,0 @@
-"""The sidecar: SGLang servers beside the trainer, in processes and an environment of their own."""
-
-from axpo_jax.rollout.sidecar.spec import SidecarError, SidecarSpec
-from axpo_jax.rollout.sidecar.supervisor import ServerStatus, Sidecar
-
-__all__ = ["ServerStatus", "Sidecar", "SidecarError", "SidecarSpec"]

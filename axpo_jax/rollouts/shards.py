@@ -1,0 +1,384 @@
+"""Sampled shards: n judged rollouts of every question of a stream, on the disk and restartable.
+
+In: questions one after the other, and somebody who answers them (an `Actor`, of any engine). Out: a
+folder of shards, and the records in it. Teacher sampling, the difficulty filter and evaluation are
+this and nothing else. The folder:
+
+  rollouts_00000.jsonl  all rollouts of the first questions, failed ones too, as rollouts.dump writes them
+  records_00000.jsonl   a Record a question; written last, so a shard that has it is finished
+  images/               what the policy saw, by content
+  done.json             totals; written when the stream has ended
+
+The folder may be on an object store.
+A shard is written whole or not at all. After a kill, finished shards are skipped and the others are
+sampled again with the seeds they had, so nothing that was kept is sampled twice. A rollout's seed
+comes from its question's id and its number: neither the size of the shards nor the other questions
+matter. What a judge could not judge is judged again by `judge_again`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from etils import epath
+from tqdm import tqdm
+
+from axpo_jax import paths, seeds
+from axpo_jax.agent.rollout import FAILED_STOPS, Rollout
+from axpo_jax.config import RunStopped
+from axpo_jax.data.filters import Counts
+from axpo_jax.data.question import IMAGE_MARK, Question
+from axpo_jax.eval.scoring import JUDGE_FAILED, Score
+from axpo_jax.model.chat import Chat
+from axpo_jax.model.images import ImageProcessor
+from axpo_jax.rollouts import collect, dump
+from axpo_jax.rollouts.census import GroupStats, RolloutStats
+
+DONE = "done.json"
+# Of an evaluation's folder: the held-out questions; and within, the same with calls forced.
+HELD_OUT, FORCED = "held_out", "forced"
+# Shards under way at once: while the last episodes of one end, the next one has begun.
+_AHEAD = 2
+
+Scorer = Callable[[Question, str | None], Awaitable[Score]]
+
+
+class ShardError(ValueError):
+  """The folder holds shards of other questions or of another number of rollouts, or damaged ones."""
+
+
+class SamplingError(RunStopped):
+  """Every rollout of a shard failed: whoever samples is not there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """What is known of one question once it was sampled.
+
+  Attributes:
+    id: of the question.
+    place: of the question in its stream, from 0.
+    asked: rollouts that were asked for.
+    stats: of every rollout, failed ones too, in the order of the shard's rollouts; none if the
+      question could not be asked.
+    answers: the answer of each.
+    scores: how each was judged, where a benchmark's scoring did it.
+    family: `Question.category`.
+    acting: `Question.acting`.
+    group: what variants of one question share; by default its id.
+    error: why a rollout failed, or why the question could not be asked; "" if nothing did.
+  """
+
+  id: str
+  place: int
+  asked: int
+  stats: tuple[RolloutStats, ...]
+  answers: tuple[str | None, ...]
+  scores: tuple[Score, ...] = ()
+  family: str = ""
+  acting: str = "either"
+  group: str = ""
+  error: str = ""
+
+  @property
+  def judged(self) -> list[int]:
+    """Numbers of the rollouts that the machine did not end."""
+    return [i for i, stats in enumerate(self.stats) if stats.stop not in FAILED_STOPS]
+
+  @property
+  def failed(self) -> int:
+    return self.asked - len(self.judged)
+
+  @property
+  def unjudged(self) -> list[int]:
+    """Numbers of the rollouts whose judge failed."""
+    return [i for i, score in enumerate(self.scores) if score.how == JUDGE_FAILED]
+
+  @property
+  def counts(self) -> Counts:
+    return Counts(tuple(self.stats[i].reward for i in self.judged))
+
+  def group_stats(self) -> GroupStats:
+    """As the census counts it."""
+    return GroupStats([self.stats[i] for i in self.judged], family=self.family, acting=self.acting)
+
+  def to_json(self) -> dict[str, Any]:
+    counts = self.counts
+    return {"id": self.id, "passed": counts.passed, "judged": len(counts.rewards),
+            "failed": self.failed} | dataclasses.asdict(self)
+
+  @classmethod
+  def from_json(cls, record: Mapping[str, Any]) -> Record:
+    fields = {field.name: record[field.name] for field in dataclasses.fields(cls)}
+    return cls(**fields | {
+      "stats": tuple(RolloutStats(**stats) for stats in record["stats"]),
+      "answers": tuple(record["answers"]),
+      "scores": tuple(Score(**score) for score in record["scores"])})
+
+
+def done(folder: epath.Path) -> bool:
+  """Whether the whole stream was sampled."""
+  return (folder / DONE).exists()
+
+
+def records(folder: str | os.PathLike) -> Iterator[Record]:
+  """The records of all finished shards, in the order of the stream.
+
+  Raises:
+    ShardError: there is none, or one is damaged.
+  """
+  files = paths.glob(epath.Path(folder), "records_*.jsonl")
+  if not files:
+    raise ShardError(f"{folder} holds no sampled shards (records_*.jsonl)")
+  return itertools.chain.from_iterable(map(_read, files))
+
+
+def _read(path: epath.Path) -> list[Record]:
+  try:
+    return [Record.from_json(json.loads(line)) for line in path.read_text().splitlines()]
+  except (ValueError, KeyError, TypeError) as error:
+    raise ShardError(f"{path} is damaged ({error!r}): delete it, and it is sampled again") from error
+
+
+class Trajectories:
+  """Chosen rollouts of a folder of shards, or all of one dump, read when they are asked for.
+
+  Args:
+    path: the folder, or the .jsonl file.
+    processor: makes the images' patches.
+    choose: which rollouts of a record are wanted, by number; None: all. Records are in shards alone.
+  """
+
+  def __init__(self, path: str | os.PathLike, processor: ImageProcessor,
+               choose: Callable[[Record], Iterable[int]] | None = None):
+    self._processor = processor
+    self._places: list[tuple[epath.Path, int]] = []  # file, byte
+    path = epath.Path(path)
+    if path.is_file():
+      self._places = [(path, start) for start in _line_starts(path)]
+      return
+    for file in paths.glob(path, "records_*.jsonl"):
+      rollouts, numbers = _rollouts_of(file), itertools.count()
+      starts = _line_starts(rollouts)
+      for record in _read(file):
+        own = [next(numbers) for _ in record.stats]
+        wanted = range(len(own)) if choose is None else choose(record)
+        self._places += [(rollouts, starts[own[i]]) for i in wanted]
+
+  def __len__(self) -> int:
+    return len(self._places)
+
+  def __getitem__(self, index: int) -> Rollout:
+    path, start = self._places[index]
+    with paths.local(path).open("rb") as file:
+      file.seek(start)
+      line = file.readline()
+    return dump.rollout_from_line(line, dump.ImageStore(path.parent / "images"), self._processor,
+                                  f"{path}, byte {start}")
+
+
+def _rollouts_of(records_file: epath.Path) -> epath.Path:
+  return records_file.with_name(records_file.name.replace("records_", "rollouts_"))
+
+
+def _line_starts(path: epath.Path) -> list[int]:
+  starts, at = [], 0
+  with paths.local(path).open("rb") as lines:
+    for line in lines:
+      starts.append(at)
+      at += len(line)
+  return starts
+
+
+async def sample(folder: epath.Path, questions: Iterable[Question],
+                 actor: Callable[[Question], collect.Actor], n: int, seed: int, *, size: int = 64,
+                 score: Scorer | None = None, group: Callable[[Question], str] = lambda q: q.id,
+                 progress: str = "") -> list[Record]:
+  """Samples what is not sampled yet, and returns the records of all questions.
+
+  Args:
+    folder: of the shards; made if it is not there.
+    questions: the stream, the same at every call.
+    actor: who answers a question.
+    n: rollouts a question.
+    seed: of the sampling.
+    size: questions of a shard: what a kill can cost.
+    score: judges the answers; None leaves the reward that the episode gave.
+    group: what variants of one question share.
+    progress: label of a progress bar; empty for none.
+
+  Raises:
+    ShardError: finished shards are of other questions, or of another n.
+    SamplingError: all rollouts of a shard failed. Finished shards stay.
+  """
+  paths.make(folder)
+  paths.remove_leftovers(folder)  # of a killed run, half an image too
+  found: dict[int, list[Record]] = {}
+  failures: list[SamplingError] = []
+  room = asyncio.Semaphore(_AHEAD)
+
+  async def one(number: int, asked: list[tuple[int, Question]]):
+    try:
+      found[number] = await run.shard(number, asked)
+    except SamplingError as error:  # shards that are under way may still be finished
+      failures.append(error)
+    finally:
+      room.release()
+
+  with tqdm(desc=progress, unit="question", disable=not progress) as bar:
+    run = _Run(folder, actor, n, seed, score, group, bar)
+    try:
+      async with asyncio.TaskGroup() as tasks:
+        for number, asked in enumerate(_shards(questions, size)):
+          await room.acquire()
+          if failures:
+            break
+          tasks.create_task(one(number, asked))
+    except ExceptionGroup as errors:  # what ended the first shard that failed ends the call
+      raise errors.exceptions[0] from None
+  if failures:
+    raise failures[0]
+  everything = [record for number in sorted(found) for record in found[number]]
+  paths.write_text(folder / DONE, json.dumps(totals(everything), indent=2))
+  return everything
+
+
+async def judge_again(folder: epath.Path, questions: Callable[[], Iterable[Question]],
+                      score: Scorer, chat: Chat, processor: ImageProcessor) -> int:
+  """Scores anew, in finished shards, what a judge failed to judge; returns how much of it still waits.
+
+  Args:
+    folder: of the shards, or one that is not there yet.
+    questions: makes the stream that they were sampled from; not called if nothing waits.
+    score: see `sample`.
+    chat, processor: of the policy that was sampled, to write its rollouts again.
+  """
+  files = {path: _read(path) for path in paths.glob(folder, "records_*.jsonl")}
+  waiting = {record.id for kept in files.values() for record in kept if record.unjudged}
+  if not waiting:
+    return 0
+  # Without pictures, which may be huge: a score is one of texts.
+  asked = {question.id: dataclasses.replace(question, images=(), text=question.text.replace(
+    IMAGE_MARK, "")) for question in questions() if question.id in waiting}
+  for path, kept in files.items():
+    if any(record.unjudged for record in kept):
+      files[path] = await asyncio.gather(*(_judged(record, asked, score) for record in kept))
+      _rewrite(path, files[path], chat, processor)
+  everything = [record for kept in files.values() for record in kept]
+  if done(folder):
+    paths.write_text(folder / DONE, json.dumps(totals(everything), indent=2))
+  return sum(len(record.unjudged) for record in everything)
+
+
+async def _judged(record: Record, asked: Mapping[str, Question], score: Scorer) -> Record:
+  """The record with new scores where it had none."""
+  scores, stats = list(record.scores), list(record.stats)
+  for i in record.unjudged if record.id in asked else ():
+    scores[i] = await score(asked[record.id], record.answers[i])
+    stats[i] = dataclasses.replace(stats[i], reward=scores[i].value)
+  return dataclasses.replace(record, scores=tuple(scores), stats=tuple(stats))
+
+
+def _rewrite(path: epath.Path, kept: list[Record], chat: Chat, processor: ImageProcessor) -> None:
+  """A shard with the rewards of its records, which again are written last."""
+  file = _rollouts_of(path)
+  notes = [json.loads(line)["extra"] for line in file.read_text(encoding="utf-8").splitlines()]
+  rollouts = list(dump.load_rollouts(file, processor))
+  for rollout, stats in zip(rollouts, (s for record in kept for s in record.stats), strict=True):
+    rollout.reward = stats.reward
+  dump.dump_rollouts(file, rollouts, extra=notes, chat=chat, originals=False)
+  _write_records(path, kept)
+
+
+def totals(of: Iterable[Record]) -> dict[str, int]:
+  """Counts over questions: rollouts asked for, judged, failed, right, with tools; and questions by
+  how many of their rollouts are right."""
+  of = list(of)
+  judged = [record.stats[i] for record in of for i in record.judged]
+  return {"questions": len(of), "rollouts": sum(record.asked for record in of),
+          "judged": len(judged), "failed": sum(record.failed for record in of),
+          "right": sum(stats.right for stats in judged),
+          "used_tool": sum(stats.used_tool for stats in judged),
+          "never_right": sum(record.counts.passed == 0 for record in of),
+          "always_right": sum(record.counts.pass_rate == 1 for record in of)}
+
+
+def _shards(questions: Iterable[Question], size: int) -> Iterator[list[tuple[int, Question]]]:
+  stream = iter(enumerate(questions))
+  while shard := list(itertools.islice(stream, size)):
+    yield shard
+
+
+@dataclasses.dataclass
+class _Run:
+  """One call of `sample`."""
+
+  folder: epath.Path
+  actor: Callable[[Question], collect.Actor]
+  n: int
+  seed: int
+  score: Scorer | None
+  group: Callable[[Question], str]
+  bar: tqdm
+
+  async def shard(self, number: int, asked: list[tuple[int, Question]]) -> list[Record]:
+    path = self.folder / f"records_{number:05d}.jsonl"
+    if path.exists():
+      kept = _read(path)
+      self._check(path, kept, asked)
+      self.bar.update(len(kept))
+      return kept
+    answered = await asyncio.gather(*(self._question(place, question) for place, question in asked))
+    rollouts = [rollout for _, own in answered for rollout in own]
+    if rollouts and all(rollout.failed for rollout in rollouts):
+      raise SamplingError(
+        f"all {len(rollouts)} rollouts of shard {number} failed, the first with: "
+        f"{rollouts[0].error or rollouts[0].stop}. Finished shards are kept: mend it and run the "
+        "same command again")
+    notes = [{"group": place, "category": question.category, "acting": question.acting,
+              "gold": list(question.answers), "rollout": i, "question": question.text}
+             for (place, question), (_, own) in zip(asked, answered) for i in range(len(own))]
+    await asyncio.to_thread(dump.dump_rollouts, _rollouts_of(path), rollouts, extra=notes,
+                            chat=self.actor(asked[0][1]).chat, originals=False)
+    new = [record for record, _ in answered]
+    _write_records(path, new)
+    return new
+
+  def _check(self, path: epath.Path, kept: list[Record],
+             asked: list[tuple[int, Question]]) -> None:
+    if [record.id for record in kept] != [question.id for _, question in asked]:
+      raise ShardError(f"{path} is of other questions than those asked for now, or of another shard "
+                       "size: choose another folder, or delete this one")
+    if other := {record.asked for record in kept} - {self.n}:
+      raise ShardError(f"{path} has {other.pop()} rollouts a question, not {self.n}: choose another "
+                       "folder, or delete this one")
+
+  async def _question(self, place: int, question: Question) -> tuple[Record, list[Rollout]]:
+    actor = self.actor(question)
+    start = collect.prompt(actor, question)
+    rollouts = [] if start is None else await asyncio.gather(*(
+      actor.roll(start, question, seeds.derive(self.seed, question.id, i)) for i in range(self.n)))
+    scores = () if self.score is None else await asyncio.gather(*(
+      self.score(question, rollout.answer) for rollout in rollouts))
+    for rollout, score in zip(rollouts, scores):
+      rollout.reward = score.value
+    error = "the question cannot be asked" if start is None else next(
+      (rollout.error or rollout.stop for rollout in rollouts if rollout.failed), "")
+    record = Record(
+      question.id, place, self.n,
+      tuple(collect.rollout_stats(rollout, actor.chat) for rollout in rollouts),
+      tuple(rollout.answer for rollout in rollouts), tuple(scores), question.category,
+      question.acting, self.group(question), error)
+    self.bar.update()
+    return record, list(rollouts)
+
+
+def _write_records(path: epath.Path, kept: Iterable[Record]) -> None:
+  paths.write_text(path, "".join(json.dumps(record.to_json()) + "\n" for record in kept))
+

@@ -1,0 +1,432 @@
+"""The RL loop: rollouts, AXPO's resampling, credit, updates, new weights to the sampler.
+
+In: a policy folder, which is also the fixed reference. Out: a trained policy folder. GRPO is the same
+loop with a budget of zero. The loop holds no state of its own beyond what a checkpoint stores, and
+all randomness comes from (seed, step), so a resumed run repeats an unbroken one bit for bit. So does
+one that was told to stop (`train.preemption`): it saves the last step's state wherever it is.
+
+With `rollout.staleness` = s, the rollouts of up to s steps are collected while earlier ones are
+trained. New weights reach the sampler between two of its turns; every token keeps the version and the
+log-probability that it was drawn with, which the loss corrects for. What was collected but not
+trained on is collected anew after a resume: checkpoints hold the trained frontier of the questions.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from axpo_jax import seeds
+from axpo_jax.config import RunStopped
+from axpo_jax.model import programs
+from axpo_jax.model.chat import Chat
+from axpo_jax.rl import credit, recipes, weights
+from axpo_jax.rl.resample import prefix_budget
+from axpo_jax.rollouts import census, collect
+from axpo_jax.rollouts.acting import acting_census
+from axpo_jax.rollouts.ahead import Ahead
+from axpo_jax.rollouts.collect import Group
+from axpo_jax.rollouts.dump import dump_rollouts
+from axpo_jax.stages import build, distributed, evaluate, selection, toolbox
+from axpo_jax.stages.metrics import read_metrics
+from axpo_jax.stages.sections import Recipe
+from axpo_jax.train import adapters as lora
+from axpo_jax.train import examples, pictures, preemption
+from axpo_jax.train.batch import Batch, packing_metrics, sums_by_example, weigh
+from axpo_jax.train.checkpoint import Checkpoints
+from axpo_jax.train.packing import Example
+from axpo_jax.train.state import TrainState, move_params
+from axpo_jax.train.step import Learner, policy_objective, whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Collected:
+  """The rollout phase of one step.
+
+  position: state of the question iterator behind the step's questions.
+  """
+
+  groups: list[Group]
+  metrics: dict[str, float]
+  position: Any
+
+  def for_training(self) -> "Collected":
+    """What the other processes of a run get of it."""
+    return dataclasses.replace(self, groups=collect.for_training(self.groups))
+
+
+class Loop:
+  """One RL stage: everything that lives from step to step."""
+
+  def __init__(self, config: ConfigDict, bench: build.Workbench, policy: str,
+               workdir: epath.Path, urls: Sequence[str] = ()):
+    self.config, self.bench, self.workdir = config, bench, workdir
+    self.recipe = Recipe.from_config(config.rl)
+    self.learner = Learner(
+      bench.trained_config, build.optimizer(config.optimizer, config.rl.steps * config.rl.updates,
+                                            config.model.freeze_vision, bench.lora),
+      policy_objective(self.recipe.loss, config.rollout.staleness), bench.mesh, bench.rules,
+      banned_ids=bench.chat.banned_ids, temperature=config.rollout.temperature,
+      chunk=config.batch.logprob_chunk, frozen_dtype=build.frozen_dtype(bench, policy))
+    self.reference = build.load_params(bench, policy, config.seed)
+    self.questions = build.question_batches(config, bench.folder)
+    self.engine = build.engine(config, bench, self.reference, urls, workdir)
+    self.state = self._first_state()
+    if not config.rl.loss.kl_coef:
+      self.reference = None  # nothing asks it
+    elif config.rl.reference_offload and self.reference is not None:
+      self.reference = move_params(self.reference, "pinned_host")
+    # Of several processes only the main one collects.
+    self.actor = build.actor(config, bench, self.engine) if distributed.is_main() else None
+    self.steps_done = 0  # RL steps; each makes up to `rl.updates` optimizer steps
+    self.lost_steps = 0  # the last so many steps had no rollout that did not fail
+    self.unwritten: dict[str, float] | None = None  # metrics of the last of them, not evaluated yet
+
+  def _first_state(self) -> TrainState:
+    """Trains a copy of the policy, for the policy is also the reference; with adapters it stays as it
+    is and is both."""
+    config, bench, params = self.config, self.bench, self.reference
+    if bench.lora is None:
+      return self.learner.init(self.learner.own_copy(params), config.seed)
+    self.reference = None
+    return self.learner.init(
+      lora.attach(params, bench.trained_config, config.seed, bench.mesh, bench.rules), config.seed)
+
+  async def sync(self) -> None:
+    """Gives the sampler the current weights. It forgets its cached prefixes, so that a step or an
+    evaluation begins alike whatever ran before it, in an unbroken run or a resumed one."""
+    # Merged in the sampler's dtype: in float32 it would be all kernels of the model a second time.
+    merged = lora.merge(self.state.params, self.bench.lora, build.engine_dtype(self.config))
+    await self.engine.update_weights(merged, self.steps_done)
+
+  async def evaluate(self) -> dict[str, float]:
+    await self.sync()
+    return await distributed.on_main_async(
+      lambda: evaluate.run(self.config, self.bench, self.engine))
+
+  async def collect(self, step: int) -> Collected:
+    """Rollouts and continuations of one step, by whatever weights the sampler holds."""
+    rl, clock, seed = self.config.rl, Clock(), seeds.derive(self.config.seed, "rl", step)
+    self.engine.stats(reset=True)
+    self.actor.toolbox.step = step  # for the audit log
+    questions = next(self.questions)
+    position = self.questions.get_state()
+    with clock("rollout"):
+      groups = await collect.sample_groups(self.actor, questions, rl.num_rollouts, seed,
+                                           progress="rollouts")
+    with clock("resample"):
+      await collect.resample(self.actor, groups, self.recipe.resample, seed,
+                             progress="continuations")
+    if failed := collect.told_failures(groups):
+      logging.warning("step %d: %d rollouts failed and are left out: %s", step,
+                      sum(group.failed for group in groups), failed)
+    metrics = self.rollout_metrics(groups) | clock.metrics()
+    sampling = clock.seconds["rollout"] + clock.seconds["resample"]
+    metrics["time/sampled_tokens_per_s"] = metrics["engine/decode_tokens"] / sampling
+    return Collected(groups, metrics, position)
+
+  async def step(self, collected: Callable[[], Awaitable[Collected]]
+                 ) -> tuple[Collected, dict[str, float]]:
+    """Current weights to the sampler, the next rollouts, the update; also the step's metrics."""
+    clock, start = Clock(), time.perf_counter()
+    with clock("weights"):
+      await self.sync()
+    with clock("wait"):
+      batch = await distributed.on_main_async(collected, Collected.for_training)
+    self._count_lost_steps(batch.groups)
+    metrics = batch.metrics | collect.lag_metrics(batch.groups, self.steps_done)
+    with clock("update"):
+      # In a thread, so that episodes of the steps ahead go on.
+      metrics |= await asyncio.to_thread(self.update, batch.groups)
+    self.steps_done += 1
+    metrics |= clock.metrics() | programs.metrics() | {"time/step_s": time.perf_counter() - start}
+    metrics["time/trained_tokens_per_s"] = metrics["pack/tokens_plain"] / clock.seconds["update"]
+    return batch, metrics
+
+  def _count_lost_steps(self, groups: list[Group]) -> None:
+    """Raises RolloutsFailed when nothing came of too many steps in a row."""
+    if any(group.rollouts for group in groups):
+      self.lost_steps = 0
+      return
+    self.lost_steps += 1
+    if self.lost_steps >= self.config.rl.max_lost_steps:
+      raise RolloutsFailed(
+        f"all rollouts of the last {self.lost_steps} steps failed (config.rl.max_lost_steps="
+        f"{self.config.rl.max_lost_steps}): {collect.told_failures(groups)}. Repair the cause and run "
+        "the same command again: it goes on from the last checkpoint")
+
+  def is_due(self, every: int) -> bool:
+    """Whether the last step is one of those, or the stage's last."""
+    return self.steps_done == self.config.rl.steps or _each(self.steps_done, every)
+
+  async def dump(self, groups: list[Group]) -> None:
+    """Writes the last step's rollouts, in a thread for the same reason as the update."""
+    await asyncio.to_thread(dump, groups, self.credits(groups),
+                            self.workdir / "rollouts" / f"step_{self.steps_done:06d}.jsonl",
+                            self.bench.chat)
+
+  def rollout_metrics(self, groups: list[Group]) -> dict[str, float]:
+    """The census of the step, before anything is learnt from it."""
+    stats = collect.group_stats(groups, self.recipe.resample, self.bench.chat)
+    asked = len(groups) * self.config.rl.num_rollouts
+    engine = dataclasses.asdict(self.engine.stats())
+    # Counted since the process began, so a resumed run differs: a matter of time, not of learning.
+    compiled = engine.pop("compilations")
+    return {
+      **census.census(stats), **census.census_by_family(stats), **acting_census(stats),
+      **census.resample_census(stats, budget=prefix_budget(asked, self.recipe.resample)),
+      **census.resample_census_by_family(stats),
+      "rollout/failed": float(sum(group.failed for group in groups)),
+      **{f"engine/{name}": float(value) for name, value in engine.items()},
+      **{f"engine/{name}": value for name, value in self.engine.gauges().items()},
+      "time/engine_compilations": float(compiled),
+    }
+
+  def update(self, groups: list[Group]) -> dict[str, float]:
+    """Credit, batches and `rl.updates` optimizer steps; none if every rollout failed."""
+    config = self.config
+    kept = [group for group in groups if group.rollouts]
+    credits = self.credits(kept)
+    trained = examples.credited(kept, credits, self.bench.model_config.image_token_id,
+                                self.steps_done)
+    metrics = census.credit_census(credits)
+    parts = _split(list(zip(trained, credits, strict=True)), config.rl.updates)
+    updates = [self._packed([example for example, _ in part]) for part in parts]
+    metrics |= packing_metrics([batch for batches in updates for batch in batches], trained)
+    updates = [self._annotated(batches) for batches in updates]
+    logged = []
+    for part, batches in zip(parts, updates, strict=True):
+      batches, divisor, counted = self._weighed(
+        batches, [earned for _, earned in part], len(groups) * len(part) / len(trained))
+      self.state, result = self.learner.update(self.state, batches, divisor)
+      logged.append(self.learner.metrics(result, batches, self.workdir / "nonfinite") | counted)
+    return metrics | _joined(logged)
+
+  def _packed(self, trained: list[Example]) -> list[Batch]:
+    return pictures.fetched(build.pack_examples(self.config, self.bench, trained), trained)
+
+  def _weighed(self, batches: list[Batch], credits: list[credit.Credit], questions: float
+               ) -> tuple[list[Batch], float, dict[str, float]]:
+    """An update's batches with the weights of the loss, its divisor, and what to log of both.
+
+    Args:
+      questions: of the step, times the share of its sequences that this update has.
+    """
+    loss, counted = self.recipe.loss, {}
+    tokens_S = sums_by_example(batches, [batch.weights_BxG for batch in batches], len(credits))
+    if loss.tis_mask is not None:
+      gaps = [whole(batch.old_logp_BxG) - batch.behaviour_logp_BxG for batch in batches]
+      apart_S = weights.drifted(sums_by_example(batches, gaps, len(credits)), tokens_S, loss.tis_mask)
+      counted["train/tis_masked_share"] = float(tokens_S[apart_S].sum() / max(tokens_S.sum(), 1))
+      tokens_S = np.where(apart_S, 0, tokens_S)
+    regions = [earned.region for earned in credits]
+    weights_S, divisor = weights.sequence_weights(
+      tokens_S, [region != credit.ALL for region in regions], loss, questions)
+    counted |= weights.advantage_shares(
+      weights_S, tokens_S, np.asarray([earned.advantage for earned in credits]), regions)
+    return weigh(batches, weights_S), divisor, counted
+
+  def credits(self, groups: list[Group]) -> list[credit.Credit]:
+    """Who learns with which advantage; groups that lost every rollout have none."""
+    return credit.assign_credit([self._outcome(group) for group in groups if group.rollouts],
+                                self.recipe.credit)
+
+  def _outcome(self, group: Group) -> credit.GroupOutcome:
+    def shaped(rollouts):
+      return recipes.shape_rewards([r.reward for r in rollouts], [len(r.calls) for r in rollouts],
+                                   self.recipe.shaping)
+    return credit.GroupOutcome(
+      shaped(group.rollouts), [rollout.used_tool for rollout in group.rollouts],
+      [credit.Branch(branch.source, shaped(branch.rollouts)) for branch in group.branches])
+
+  def _annotated(self, batches):
+    """With the log-probabilities of the reference and, where the ratio needs it, of the weights
+    that the step began with."""
+    rl = self.config.rl
+    needs_old = (rl.updates > 1 or rl.old_logprobs == "trainer"
+                 or self.recipe.loss.tis_mask is not None)
+    return self.learner.annotate(batches, old=self.state.params if needs_old else None,
+                                 reference=self._reference() if rl.loss.kl_coef else None)
+
+  def _reference(self):
+    if self.reference is None:
+      return lora.switched_off(self.state.params)
+    # An offloaded one is on the devices in here alone, where there are no gradients yet.
+    return move_params(self.reference, "device")
+
+
+def _joined(updates: list[dict[str, float]]) -> dict[str, float]:
+  """Metrics of a step's updates: largest of what is a maximum, mean of the rest."""
+  out = {}
+  for name in updates[0] if updates else ():
+    values = [metrics[name] for metrics in updates if name in metrics]
+    largest = name.partition("/lag_")[0].endswith("_max")
+    out[name] = max(values) if largest else sum(values) / len(values)
+  return out
+
+
+def _split(items: list, parts: int) -> list[list]:
+  """Every `parts`-th item: consecutive ones belong to one question and go to different updates."""
+  return [items[i::parts] for i in range(parts) if items[i::parts]]
+
+
+class Clock:
+  """Seconds of every phase of a step."""
+
+  def __init__(self):
+    self.seconds: dict[str, float] = {}
+
+  @contextlib.contextmanager
+  def __call__(self, phase: str):
+    start = time.perf_counter()
+    yield
+    self.seconds[phase] = time.perf_counter() - start
+
+  def metrics(self) -> dict[str, float]:
+    return {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
+
+
+def run(config: ConfigDict, bench: build.Workbench, policy: str, root: epath.Path,
+        first_step: int) -> epath.Path:
+  """Trains the policy in folder `policy` and returns the folder of the result.
+
+  Args:
+    root: the run's folder: metrics.jsonl, and rl/ with checkpoints, rollout dumps and the trained
+      policy.
+    first_step: metrics of RL step s are written as step first_step + s.
+  """
+  folder = root / "rl"
+  with (build.servers(config, policy, folder) as urls,
+        Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints):
+    distributed.on_main(selection.tell, selection.questions(config, bench.folder)[1], folder)
+    loop = Loop(config, bench, policy, folder, urls)
+    if checkpoints.latest() is not None:
+      learner = loop.learner
+      restored = checkpoints.restore(learner.stored(learner.abstract_state()),
+                                     iterator=loop.questions)
+      loop.state = learner.restored(restored.state, lambda: loop.state.params)
+      loop.steps_done, loop.unwritten = restored.step, restored.host.get("unwritten")
+    # The line of a step whose evaluation was broken off is written again.
+    resume_step = first_step + loop.steps_done - bool(loop.unwritten)
+    with (preemption.held(),
+          distributed.metrics_writer(root, resume_step=resume_step,
+                                     tensorboard=config.log.tensorboard) as writer,
+          asyncio.Runner() as runner):
+      try:
+        runner.run(_train(loop, checkpoints, writer, first_step))
+      finally:
+        runner.run(loop.engine.close())
+  return build.export(loop.state.params, config, bench, policy, loop.workdir / "policy")
+
+
+async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
+  config = loop.config
+  if config.eval.every >= 0 and not distributed.on_main(
+      lambda: evaluate.measured(read_metrics(writer.path), first_step)):
+    writer.write(first_step, await loop.evaluate())
+  trained = build.question_batches(config, loop.bench.folder)  # what a checkpoint holds: see Collected.position
+  ahead = Ahead(loop.collect, loop.steps_done, config.rl.steps)
+  position, unwritten = None, loop.unwritten
+
+  def collected():
+    ahead.allow(loop.steps_done + config.rollout.staleness)
+    return ahead.next()
+
+  def save(**host: Any):
+    trained.set_state(position)
+    checkpoints.save(loop.steps_done, loop.learner.stored(loop.state), host={"stage": "rl", **host},
+                     iterator=trained)
+
+  with tqdm(total=config.rl.steps, initial=loop.steps_done - bool(unwritten), desc=config.rl.recipe,
+            disable=not distributed.is_main()) as bar:
+    try:
+      while unwritten or loop.steps_done < config.rl.steps:
+        if not unwritten:
+          batch, unwritten = await loop.step(collected)
+          position = batch.position
+          if _each(loop.steps_done, config.log.dump_every) and distributed.is_main():
+            await loop.dump(batch.groups)
+        metrics = unwritten | await _evaluation(loop, ahead)
+        _watch(metrics, config.log)
+        await asyncio.to_thread(toolbox.flush)  # the audit log has what the metrics tell of
+        writer.write(first_step + loop.steps_done, metrics)
+        unwritten = None
+        if loop.is_due(config.checkpoint.every) and loop.steps_done not in checkpoints.steps():
+          save()
+        bar.set_postfix(reward=f"{metrics.get('rollout/reward_mean', 0):.2f}",
+                        tools=f"{metrics.get('rollout/tool_attempt_rate', 0):.2f}",
+                        prefixes=int(metrics["axpo/prefixes"]))
+        bar.update()
+    except preemption.Stopped:
+      if loop.steps_done and loop.steps_done not in checkpoints.steps():
+        save(unwritten=_numbers(unwritten))
+      raise
+    finally:
+      await ahead.close()
+  checkpoints.wait()
+
+
+async def _evaluation(loop: Loop, ahead: Ahead) -> dict[str, float]:
+  """Metrics of the step's evaluation; none where it is not due."""
+  if loop.config.eval.every < 0 or not loop.is_due(loop.config.eval.every):
+    return {}
+  await distributed.on_main_async(ahead.settle)
+  return await loop.evaluate()
+
+
+def _numbers(metrics: dict[str, Any] | None) -> dict[str, int | float] | None:
+  """Metrics as JSON has them."""
+  return metrics and {name: value if isinstance(value, int) else float(value)
+                      for name, value in metrics.items()}
+
+
+def _each(step: int, every: int) -> bool:
+  return every > 0 and step % every == 0
+
+
+class RolloutsFailed(RunStopped):
+  """No rollout of several steps could be trained on: the machine is at fault, not the policy."""
+
+
+class LogProbGapError(RunStopped):
+  """Sampler and trainer disagree about the policy by more than the config allows."""
+
+
+def _watch(metrics: dict[str, float], log: ConfigDict) -> None:
+  """The alarm on the sampler-to-trainer gap: it precedes most collapses."""
+  gap = metrics.get("train/logp_gap_abs_mean", 0.0)
+  if gap <= log.gap_alarm:
+    return
+  message = (f"sampler and trainer log-probabilities differ by {gap:.4f} nats on average, more than "
+             f"config.log.gap_alarm={log.gap_alarm}: check dtypes, weight updates and truncation")
+  if log.stop_on_gap:
+    raise LogProbGapError(message)
+  logging.warning(message)
+
+
+def dump(groups: list[Group], credits: Sequence[credit.Credit], path: epath.Path,
+         chat: Chat) -> None:
+  """All rollouts of a step as JSON lines, readable text and images; `credits` are in their order."""
+  rollouts, notes = [], []
+  for number, group in enumerate(groups):
+    question = {"group": number, "category": group.question.category,
+                "acting": group.question.acting, "gold": list(group.question.answers)}
+    for i, rollout in enumerate(group.rollouts):
+      rollouts.append(rollout)
+      notes.append({**question, "rollout": i})
+    for b, branch in enumerate(group.branches):
+      for k, rollout in enumerate(branch.rollouts):
+        rollouts.append(rollout)
+        notes.append({**question, "branch": b, "source": branch.source,
+                      "prefix_end": branch.prefix_end, "continuation": k})
+  for note, earned in zip(notes, credits, strict=True):
+    note |= {"region": earned.region, "advantage": earned.advantage}
+  dump_rollouts(path, rollouts, extra=notes, chat=chat)

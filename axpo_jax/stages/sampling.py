@@ -1,0 +1,236 @@
+"""The stages that sample and leave the policy as it is: "teach", "screen" and "eval".
+
+In: a config, a policy folder, questions. Out: shards (`rollouts.shards`) in the stage's folder; of "eval"
+also results.json, a line per set of questions. A stage that was killed goes on with the first shard
+that is not finished; one whose shards are all there loads no policy.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from typing import TypeVar
+
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from axpo_jax import paths, seeds
+from axpo_jax.config import ConfigError
+from axpo_jax.data.question import Question
+from axpo_jax.data.readers import ReaderConfig
+from axpo_jax.engine.openai import KEY_VARIABLE, OpenAIConfig, OpenAIEngine
+from axpo_jax.engine.protocol import Engine
+from axpo_jax.eval import benchmarks
+from axpo_jax.eval.judge import ChatJudge
+from axpo_jax.rollouts import collect, shards
+from axpo_jax.stages import build, distributed, evaluate, forced
+from axpo_jax.stages.metrics import read_metrics
+from axpo_jax.train import preemption
+
+T = TypeVar("T")
+
+RESULTS_FILE = "results.json"
+
+ActorOf = Callable[[Question], collect.Actor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One folder of shards: who is asked, how often, and by whom it is judged (None: as in training).
+
+  `forces`: a folder of shards whose rollouts are repeated with a call forced behind their thinking.
+  """
+
+  name: str
+  folder: epath.Path
+  questions: Callable[[], Iterable[Question]]
+  section: ConfigDict  # with `rollouts` and `shard`
+  benchmark: benchmarks.Benchmark | None = None
+  forces: epath.Path | None = None
+
+
+def teach(config: ConfigDict, bench: build.Workbench, policy: str, root: epath.Path,
+          first_step: int) -> str:
+  """A teacher's trajectories of the training questions."""
+  section = config.teach
+  job = Job("teach", root / "teach" / "shards",
+            lambda: build.training_questions(config, section.questions), section)
+  engines = {"policy": _policy, "openai": _endpoint, "scripted": _script}
+  _sample([job], config, engines[section.engine](config, bench, policy, root / "teach", "teach"))
+  return policy
+
+
+def screen(config: ConfigDict, bench: build.Workbench, policy: str, root: epath.Path,
+           first_step: int) -> str:
+  """What the policy at hand makes of the training questions: the difficulty filter's counts."""
+  job = Job("screen", root / "screen" / "shards",
+            lambda: build.training_questions(config, config.screen.questions), config.screen)
+  _sample([job], config, _policy(config, bench, policy, root / "screen", "screen"))
+  return policy
+
+
+def evaluation(config: ConfigDict, bench: build.Workbench, policy: str, root: epath.Path,
+               first_step: int) -> str:
+  """The benchmarks, or the held-out questions where none is named; results.json at the end. With
+  `eval.forced` all of them again, with a call forced (`eval.forced`)."""
+  section, folder = config.eval, root / "eval"
+  jobs = [Job(name, folder / name, functools.partial(_benchmark_questions, config, name), section,
+              benchmarks.BENCHMARKS[name]) for name in section.benchmarks]
+  if not jobs:
+    jobs = [Job(shards.HELD_OUT, folder / shards.HELD_OUT, lambda: build.eval_questions(config), section)]
+  forcing = [dataclasses.replace(job, folder=job.folder / shards.FORCED, forces=job.folder)
+             for job in jobs if section.forced]
+  _to_its_end(functools.partial(distributed.on_main_async, functools.partial(
+    _judge_again, [*jobs, *forcing], config, bench)))
+  found = _sample([*jobs, *forcing], config,
+                  _policy(config, bench, policy, folder, "eval"))
+  if waiting := sum(len(record.unjudged) for records in found for record in records):
+    logging.warning("the judge gave no verdict on %d answers, which count as wrong: run the same "
+                    "command again, and it is asked again", waiting)
+  results = {job.name: evaluate.result(records, section.rollouts, job.benchmark)
+             for job, records in zip(jobs, found)}
+  groups = [[record.group_stats() for record in records] for records in found]
+  for job, members in zip(forcing, groups[len(jobs):]):
+    results[job.name] |= forced.rates(members)
+  distributed.on_main(_write, folder / RESULTS_FILE, results)
+  if not section.benchmarks and not distributed.on_main(
+      lambda: evaluate.measured(read_metrics(root), first_step)):
+    metrics = evaluate.metrics(groups[0], section.rollouts, sum(r.failed for r in found[0]))
+    with distributed.metrics_writer(root, resume_step=first_step,
+                                    tensorboard=config.log.tensorboard) as writer:
+      writer.write(first_step, metrics | (forced.metrics(groups[1]) if forcing else {}))
+  return policy
+
+
+def _benchmark_questions(config: ConfigDict, name: str) -> Iterator[Question]:
+  benchmark, count = benchmarks.BENCHMARKS[name], 0
+  # Pictures of 8K: what is broken in them shows when they are asked about, and is counted.
+  reader = ReaderConfig(image_check="none", max_bad_share=config.data.max_bad_share)
+  for question in benchmark.read(paths.parse(config.eval.folder, "config.eval.folder") / name, reader):
+    count += 1
+    yield question
+  if count != benchmark.size:
+    logging.warning("%s has %d questions here; the paper's release has %d", name, count,
+                    benchmark.size)
+
+
+def _sample(jobs: list[Job], config: ConfigDict,
+            sampler: contextlib.AbstractAsyncContextManager) -> list[list[shards.Record]]:
+  """The records of each job; whoever samples is there only if something is left to sample."""
+  if distributed.on_main(lambda: all(shards.done(job.folder) for job in jobs)):
+    return distributed.on_main(lambda: [list(shards.records(job.folder)) for job in jobs])
+
+  async def everything():
+    async with sampler as actor:
+      return [await distributed.on_main_async(functools.partial(_job, job, config, actor))
+              for job in jobs]
+
+  try:
+    return _to_its_end(everything)
+  except shards.ShardError as error:
+    raise ConfigError(f"--workdir: {error}") from error
+
+
+def _to_its_end(work: Callable[[], Awaitable[T]]) -> T:
+  """Runs a coroutine function on an event loop of its own."""
+  with preemption.held():
+    return asyncio.run(work())
+
+
+async def _job(job: Job, config: ConfigDict, actor: ActorOf) -> list[shards.Record]:
+  if job.forces is not None:
+    actor = _opening(actor, forced.read_thoughts(job.forces))
+  async with _scorer(job, config) as score:
+    return await shards.sample(
+      job.folder, job.questions(), actor, job.section.rollouts,
+      seeds.derive(config.seed, "shards", job.name), size=job.section.shard, score=score,
+      group=lambda question: str(benchmarks.group(question)),
+      progress=f"{job.name}, forced" if job.forces else job.name)
+
+
+@contextlib.asynccontextmanager
+async def _scorer(job: Job, config: ConfigDict) -> AsyncIterator[shards.Scorer | None]:
+  """Who judges a job's answers; None: the episodes did."""
+  if job.benchmark is None:
+    yield None
+    return
+  named = config.eval.judge
+  judge = ChatJudge(**named) if named.url else None
+  try:
+    yield functools.partial(job.benchmark.score, judge=judge)
+  finally:
+    if judge is not None:
+      await judge.close()
+
+
+async def _judge_again(jobs: Iterable[Job], config: ConfigDict, bench: build.Workbench) -> None:
+  """Asks for the verdicts that a judge did not give when the run was here before."""
+  for job in jobs:
+    async with _scorer(job, config) as score:
+      if score is not None:
+        await shards.judge_again(job.folder, job.questions, score, bench.chat, bench.processor)
+
+
+def _opening(actor: ActorOf, thoughts: forced.Thoughts) -> ActorOf:
+  return lambda question: forced.opener(actor(question), thoughts)
+
+
+# Whoever samples: a context that gives the actor of each question.
+
+
+@contextlib.asynccontextmanager
+async def _policy(config: ConfigDict, bench: build.Workbench, policy: str, folder: epath.Path,
+                  stage: str) -> AsyncIterator[ActorOf | None]:
+  """The policy in a folder, by the engine of config.rollout."""
+  idle = _idle(config, bench, stage)
+  params = build.load_params(bench, policy, config.seed)
+  with build.servers(config, policy, folder) as urls:
+    engine = build.engine(config, bench, params, urls, folder)
+    try:
+      await engine.update_weights(params, 0)
+      del params  # nothing trains them; the engine has its own
+      yield _with(idle, engine)
+    finally:
+      await engine.close()
+
+
+@contextlib.asynccontextmanager
+async def _endpoint(config: ConfigDict, bench: build.Workbench, policy: str, folder: epath.Path,
+                    stage: str) -> AsyncIterator[ActorOf | None]:
+  """A chat endpoint, which has the teacher."""
+  section, idle = config.teach, _idle(config, bench, stage)
+  engine = OpenAIEngine(bench.chat, OpenAIConfig(
+    section.url, section.model, api_key=os.environ.get(KEY_VARIABLE, ""),
+    **{name: section[name] for name in ("max_concurrent", "attempts", "timeout_s", "extensions", "omit")}))
+  try:
+    yield _with(idle, engine)
+  finally:
+    await engine.close()
+
+
+@contextlib.asynccontextmanager
+async def _script(config: ConfigDict, bench: build.Workbench, policy: str, folder: epath.Path,
+                  stage: str) -> AsyncIterator[ActorOf]:
+  """The miniature world's own teacher."""
+  yield build.scripted_teacher(config, bench, stage)
+
+
+def _idle(config: ConfigDict, bench: build.Workbench, stage: str) -> collect.Actor | None:
+  """An actor without an engine, made before weights are loaded: a tool that lacks its key says so at
+  once. Of several processes only the main one acts."""
+  return build.actor(config, bench, None, stage) if distributed.is_main() else None
+
+
+def _with(idle: collect.Actor | None, engine: Engine) -> ActorOf | None:
+  if idle is None:
+    return None
+  actor = dataclasses.replace(idle, engine=engine)
+  return lambda question: actor
+
+
+def _write(path: epath.Path, results: dict) -> None:
+  paths.write_text(path, json.dumps(results, indent=2) + "\n")

@@ -1,0 +1,226 @@
+"""From sections of the config to the records that read them; and all of them at once, as a check.
+
+In: a config. Out: frozen records, which check their own values when they are built. A run builds some of
+them hours after its start (RL's after SFT), so `check` builds every one before anything starts.
+"""
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Container, Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from axpo_jax import paths
+from axpo_jax.config import (
+  ConfigError,
+  engine_length,
+  fields,
+  limits,
+  longest_episode,
+  sampling_stages,
+)
+from axpo_jax.data import readers
+from axpo_jax.engine.protocol import SamplingParams
+from axpo_jax.engine.sglang.server.spec import SidecarError, SidecarSpec
+from axpo_jax.miniworld import perception, reasoning, world
+from axpo_jax.miniworld.habits import TeacherConfig
+from axpo_jax.model import hf
+from axpo_jax.model.config import PRESETS, ModelConfig, VisionConfig
+from axpo_jax.model.images import ImageProcessor
+from axpo_jax.model.vision_inputs import patch_lengths
+from axpo_jax.rl import credit, recipes
+from axpo_jax.rl.losses import LossConfig
+from axpo_jax.rl.resample import ResampleConfig
+from axpo_jax.stages import machine
+from axpo_jax.train import adapters as lora
+from axpo_jax.train.state import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """The RL section of a config as the records that the mathematics takes."""
+
+  resample: ResampleConfig
+  credit: credit.CreditConfig
+  loss: LossConfig
+  shaping: recipes.ShapingConfig
+
+  @classmethod
+  def from_config(cls, rl: ConfigDict) -> "Recipe":
+    """Raises ValueError for values or combinations that cannot work."""
+    recipe = cls(ResampleConfig(**rl.resample), credit.CreditConfig(**rl.credit), LossConfig(**rl.loss),
+                 recipes.ShapingConfig(**rl.shaping))
+    recipes.check(recipe.resample, recipe.credit)
+    return recipe
+
+
+def world_config(config: ConfigDict, kinds: ConfigDict) -> world.WorldConfig:
+  """The miniature world, whose readable crops must be what the zoom tool makes."""
+  mini, mixes = config.data.miniworld, world.kinds_by_family(kinds)
+  canvas = perception.PerceptionConfig(
+    mix=mixes["perception"], marks=tuple(mini.marks), large_share=mini.large_share,
+    crop_min_pixels=config.images.zoom_min_pixels, crop_max_pixels=config.images.zoom_max_pixels)
+  return world.WorldConfig(
+    families=tuple(mini.families.items()), perception=canvas, search_mix=mixes["search"],
+    reasoning=reasoning.ReasoningConfig(
+      mix=mixes["reasoning"], easy_share=mini.easy_share, canvas=canvas))
+
+
+def reader(config: ConfigDict, source: str) -> readers.ReaderConfig:
+  """How the files of a source are read; columns and image folder are those of config.data.source."""
+  data = config.data
+  how = readers.ReaderConfig(image_cache=data.image_cache, max_bad_share=data.max_bad_share)
+  if source == data.source:
+    how = dataclasses.replace(how, columns=readers.Columns(**data.columns),
+                              image_folder=data.image_folder, image_anywhere=data.image_anywhere)
+  return how
+
+
+def patch_rows(config: ConfigDict, vision: VisionConfig) -> tuple[int, ...]:
+  """Lengths of rows of image patches, in training and sampling: the last holds the largest image that
+  the config lets anyone be shown, a question's or a tool's."""
+  images = config.images
+  usual, largest = images.max_pixels, max(images.max_pixels, images.zoom_max_pixels)
+  return patch_lengths(usual // vision.patch_size**2, largest // vision.patch_size**2)
+
+
+def computed_as(base: ModelConfig, section: ConfigDict) -> ModelConfig:
+  """A model of these sizes, computed as the section `model` says."""
+  return dataclasses.replace(base, **{name: section[name] for name in (
+    "dtype", "param_dtype", "remat", "attention", "attention_chunk")})
+
+
+def sampling(config: ConfigDict, stage: str, **ids: tuple[int, ...]) -> SamplingParams:
+  """How a stage draws tokens; `ids` are the chat's stop_ids and banned_ids."""
+  drawn = config.eval if stage == "eval" else config.rollout
+  return SamplingParams(
+    max_new_tokens=limits(config, stage).max_new_tokens, temperature=drawn.temperature,
+    top_p=drawn.top_p, top_k=drawn.top_k, presence_penalty=drawn.presence_penalty, **ids)
+
+
+def check(config: ConfigDict) -> None:
+  """Builds every record of every stage.
+
+  Raises:
+    ConfigError: one of them does not accept its section; names the field.
+  """
+  names = {name for name, _ in fields(config)}
+  for where, build in _records(config):
+    with _named(where, names):
+      build()
+
+
+@contextlib.contextmanager
+def _named(where: str, names: Container[str] = ()) -> Iterator[None]:
+  """Errors of a record as those of its section; `names` are the config's fields."""
+  try:
+    yield
+  except ConfigError:
+    raise
+  except (ValueError, TypeError, OSError, SidecarError) as error:
+    text, section = str(error), where.removesuffix(": ")
+    first = re.match(r"\w*", text)[0]  # records speak of their fields
+    if f"{section.removeprefix('config.')}.{first}" in names:
+      where = f"{section}."
+    raise ConfigError(f"{where}{text}") from error
+
+
+def _records(config: ConfigDict) -> Iterator[tuple[str, Callable[[], Any]]]:
+  """(prefix of an error's message, function that builds the records), the quick ones first."""
+  yield "config.rl.", lambda: Recipe.from_config(config.rl)
+  yield "config.model.", lambda: _model(config)
+  if config.model.tokenizer or config.model.checkpoint:
+    yield "config.model: ", lambda: _processor(config)
+  yield "", lambda: _positions(config)
+  for section, steps in (("", config.rl.steps), ("sft.", config.sft.steps)):
+    values = config.sft.optimizer if section else config.optimizer
+    yield f"config.{section}", lambda values=values, steps=steps: OptimizerConfig(
+      **values, total_steps=steps)
+  yield "config.lora: ", lambda: lora.from_config(config)
+  if config.data.source == "miniworld" or config.sft.source == "teacher":
+    yield "config.data.miniworld: ", lambda: world_config(config, config.data.miniworld.kinds)
+    yield "config.sft.kinds: ", lambda: world_config(config, config.sft.kinds)
+  if config.data.source != "miniworld":
+    yield "config.data: ", lambda: reader(config, config.data.source)
+  yield "config.sft.teacher: ", lambda: TeacherConfig(**config.sft.teacher)
+  for stage in sampling_stages(config):
+    section = "eval" if stage == "eval" else "rollout"
+    yield f"config.{section}: ", lambda stage=stage: sampling(config, stage)
+  if "python" in (*config.agent.tools, *config.eval.extra_tools):
+    yield "config.agent.python: ", lambda: _kernels(config.agent.python)
+  yield from _engine_records(config)
+
+
+def _model(config: ConfigDict) -> ModelConfig:
+  if not config.model.checkpoint:
+    return computed_as(PRESETS[config.model.preset], config.model)
+  with _named(f"config.model.checkpoint={config.model.checkpoint!r}: "):
+    base = hf.load_config(paths.local(config.model.checkpoint, hf.SMALL_FILES))
+  return computed_as(base, config.model)
+
+
+def _processor(config: ConfigDict) -> None:
+  """The image processor's numbers are the vision tower's, or pictures would be cut into other patches
+  than the model reads."""
+  folder, vision = config.model.tokenizer or config.model.checkpoint, _model(config).vision
+  form = ImageProcessor.from_checkpoint(paths.local(folder, hf.SMALL_FILES)).format
+  for ours, theirs in (("patch_size", "patch_size"), ("temporal_patch_size", "temporal_patch_size"),
+                       ("merge_size", "spatial_merge_size")):
+    if getattr(form, ours) != getattr(vision, theirs):
+      raise ConfigError(
+        f"{folder}/preprocessor_config.json has {ours}={getattr(form, ours)}, but the model's "
+        f"vision_config.{theirs} is {getattr(vision, theirs)}: copy the file from the model that the "
+        "folder is based on")
+
+
+def _positions(config: ConfigDict) -> None:
+  model, length = _model(config), engine_length(config)
+  if sampling_stages(config) and length > model.text.max_positions:
+    raise ConfigError(f"{longest_episode(config)[1]}: sequences of {length} tokens are beyond the model's "
+                      f"max_position_embeddings={model.text.max_positions}: lower it")
+
+
+def _kernels(section: ConfigDict) -> Any:
+  from axpo_jax.stages import toolbox
+  return toolbox.kernel_config(section)
+
+
+def _engine_records(config: ConfigDict) -> Iterator[tuple[str, Callable[[], Any]]]:
+  """Of the engine that the run has; these modules load slowly."""
+  if config.rollout.engine == "embedded":
+    yield "config.rollout.embedded: ", lambda: embedded(config)
+    return
+  if machine.starts_servers(config) and config.model.checkpoint:
+    yield "config.rollout.sidecar: ", lambda: sidecar(
+      config, str(paths.local(config.model.checkpoint, hf.SMALL_FILES)))
+  yield "config.rollout.sglang: ", lambda: sglang(config, "push")
+
+
+def sidecar(config: ConfigDict, policy: str, **options: Any) -> SidecarSpec:
+  """The servers that a run starts itself."""
+  section = config.rollout.sidecar
+  return SidecarSpec(model=policy, port=0, context_length=engine_length(config) + 16, **options,
+                     **{**section, "servers": section.servers or max(
+                       1, len(section.gpus) // section.tensor_parallel)})
+
+
+def embedded(config: ConfigDict) -> Any:
+  """The EmbeddedConfig."""
+  from axpo_jax.engine.embedded.engine import EmbeddedConfig
+  return EmbeddedConfig(**{**config.rollout.embedded, "length": engine_length(config)},
+                        patch_lengths=patch_rows(config, _model(config).vision))
+
+
+def sglang(config: ConfigDict, folder: str, **options: Any) -> Any:
+  """The SGLangConfig, which pushes weights through `folder`; `options` are fields of PushConfig."""
+  from axpo_jax.engine.sglang.engine import SGLangConfig
+  from axpo_jax.engine.sglang.fleet import FleetConfig
+  from axpo_jax.engine.sglang.weight_push import PushConfig
+  s = config.rollout.sglang
+  push = PushConfig(folder=folder, dtype=s.push_dtype,
+                    shard_bytes=s.push_shard_bytes, writers=s.push_writers, **options)
+  own = {name: value for name, value in s.items()
+         if not name.startswith("push_") and name not in ("fleet", "length")}
+  return SGLangConfig(push=push, length=engine_length(config), fleet=FleetConfig(**s.fleet), **own)
