@@ -147,7 +147,7 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(rank))
 import jax.numpy as jnp
 from axpo_jax import processes
 from axpo_jax.model import hf, sharding
-from axpo_jax.rollout import weight_push
+from axpo_jax.engine.sglang import weight_push
 from axpo_jax.engine.sglang.weight_push import PushConfig, PushFolder
 from tests.engine.conftest import CONFIG
 mesh = sharding.make_mesh({"data": 1, "fsdp": 4, "tensor": 1})

@@ -156,8 +156,8 @@ def test_notice_cancels_what_is_awaited(notice):
 TOLD = f"""
 import asyncio, os, runpy, signal, sys
 sys.path.insert(0, {str(REPO)!r})
-from axpo_jax.eval import evaluate, shards
-from axpo_jax.train import metrics, rl
+from axpo_jax.rollouts import shards
+from axpo_jax.stages import evaluate, metrics, rl
 place = sys.argv.pop(1)
 
 def endless(at, function):

@@ -32,7 +32,7 @@ from tests.stages.rigged import untimed
 
 REPO = pathlib.Path(axpo_jax.__file__).parents[1]
 MAIN = REPO / "launch" / "main.py"
-MICRO = REPO / "tests" / "train" / "micro_config.py"
+MICRO = REPO / "tests" / "stages" / "micro_config.py"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> pathlib.Path:
