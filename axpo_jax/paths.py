@@ -22,6 +22,7 @@ import pathlib
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable
 
 from etils import epath
@@ -158,7 +159,8 @@ def write_bytes(path: epath.Path, data: bytes) -> None:
   if is_remote(path):
     path.write_bytes(data)
     return
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  # Threads write the same picture at once where two shards show it.
+  temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
   temporary.write_bytes(data)
   os.replace(temporary, path)
 

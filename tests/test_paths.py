@@ -1,6 +1,7 @@
 """Object stores, by the packages that reach the real ones, from servers on loopback: gs:// for all that a
 run writes, s3:// for what it reads."""
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -205,3 +206,13 @@ def test_questions_are_read_from_s3(tmp_path, monkeypatch):
   finally:
     server.stop()
     gcs.forget()
+
+
+def test_threads_write_one_file_at_once(tmp_path):
+  """Shards that end together show the same picture; each write is whole, and none fails."""
+  path, data = paths.parse(str(tmp_path / "picture.png"), "path"), [bytes([i]) * 200_000 for i in range(8)]
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    for _ in range(20):
+      list(pool.map(lambda one: paths.write_bytes(path, one), data))
+      assert path.read_bytes() in data
+  assert list(tmp_path.iterdir()) == [tmp_path / "picture.png"]
