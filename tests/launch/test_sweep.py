@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from absl import flags
 
 import axpo_jax
 from axpo_jax.stages.metrics import read_metrics
@@ -136,8 +137,12 @@ def test_points_that_make_no_sense_are_refused(point, named, tmp_path):
 def module():
   spec = importlib.util.spec_from_file_location("sweep", REPO / "launch" / "sweep.py")
   loaded = importlib.util.module_from_spec(spec)
+  known = set(flags.FLAGS)
   spec.loader.exec_module(loaded)
-  return loaded
+  yield loaded
+  for name in set(flags.FLAGS) - known:  # other programs of launch/ have flags of the same names
+    if not (flags.FLAGS.find_module_defining_flag(name) or "").startswith("absl"):
+      delattr(flags.FLAGS, name)
 
 
 def test_a_point_runs_when_the_one_before_it_is_done(module, tmp_path):
