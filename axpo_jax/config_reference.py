@@ -101,7 +101,7 @@ def _text(token: tokenize.TokenInfo) -> str:
 
 
 def _links(text: str) -> str:
-  """Documents as links: the page stands beside them."""
+  """Names of documents become links, relative to docs/."""
   return re.sub(r"docs/(\w+\.md)", r"[\1](\1)", text)
 
 

@@ -37,7 +37,7 @@ class BusyError(RuntimeError):
 
 
 class RefusedError(RuntimeError):
-  """The endpoint refuses the request as it stands."""
+  """The endpoint refuses this request; asking again would not help."""
 
   def __init__(self, message: str, status: int):
     super().__init__(message)

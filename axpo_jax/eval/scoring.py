@@ -101,7 +101,7 @@ def number_within(answer: str, gold: str, tolerance: float) -> bool:
   return abs(given - right) <= Fraction(str(tolerance))
 
 
-# "12 m^3", "5\\text{ km}", "60 degrees": what stands behind a number and does not change it.
+# "12 m^3", "5\\text{ km}", "60 degrees": units behind a number, which do not change it.
 _UNIT = re.compile(r"(?<=[\d}])\s*\\?,?\s*(?:\\(?:text|mathrm|mbox)\s*\{\s*)?(?:square |cubic )?"
                    r"(?:units?|degrees?|[kcdm]?m)\s*\}?\s*(?:\^\s*\{?[23]\}?)?\s*\.?$")
 

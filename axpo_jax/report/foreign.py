@@ -40,7 +40,7 @@ def _group(r: int, members: Sequence[Trace], pictures: Pictures) -> dict[str, An
 
 
 def _prompt(trace: Trace) -> Sequence[notations.Event]:
-  """What stands before the agent's first word."""
+  """The messages before the agent's first turn."""
   kinds = [event.kind for event in trace.events]
   spoken = (i for i, kind in enumerate(kinds)
             if kind in (notations.THINK, notations.SAY, notations.CALL))

@@ -125,7 +125,7 @@ def read(path: str | os.PathLike) -> list[McpConfig]:
 
 
 def config_of(record: Mapping[str, Any], place: str = "MCP server") -> McpConfig:
-  """One record as it stands in a file. Errors: `read`."""
+  """One server as the file describes it. Errors: see `read`."""
   fields = {name: value for name, value in record.items() if name not in _IGNORED | {"disabled"}}
   if "type" in fields:
     fields["transport"] = _TRANSPORTS.get(fields.pop("type"), "?")
