@@ -3,16 +3,43 @@
 A config file starts from `base_config()` and changes only what its name says. Values the paper
 (arXiv 2605.28774) gives are marked [paper]; the others are ours. The tree is locked, so a misspelt
 override (`--config.rl.rolouts=16`) is an error and not a silent no-op.
+
+Fields that a dataclass reads take their default and their meaning from it (`_section`); fields written
+here belong to the run. docs/configuration.md lists both.
 """
 
+import dataclasses
 import pathlib
+import types
+import typing
 from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import FieldReference, placeholder
+from ml_collections.config_dict import FieldReference
 
-from axpo_jax.rl.recipes import RECIPES
+from axpo_jax.agent.episode import EpisodeLimits
+from axpo_jax.agent.tools.kernels import KernelConfig
+from axpo_jax.data.readers import Columns, ReaderConfig
+from axpo_jax.engine.protocol import SamplingParams
+from axpo_jax.engine.settings import (
+  EmbeddedConfig,
+  FleetConfig,
+  OpenAIConfig,
+  PushConfig,
+  SGLangConfig,
+)
+from axpo_jax.engine.sglang.server.spec import SidecarSpec
+from axpo_jax.errors import ConfigError
+from axpo_jax.miniworld.habits import TeacherConfig
+from axpo_jax.miniworld.perception import PerceptionConfig
+from axpo_jax.miniworld.reasoning import ReasoningConfig
+from axpo_jax.model.config import LoraConfig, ModelConfig
+from axpo_jax.rl.credit import CreditConfig
+from axpo_jax.rl.loss_config import LossConfig
+from axpo_jax.rl.recipes import RECIPES, ShapingConfig
+from axpo_jax.rl.resample import ResampleConfig
+from axpo_jax.train.optimizer_config import OptimizerConfig
 
 STAGES = ("teach", "sft", "screen", "rl", "eval")
 TEACHERS = ("scripted", "policy", "openai")
@@ -31,14 +58,6 @@ ENGINES = ("embedded", "sglang")
 # Limits of one episode that every sampling stage has: see `_agent`.
 LIMITS = ("max_turns", "max_new_tokens", "max_response_tokens", "max_total_tokens")
 ASSETS = pathlib.Path(__file__).parent / "assets"
-
-
-class ConfigError(ValueError):
-  """A config value that cannot work; the message names the field and how to fix it."""
-
-
-class RunStopped(RuntimeError):
-  """A run that ended itself where going on would be of no use; the message says why. Not a bug."""
 
 
 def base_config() -> ConfigDict:
@@ -136,33 +155,47 @@ def engine_length(config: ConfigDict) -> int:
   return config.rollout[config.rollout.engine].length or longest_episode(config)[0]
 
 
-def _optional(value: float) -> FieldReference:
-  """A float field that may also be set to None."""
-  return FieldReference(value, field_type=float)
+def _section(record: type, *names: str, **own: Any) -> ConfigDict:
+  """A section of fields that a dataclass reads.
+
+  Args:
+    names: fields of the dataclass; none: all that have a default.
+    own: further fields of the section, and defaults that differ from the dataclass's.
+  """
+  hints = typing.get_type_hints(record)
+  section = ConfigDict(own)
+  for field in dataclasses.fields(record):
+    has_default = field.default is not dataclasses.MISSING
+    if field.name not in own and (field.name in names if names else has_default):
+      section[field.name] = _holder(field.default, hints[field.name])
+  return section
+
+
+def _holder(default: Any, hint: Any) -> Any:
+  """The default, in a reference where a flag may also set it to None or, from None, to a value."""
+  kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+  if types.NoneType in typing.get_args(hint):
+    return FieldReference(default, field_type=kinds[0])
+  return default
 
 
 def _model() -> ConfigDict:
-  return ConfigDict(dict(
+  return _section(
+    ModelConfig, "dtype", "param_dtype", "attention", "attention_chunk",
     checkpoint="",            # folder in Hugging Face layout (config.json, *.safetensors, tokenizer)
     preset="",                # sizes for random initialisation, only where checkpoint is empty
     tokenizer="",             # tokenizer folder; empty = the checkpoint's
-    dtype="bfloat16",         # of activations
-    param_dtype="float32",    # of the master parameters: float32 or bfloat16
-    remat="full",             # what backward recomputes a layer: none, dots or full
-    attention="auto",         # tpu or gpu (kernels), xla, or auto: tpu where it runs (docs/pods.md)
-    attention_chunk=512,      # with xla: queries at once; less takes less memory, and suits CPUs
+    remat="full",             # what the backward pass recomputes of a layer: none, dots or full
     export_dtype="bfloat16",  # of the folders that stages write
     freeze_vision=False,      # keep the vision tower and its mergers fixed
-  ))
+  )
 
 
 def _lora() -> ConfigDict:
-  return ConfigDict(dict(
+  return _section(
+    LoraConfig, "alpha", "targets",
     rank=0,                   # of adapters, which SFT and RL then train alone (docs/lora.md); 0 = none
-    alpha=32.0,               # their products are scaled by alpha / rank
-    # Layers with adapters: q, k, v, o, gate, up, down; of the vision tower qkv, proj, fc1, fc2.
-    targets=("q", "k", "v", "o", "gate", "up", "down"),
-  ))
+  )
 
 
 def _data() -> ConfigDict:
@@ -176,22 +209,20 @@ def _data() -> ConfigDict:
     image_anywhere=False,     # image paths may leave that folder: only for files that you trust
     image_cache="",           # folder to keep images in that come as bytes; "" = in memory
     # Names of the columns in the files of `source`; see docs/data.md.
-    columns=ConfigDict(dict(id="id", text="question", images="images", answers="answer",
-                            kind="kind", options="options", category="category",
-                            source="source", acting="acting")),
-    max_bad_share=0.01,       # more unreadable records than this share stop the run
-    miniworld=ConfigDict(dict(
+    columns=_section(Columns),
+    max_bad_share=ReaderConfig.max_bad_share,  # more unreadable records than this share stop the run
+    miniworld=_section(
+      PerceptionConfig, "marks", "large_share",
       seed=0,                 # of the world; config.seed does not change the questions
       train_size=100_000,     # questions of the training splits (SFT and RL have one each)
-      marks=(2, 4),           # least and greatest number of marks on a canvas
-      large_share=0.5,        # questions whose glyph can be read without zooming
       # Mix of the question families, everywhere.
       families=ConfigDict(dict(perception=1.0, search=0.0, reasoning=0.0)),
       # Mix of each family's kinds of questions in the RL and evaluation splits; all kinds are in
       # miniworld.world.KINDS.
       kinds=ConfigDict(dict(read=1.0, two_hop=1.0, total=1.0)),
-      easy_share=0.5,         # reasoning questions that can be answered without computing
-    )),
+      # Share of the reasoning questions that can be answered without computing.
+      easy_share=ReasoningConfig.easy_share,
+    ),
   ))
 
 
@@ -205,7 +236,8 @@ def _images() -> ConfigDict:
 
 
 def _agent() -> ConfigDict:
-  return ConfigDict(dict(
+  return _section(
+    EpisodeLimits, "max_turns", "max_response_tokens", "max_total_tokens", "max_images",
     system_prompt="full",     # "full", "short", or the text itself
     # Of image_zoom_in, python, tavily-search, image_search, and functions of yours as "module:name"
     # (docs/tools.md).
@@ -235,92 +267,64 @@ def _agent() -> ConfigDict:
       max_concurrent=16,      # requests at once
     )),
     image_search=ConfigDict(dict(cache="", max_results=5)),  # JSON file of results by question id
-    max_turns=3,              # [paper] in training
-    max_new_tokens=4096,      # per turn
-    max_response_tokens=16_384,  # per episode: sampled and observed tokens together
-    max_total_tokens=24_576,  # per episode, prompt included (expanded)
-    max_images=12,            # per episode, the question's included
+    max_new_tokens=EpisodeLimits.max_new_tokens_per_turn,  # per turn
     deadline=0.0,             # seconds an episode may take; 0 = no limit
-  ))
+  )
 
 
 def _python_tool() -> ConfigDict:
-  return ConfigDict(dict(
+  return _section(  # an executor on another machine has its own limits of kernels
+    KernelConfig,
     timeout=12,               # seconds of a cell, unless the call says otherwise [paper]
     max_timeout=60,           # the most it may ask for
     max_concurrent=0,         # cells at once; 0 = as many as there are cores
     # Of an executor on another machine, such as http://sandbox-1:8400: docs/tools.md. "" = this machine.
     url="",
-    # The fields of agent.tools.kernels.KernelConfig; an executor has its own.
-    isolation="namespaces",   # "rlimits" sees the trainer's files: docs/tools.md
-    memory_mb=2048,           # of a process's address space, and of a kernel's processes together
-    cpu_seconds=120,          # of a process, over all cells of an episode
-    file_mb=64,               # of a file that a cell writes
-    processes=16,             # of a kernel, at once
-    output_kb=24,             # kept of a cell's stdout and of its stderr
-    warm=4,                   # kernels kept ready
-  ))
+  )
 
 
 def _rollout() -> ConfigDict:
-  return ConfigDict(dict(
+  return _section(
+    SamplingParams, "temperature", "top_p", "top_k", "presence_penalty",
     engine="embedded",        # in this process; or sglang: servers, see docs/sidecar.md
-    temperature=1.0,          # [paper]
-    top_p=1.0,                # nucleus; 1 = off
-    top_k=0,                  # most likely tokens that are drawn from; 0 = off
-    presence_penalty=0.0,     # taken from the logit of every token that the response has already
     # Steps that rollouts may run ahead of training; 0 = every token is drawn by the weights that
     # are about to be trained. Above 0 runs are no longer repeatable bit for bit, and the embedded
     # engine must have one device.
     staleness=0,
-    embedded=ConfigDict(dict(
+    embedded=_section(
+      EmbeddedConfig, "decode_block",
       # KV rows: running sequences and cached prefixes together. A row is a fixed block of memory:
       # 3.6 GB for 24,576 tokens of the 8B model in bfloat16.
       rows=32,
       length=0,               # tokens a row holds; 0 = the longest episode of the run's stages
       max_running=32,         # sequences decoded at once
-      decode_block=16,        # tokens between two looks at who has finished
       dtype="bfloat16",       # of the engine's parameters and KV cache
-    )),
+    ),
     # SGLang servers that run already. Empty: the run starts its own, as `sidecar` says. A key for
     # them is read from the environment (AXPO_SIDECAR_API_KEY).
     urls=(),
-    sglang=ConfigDict(dict(
-      length=0,               # tokens of a sequence, at most; 0 = the longest episode of the run's
-                              # stages. Servers need a larger context
-      push_folder="",         # trainer and servers both see it (tmpfs, NFS); "" = in the workdir
-      push_dtype="bfloat16",  # of the pushed weights; float32 for servers that run in float32
-      push_shard_bytes=1 << 30,  # size of a pushed file
-      push_writers=4,         # files written at once: so many shards are in host memory
-      verify=True,            # compare the servers' checksums after each push
-      image_folder="",        # both see it: images go as files; "" = within each request
-      router_url="",          # SGLang's router before the servers in `urls`, if one runs: it then
-                              # chooses who samples (weights still go to each of `urls`)
-      request_s=600.0,        # seconds one request may take at one server
-      attempts=3,             # servers a request is tried on
-      drain_s=120.0,          # seconds an update waits for running samples; then they are redrawn
-      load_s=600.0,           # seconds a server may take to load weights
-      fleet=ConfigDict(dict(
-        max_concurrent=64,    # requests at one server at once
-        deadline_s=300.0,     # seconds a request waits for any server that is up
-        probe_s=5.0,          # seconds between two looks at a server
-        probe_timeout_s=20.0, # seconds until a look counts as failed
-        misses=2,             # failed looks in a row that take a server out
-      )),
-    )),
-    # Fields of engine.sglang.server.SidecarSpec for the servers that a run starts itself. They have GPUs of
-    # their own, and the trainer has the others of this machine: see stages.machine.
-    sidecar=ConfigDict(dict(
-      device="cuda",          # or cpu: the real server, slowly
+    sglang=_sglang(),
+    # SGLang servers that a run starts itself. They have GPUs of their own, and the trainer has the
+    # others of this machine: see stages.machine.
+    sidecar=_section(
+      SidecarSpec, "device", "tensor_parallel", "mem_fraction", "max_total_tokens", "max_running", "env",
       servers=0,              # 0 = on half of this machine's GPUs; on a CPU, one
-      tensor_parallel=1,      # GPUs of one server
       gpus=(),                # ids of theirs; () = the last ones
-      mem_fraction=0.8,       # of a GPU's memory, for weights and KV cache
-      max_total_tokens=0,     # of the KV cache; 0 = what mem_fraction leaves
-      max_running=64,         # sequences decoded at once
-      env=(),                 # names of further variables of this environment that servers get
-    )),
-  ))
+    ),
+  )
+
+
+def _sglang() -> ConfigDict:
+  return _section(
+    SGLangConfig, "verify", "router_url", "request_s", "attempts", "drain_s", "load_s", "image_folder",
+    length=0,                 # tokens of a sequence, at most; 0 = the longest episode of the run's
+                              # stages. Servers need a larger context
+    push_folder="",           # trainer and servers both see it (tmpfs, NFS); "" = in the workdir
+    push_dtype=PushConfig.dtype,  # of the pushed weights; float32 for servers that run in float32
+    push_shard_bytes=PushConfig.shard_bytes,  # size of a pushed file
+    push_writers=PushConfig.writers,  # files written at once: so many shards are in host memory
+    fleet=_section(FleetConfig),
+  )
 
 
 def _rl() -> ConfigDict:
@@ -339,41 +343,12 @@ def _rl() -> ConfigDict:
     # Keep the reference policy of the KL in the hosts' memory while it does not score: one copy of the
     # parameters less on the chips for the gradients to stand beside.
     reference_offload=False,
-    # The fields of rl.resample.ResampleConfig.
-    resample=ConfigDict(dict(
-      ratio=0.25,             # r: at most r*B*N extra continuations a step [paper]
-      k=4,                    # K: continuations a prefix [paper]
-      choice="uncertain",     # [paper] lowest confidence first; "random" is an ablation
-      subgroup="tool",        # [paper]; "no_tool" is an ablation
-      prefix="thinking",      # [paper]; "question" is the ablation without the prefix fix
-      breadth_first=True,     # [paper]; False takes the globally best prefixes
-      round_order="confidence",  # who is served first within a round; or "index"
-      confidence_span="call",    # tokens the confidence averages; or "call_body" (no tags)
-    )),
-    # The fields of rl.credit.CreditConfig.
-    credit=ConfigDict(dict(
-      prefix_credit="any",    # [paper]; mean, excess, or none (ablation)
-      merge_resamples=False,  # ablation: resamples join the question's advantage group
-      ddof=1,                 # of the standard deviation
-      eps=1e-6,               # added to it
-      normalise_std=True,     # False: subtract the mean only (Dr.GRPO)
-    )),
-    # The fields of rl.losses.LossConfig.
-    loss=ConfigDict(dict(
-      clip_low=0.2, clip_high=0.4,  # [paper]
-      kl_coef=1e-3,           # [paper] beta, against the policy at the start of RL
-      kl_cap=10.0,            # nats; the most that the k3 estimate of a token may be
-      dual_clip=_optional(3.0),  # lower bound for A < 0; None = off
-      entropy_coef=0.0,       # bonus per nat
-      variant="grpo",         # or "cispo", with its bounds of the ratio:
-      cispo_min_ratio=0.0, cispo_max_ratio=5.0,  # of "cispo" alone
-      tis_cap=_optional(2.0),  # cap of the sampler-to-trainer importance weight; None = off
-      tis_mask=placeholder(float),  # leave out sequences further apart than this factor; None = off
-      aggregation="token_mean",  # or "sequence_mean", "sequence_sum" (docs/algorithm.md)
-      sum_length=1.0,         # tokens that the sums of "sequence_sum" are divided by
-      # lambda of what is resampled, added to GRPO's loss; None = all tokens in one mean.
-      resampled_weight=placeholder(float),
-    )),
+    # Which rollouts are resampled, from where, and how many continuations a step may cost.
+    resample=_section(ResampleConfig),
+    # How rewards become advantages.
+    credit=_section(CreditConfig),
+    # Clipping, KL and normalisation (docs/algorithm.md).
+    loss=_section(LossConfig),
     # Training questions that are left out, by what sampling them showed (docs/chain.md).
     filter=ConfigDict(dict(
       policy="",              # folder of shards of the policy; "" = this run's stage "screen", if any
@@ -381,26 +356,18 @@ def _rl() -> ConfigDict:
       solved=1.0,             # out if the policy is right in at least this share [paper: 4 of 4]
       hopeless=0.0,           # out if the teacher is right in at most this share [paper: 0 of 4]
     )),
-    # The fields of rl.recipes.ShapingConfig: rewards of neighbouring recipes, off in the paper's.
-    shaping=ConfigDict(dict(
-      tool_bonus=0.0,         # added to a tool-using rollout's reward
-      tool_bonus_needs_right=True,  # False pays wrong ones too
-      tool_penalty="none",    # or "otc"
-      otc_smoothing=3.0,      # c of "otc": larger is milder where no call is needed
-    )),
+    # Rewards of neighbouring recipes, off in the paper's.
+    shaping=_section(ShapingConfig),
   ))
 
 
 def _optimizer(learning_rate: float, schedule: str, warmup: float) -> ConfigDict:
-  return ConfigDict(dict(
-    name="adamw",             # or "muon": for learning from scratch
+  return _section(
+    OptimizerConfig, "name", "weight_decay", "b1", "b2", "eps", "clip_norm", "mu_dtype",
     learning_rate=learning_rate,  # its peak
     schedule=schedule,        # constant or cosine (to zero)
     warmup=warmup,            # share of all steps
-    weight_decay=0.01, b1=0.9, b2=0.999, eps=1e-8,  # of AdamW
-    clip_norm=1.0,            # global gradient norm
-    mu_dtype="float32",       # of Adam's first moment
-  ))
+  )
 
 
 def _batch() -> ConfigDict:
@@ -416,7 +383,8 @@ def _batch() -> ConfigDict:
 
 
 def _teach() -> ConfigDict:
-  return ConfigDict(dict(
+  return _section(
+    OpenAIConfig, "max_concurrent", "attempts", "timeout_s", "omit", "extensions",
     engine="policy",          # config.model by config.rollout; "openai": an endpoint; or "scripted"
     questions=0,              # the first so many training questions; 0 = all
     rollouts=4,               # trajectories a question [paper]
@@ -424,13 +392,7 @@ def _teach() -> ConfigDict:
     # Of "openai": a chat endpoint that takes images. Its key is read from AXPO_TEACHER_API_KEY.
     url="",                   # such as http://localhost:8000/v1
     model="",                 # its name there
-    max_concurrent=64,        # requests at once
-    attempts=4,               # how often a sample is asked for where the endpoint is busy or fails
-    timeout_s=1800.0,         # seconds of one attempt
-    omit=(),                  # fields left out of requests, for endpoints that refuse them:
-                              # ("temperature", "max_tokens")
-    extensions=True,          # send top_k and skip_special_tokens, which vLLM and SGLang know
-  ))
+  )
 
 
 def _screen() -> ConfigDict:
@@ -453,10 +415,10 @@ def _sft() -> ConfigDict:
     freeze_vision=True,       # keep the vision tower and its mergers fixed
     # Mix of each family's kinds of questions that the teacher answers (miniworld).
     kinds=ConfigDict(dict(read=1.0, two_hop=1.0, total=1.0)),
-    # The scripted teacher's habits: fields of miniworld.habits.TeacherConfig.
-    teacher=ConfigDict(dict(
-      p_tool_small=0.45, p_tool_large=0.10, p_search=0.40, p_stop_short=0.20, p_python_hard=0.45,
-      p_python_easy=0.10)),
+    # The scripted teacher's habits.
+    teacher=_section(
+      TeacherConfig, "p_tool_small", "p_tool_large", "p_search", "p_stop_short", "p_python_hard",
+      "p_python_easy"),
     keep_wrong=False,         # [paper] keep only trajectories with the right answer
     optimizer=_optimizer(learning_rate=1e-5, schedule="cosine", warmup=0.1),
   ))

@@ -23,13 +23,13 @@ from axpo_jax.config import (
   STAGES,
   TEACHERS,
   TOOLS,
-  ConfigError,
   apply_recipe,
   fields,
   longest_episode,
   reads_held_out,
   sampling_stages,
 )
+from axpo_jax.errors import ConfigError
 
 _DTYPES = ("float32", "bfloat16")
 _CHOICES = {

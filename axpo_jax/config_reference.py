@@ -1,14 +1,16 @@
-"""The configuration reference, made from the comments of config.py.
+"""The configuration reference, made from config.py and the dataclasses that it names.
 
   python -m axpo_jax.config_reference > docs/configuration.md
 
 In: the source and the defaults of `base_config`. Out: Markdown, a table a section. A field's meaning is the
-comment behind it, or the comment lines directly above it; both if it has both.
+comment behind it or directly above it in config.py (both if it has both), else its entry in the docstring of
+the dataclass that its section is made from.
 """
 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import io
 import re
@@ -30,9 +32,10 @@ This page is made from [config.py](../axpo_jax/config.py): `python -m axpo_jax.c
 def reference() -> str:
   """The whole page."""
   source = inspect.getsource(config_module)
-  lines, comments = dict(_lines(ast.parse(source))), _comments(source)
-  values = dict(fields(base_config()))
-  meanings = {path: _links(comments.get(line, "")).replace("|", "\\|") for path, line in lines.items()}
+  comments, values = _comments(source), dict(fields(base_config()))
+  # A comment in config.py goes before the dataclass's own words.
+  meanings = {path: _links(comments.get(line) or record).replace("|", "\\|")
+              for path, line, record in _entries(ast.parse(source))}
   sections: dict[str, list[str]] = {}
   for path, meaning in meanings.items():
     if path in values:
@@ -41,7 +44,7 @@ def reference() -> str:
         meaning = ""  # said above the table
       sections.setdefault(section, []).append(f"| `{name}` | `{_shown(values[path])}` | {meaning} |")
   # The limits of "teach" and "screen" follow those of "agent": base_config sets them in a loop.
-  missing = {path for path in values.keys() - lines.keys() if path.split(".")[-1] not in LIMITS}
+  missing = {path for path in values.keys() - meanings.keys() if path.split(".")[-1] not in LIMITS}
   if missing:
     raise ValueError(f"config.py defines fields in a way that this module cannot read: {sorted(missing)}")
   parts = [_HEAD]
@@ -51,24 +54,57 @@ def reference() -> str:
   return "".join(parts)
 
 
-def _lines(tree: ast.Module) -> Iterator[tuple[str, int]]:
-  """(dotted name, line) of every section and field, in the order of `base_config`."""
+def _entries(tree: ast.Module) -> Iterator[tuple[str, int, str]]:
+  """(dotted name, line, what its dataclass says of it) of every section and field, in their order."""
   functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
 
-  def walk(path: str, line: int, value: ast.expr) -> Iterator[tuple[str, int]]:
+  def walk(path: str, line: int, value: ast.expr) -> Iterator[tuple[str, int, str]]:
     name = value.func.id if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) else ""
-    if name in functions and name != "_optional":
+    if name == "_section":
+      yield path, line, ""
+      yield from keywords(path, value.keywords)
+      yield from record_fields(path, value)
+    elif name in functions:
       yield from walk(path, line, functions[name].body[-1].value)
     elif name == "ConfigDict" and value.args:
-      yield path, line
-      for keyword in value.args[0].keywords:
-        yield from walk(f"{path}.{keyword.arg}", keyword.value.lineno, keyword.value)
+      yield path, line, ""
+      yield from keywords(path, value.args[0].keywords)
     else:
-      yield path, line
+      yield path, line, ""
+
+  def keywords(path: str, found: list[ast.keyword]) -> Iterator[tuple[str, int, str]]:
+    for keyword in found:
+      yield from walk(f"{path}.{keyword.arg}", keyword.value.lineno, keyword.value)
+
+  def record_fields(path: str, call: ast.Call) -> Iterator[tuple[str, int, str]]:
+    record = getattr(config_module, call.args[0].id)
+    meanings, own = _meanings(record), {keyword.arg for keyword in call.keywords}
+    names = [arg.value for arg in call.args[1:]]
+    for name in names or [field.name for field in dataclasses.fields(record)]:
+      if name not in own:
+        yield f"{path}.{name}", 0, meanings.get(name, "")
 
   for node in functions["base_config"].body:
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
       yield from walk(node.targets[0].attr, node.lineno, node.value)
+
+
+def _meanings(record: type) -> dict[str, str]:
+  """Field -> its entry in the docstring of a dataclass: `name: text`, or `one, another: text`."""
+  known = {field.name for field in dataclasses.fields(record)}
+  found: dict[str, str] = {}
+  names: list[str] = []
+  for line in inspect.getdoc(record).splitlines():
+    entry = re.match(r"\s*(\w+(?:, \w+)*): (.*)", line)
+    if entry and set(entry[1].split(", ")) <= known:
+      names = entry[1].split(", ")
+      found |= dict.fromkeys(names, entry[2])
+    elif not line.strip():
+      names = []
+    else:
+      found |= {name: f"{found[name]} {line.strip()}" for name in names}
+  # Docstrings write (paper) or (paper: the value), which the table shows beside it.
+  return {name: re.sub(r"\(paper(: [^)]*)?\)", "[paper]", text) for name, text in found.items()}
 
 
 def _comments(source: str) -> dict[int, str]:

@@ -27,7 +27,7 @@ from collections.abc import Iterable
 
 from etils import epath
 
-from axpo_jax.config import ConfigError
+from axpo_jax.errors import ConfigError
 
 # Scheme -> the package that reaches it, and the extra in setup.py that installs it.
 STORES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}

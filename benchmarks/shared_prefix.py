@@ -42,11 +42,12 @@ from axpo_jax.model.config import PRESETS, ModelConfig
 from axpo_jax.model.images import PatchFormat, ProcessedImage
 from axpo_jax.model.vision_inputs import mrope_positions
 from axpo_jax.rl.credit import Branch, CreditConfig, GroupOutcome, assign_credit
-from axpo_jax.rl.losses import LossConfig
+from axpo_jax.rl.loss_config import LossConfig
 from axpo_jax.rl.resample import ResampleConfig, prefix_budget
 from axpo_jax.train.batch import Batch, packing_metrics, place, targets
+from axpo_jax.train.optimizer_config import OptimizerConfig
 from axpo_jax.train.packing import Example, pack
-from axpo_jax.train.state import OptimizerConfig, init_params, make_optimizer
+from axpo_jax.train.state import init_params, make_optimizer
 from axpo_jax.train.step import Learner, policy_objective
 
 N, K, RATIO = 8, 4, 0.25

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from axpo_jax.config import ConfigError, RunStopped, fields
+from axpo_jax.config import fields
+from axpo_jax.errors import ConfigError, RunStopped
 from axpo_jax.rl.recipes import RECIPES
 
 

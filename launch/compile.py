@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(f"Unexpected argument {argv[1]!r}: overrides are --config.<field>=<value>.")
   logging.set_verbosity(logging.WARNING)
   os.environ["JAX_PLATFORMS"] = "cpu"  # no device is used
-  from axpo_jax.config import ConfigError
+  from axpo_jax.errors import ConfigError
   from axpo_jax.model.config import UnsupportedConfig
   from axpo_jax.plan.chips import TopologyError
   try:

@@ -43,8 +43,8 @@ from etils import epath
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from axpo_jax import markdown, paths
-from axpo_jax.config import ConfigError
 from axpo_jax.config_checks import validate
+from axpo_jax.errors import ConfigError
 from axpo_jax.eval import statistics
 from axpo_jax.stages.metrics import read_metrics
 from launch import command

@@ -33,9 +33,10 @@ def test_every_field_has_its_default_and_a_meaning():
 
 
 def test_comments_reach_the_fields_they_stand_at():
-  """Above, behind, and behind with a second line below."""
+  """In config.py above, behind, and behind with a second line below; and in a dataclass's docstring."""
   sections = _sections()
-  assert "| `temperature` | `1.0` | [paper] |" in sections["rollout"]
+  assert "| `dump_every` | `10` | steps between dumps of all rollouts" in sections["log"]
   assert "half the cost" in next(line for line in sections["rl"].splitlines() if "old_logprobs" in line)
-  assert "| `k` | `4` | K: continuations a prefix [paper] |" in sections["rl.resample"]
+  assert "| `k` | `4` | K, continuations per selected prefix [paper]. |" in sections["rl.resample"]
+  assert sections["optimizer"].count("| Adam's. |") == 3  # one entry for b1, b2 and eps
   assert "of the run's stages. Servers need a larger context" in sections["rollout.sglang"]

@@ -6,8 +6,9 @@ import pathlib
 import pytest
 
 import axpo_jax
-from axpo_jax.config import ENGINES, ConfigError, base_config, engine_length, fields
+from axpo_jax.config import ENGINES, base_config, engine_length, fields
 from axpo_jax.config_checks import validate
+from axpo_jax.errors import ConfigError
 from axpo_jax.eval.benchmarks import BENCHMARKS
 from axpo_jax.rl.recipes import RECIPES
 from tests import sizes

@@ -17,12 +17,15 @@ REPO = PACKAGE.parent
 
 # Room -> what its files may import of ours: rooms, or single modules.
 ALLOWED = {
-  "config": {"config", "rl.recipes"},
-  "paths": {"config"},
+  "errors": set(),
+  # The dataclasses that sections are made from.
+  "config": {"agent", "data.readers", "engine.protocol", "engine.settings", "engine.sglang.server.spec", "errors",
+             "miniworld", "model.config", "rl", "train.optimizer_config"},
+  "paths": {"errors"},
   "processes": set(),
   "markdown": set(),
   "seeds": set(),
-  "config_checks": {"config", "paths", "rl.recipes", "stages.sections"},
+  "config_checks": {"config", "errors", "paths", "rl.recipes", "stages.sections"},
   "config_reference": {"config"},
   "rl": {"rl"},
   "model": {"model"},
@@ -31,12 +34,12 @@ ALLOWED = {
   "agent": {"agent", "paths", "model.chat", "model.images", "model.pictures", "data.question", "engine.protocol"},
   "miniworld": {"miniworld", "data", "model", "engine"},
   "eval": {"eval", "engine.endpoint", "agent", "data", "rl", "paths"},
-  "rollouts": {"rollouts", "eval.scoring", "agent", "engine", "data", "model", "rl", "config", "paths", "seeds"},
-  "train": {"train", "rollouts.collect", "agent", "model", "rl", "config", "paths", "processes"},
+  "rollouts": {"rollouts", "eval.scoring", "agent", "engine", "data", "model", "rl", "errors", "paths", "seeds"},
+  "train": {"train", "rollouts.collect", "agent", "model", "rl", "errors", "paths", "processes"},
   "diagnose": {"diagnose", "markdown", "rollouts", "agent", "rl"},
   "stages": {"stages", "markdown", "rollouts", "train", "eval", "miniworld", "agent", "engine", "model", "data", "rl",
-             "config", "paths", "processes", "seeds"},
-  "plan": {"plan", "stages", "train", "engine", "model", "rl", "config"},
+             "config", "errors", "paths", "processes", "seeds"},
+  "plan": {"plan", "stages", "train", "engine", "model", "rl", "config", "errors"},
   "report": {"report", "stages.metrics", "stages.summary", "diagnose", "rollouts", "eval", "agent", "data", "paths"},
 }
 # Modules that agents, tools and planning are made of: they load in a moment, on any machine.
@@ -44,12 +47,12 @@ WITHOUT_JAX = (
   "rollouts.dump", "agent.episode", "agent.rewards", "agent.tools.audit", "agent.tools.corpus",
   "agent.tools.function", "agent.tools.image_search", "agent.tools.mcp_server",
   "agent.tools.python", "agent.tools.tavily", "agent.tools.zoom", "config_checks", "data.adapters",
-  "data.filters", "data.inspect", "miniworld.teacher", "data.question", "data.readers",
+  "config", "data.filters", "data.inspect", "miniworld.teacher", "data.question", "data.readers",
   "eval.benchmarks", "stages.forced", "eval.judge", "eval.passk", "eval.scoring", "rollouts.shards", "stages.summary",
   "model.chat", "model.config", "model.images", "rl.advantages", "rollouts.census", "rl.credit",
   "rl.recipes", "rl.resample", "engine.protocol", "engine.openai", "engine.sglang.server",
   "engine.sglang.server.environment", "engine.sglang.server.sizing", "miniworld.engine",
-  "engine.weightless",
+  "engine.weightless", "engine.settings", "rl.loss_config", "train.optimizer_config",
   "stages.machine", "seeds")
 # Runs in the servers' environment, which has torch and SGLang and nothing of ours.
 SERVE = PACKAGE / "engine" / "sglang" / "server" / "serve.py"

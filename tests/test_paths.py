@@ -24,9 +24,9 @@ from PIL import Image
 import axpo_jax
 from axpo_jax import paths
 from axpo_jax.agent.tools import audit
-from axpo_jax.config import ConfigError
 from axpo_jax.data.question import load_image
 from axpo_jax.data.readers import read_questions
+from axpo_jax.errors import ConfigError
 from axpo_jax.stages.metrics import MetricsWriter, read_metrics
 from axpo_jax.train.checkpoint import Checkpoints
 from tests import gcs

@@ -52,7 +52,7 @@ class EpisodeLimits:
   """Budgets of one episode; the defaults are those of training.
 
   Attributes:
-    max_turns: assistant turns.
+    max_turns: assistant turns (paper: 3 in training, 5 in evaluation).
     max_new_tokens_per_turn: sampled tokens of one turn.
     max_response_tokens: expanded tokens after the prompt, sampled and observed together.
     max_total_tokens: expanded tokens of the whole transcript.

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import dataclasses
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from absl import logging
 
 from axpo_jax.engine import endpoint
 from axpo_jax.engine.protocol import RequestError, Sample, SampleRequest
+from axpo_jax.engine.settings import OpenAIConfig
 from axpo_jax.engine.weightless import WeightlessEngine
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ProcessedImage
@@ -38,36 +38,6 @@ _THOUGHT = "\n</think>\n\n"
 
 class EndpointError(RuntimeError):
   """The endpoint gave no sample, asked several times."""
-
-
-@dataclasses.dataclass(frozen=True)
-class OpenAIConfig:
-  """An endpoint and how it is used.
-
-  Attributes:
-    url: its base, such as http://localhost:8000/v1.
-    model: its name there.
-    api_key: bearer token; empty for none.
-    max_concurrent: requests at once.
-    timeout_s: seconds of one attempt.
-    attempts: how often one sample is asked for; busy and failing servers are asked again.
-    first_wait_s: seconds before the second attempt; doubled for each further one, and more where the
-      server asks for it (`Retry-After`).
-    omit: fields left out of requests, for endpoints that refuse them. Samples are cut at their limit of
-      tokens also without "max_tokens".
-    extensions: send what OpenAI's own API does not know and vLLM and SGLang do (top_k, and special
-      tokens kept in the text).
-  """
-
-  url: str
-  model: str
-  api_key: str = ""
-  max_concurrent: int = 64
-  timeout_s: float = 1800.0
-  attempts: int = 4
-  first_wait_s: float = 2.0
-  extensions: bool = True
-  omit: tuple[str, ...] = ()
 
 
 class OpenAIEngine(WeightlessEngine):

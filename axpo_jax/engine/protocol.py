@@ -48,7 +48,8 @@ class SamplingParams:
 
   Attributes:
     max_new_tokens: most tokens to generate, the stop token included.
-    temperature: 0 means greedy; log-probabilities are then those at temperature 1.
+    temperature: divides the logits (paper: 1 in training). 0 means greedy; log-probabilities are then
+      those at temperature 1.
     top_p: nucleus mass in (0, 1]; 1 is off.
     top_k: number of most likely tokens kept; 0 is off.
     presence_penalty: subtracted once from the logit of each id generated so far in this sample.

@@ -20,6 +20,8 @@ DTYPES = ("float32", "bfloat16")
 # Linear layers that can have adapters, by the names of the model's modules.
 TEXT_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 VISION_TARGETS = ("qkv", "proj", "fc1", "fc2")
+# Lengths of rows of image patches, for whoever names no others: each is a program of its own.
+PATCH_BUCKETS = (64, 128, 256, 1024, 4096, 16384)
 
 
 class UnsupportedConfig(ValueError):
@@ -113,13 +115,13 @@ class LoraConfig:
 
   Attributes:
     rank: of the products that are added to kernels.
-    alpha: they are scaled by alpha / rank.
+    alpha: the products are scaled by alpha / rank.
     targets: which layers have one, of TEXT_TARGETS and VISION_TARGETS; in all blocks, and for "fc1"
       and "fc2" in the mergers too.
   """
 
   rank: int
-  alpha: float
+  alpha: float = 32.0
   targets: tuple[str, ...] = TEXT_TARGETS
 
   def __post_init__(self):

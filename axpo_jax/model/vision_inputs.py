@@ -18,10 +18,9 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from axpo_jax.model.config import VisionConfig
+from axpo_jax.model.config import PATCH_BUCKETS, VisionConfig
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-PATCH_BUCKETS = (64, 128, 256, 1024, 4096, 16384)
 _PATCH_UNIT = 16
 
 

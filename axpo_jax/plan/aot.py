@@ -23,7 +23,7 @@ from flax import nnx
 
 from axpo_jax.engine.embedded import sampling
 from axpo_jax.engine.embedded.device import DecodeInputs, Device, PrefillInputs
-from axpo_jax.engine.embedded.engine import EmbeddedConfig
+from axpo_jax.engine.settings import EmbeddedConfig
 from axpo_jax.model import sharding
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.qwen3_vl import Qwen3VL

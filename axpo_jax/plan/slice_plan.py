@@ -8,14 +8,15 @@ from collections.abc import Sequence
 import jax
 from ml_collections import ConfigDict
 
-from axpo_jax.config import ConfigError, engine_length, sampling_stages
+from axpo_jax.config import engine_length, sampling_stages
 from axpo_jax.engine.embedded import kv_pool
 from axpo_jax.engine.embedded.call_sizes import CallSizes
 from axpo_jax.engine.sglang.server import sizing
+from axpo_jax.errors import ConfigError
 from axpo_jax.model import hf, sharding
 from axpo_jax.model.config import PRESETS, ModelConfig
 from axpo_jax.plan import aot, chips, slice_report
-from axpo_jax.rl.losses import LossConfig
+from axpo_jax.rl.loss_config import LossConfig
 from axpo_jax.stages import build, machine, sections
 from axpo_jax.train import adapters as lora
 from axpo_jax.train.batch import Batch, batch_shards

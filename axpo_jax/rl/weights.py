@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from axpo_jax.rl.losses import LossConfig
+from axpo_jax.rl.loss_config import LossConfig
 
 
 def sequence_weights(

@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from axpo_jax import paths, seeds
 from axpo_jax.agent.rollout import FAILED_STOPS, Rollout
-from axpo_jax.config import RunStopped
 from axpo_jax.data.filters import Counts
 from axpo_jax.data.question import IMAGE_MARK, Question
+from axpo_jax.errors import RunStopped
 from axpo_jax.eval.scoring import JUDGE_FAILED, Score
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageProcessor

@@ -24,7 +24,7 @@ from axpo_jax.agent.episode import EpisodeLimits
 from axpo_jax.agent.prompts import SHORT_SYSTEM_PROMPT, SYSTEM_PROMPT
 from axpo_jax.agent.rollout import Rollout
 from axpo_jax.agent.transcript import Transcript
-from axpo_jax.config import ConfigError, limits
+from axpo_jax.config import limits
 from axpo_jax.data import adapters, filters, pipeline, readers
 from axpo_jax.data.question import Question
 from axpo_jax.engine.embedded.engine import EmbeddedEngine
@@ -33,6 +33,7 @@ from axpo_jax.engine.sglang.engine import SGLangEngine
 from axpo_jax.engine.sglang.server.spec import API_KEY_VARIABLE, SidecarError
 from axpo_jax.engine.sglang.server.supervisor import Sidecar
 from axpo_jax.engine.sglang.weight_push import PushFolder
+from axpo_jax.errors import ConfigError
 from axpo_jax.miniworld.engine import TeacherEngine
 from axpo_jax.miniworld.habits import TeacherConfig
 from axpo_jax.miniworld.world import MiniWorldSource
@@ -48,8 +49,9 @@ from axpo_jax.stages.sections import computed_as
 from axpo_jax.train import adapters as lora
 from axpo_jax.train import examples
 from axpo_jax.train.batch import Batch, batch_shards, vision_rows_here
+from axpo_jax.train.optimizer_config import OptimizerConfig
 from axpo_jax.train.packing import Example, PackingError, check_example, pack
-from axpo_jax.train.state import Optimizer, OptimizerConfig, init_params, make_optimizer
+from axpo_jax.train.state import Optimizer, init_params, make_optimizer
 
 # Trajectories in a row that SFT may leave out before it gives up.
 _MOST_DROPPED = 1000

@@ -19,7 +19,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from axpo_jax import paths
-from axpo_jax.config import ConfigError, base_config
+from axpo_jax.config import base_config
+from axpo_jax.errors import ConfigError
 
 _FILE = "config.json"
 _SHOWN = 8  # differences in a message

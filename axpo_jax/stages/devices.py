@@ -7,8 +7,9 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from axpo_jax.config import ConfigError, sampling_stages
+from axpo_jax.config import sampling_stages
 from axpo_jax.engine.embedded import memory as embedded_memory
+from axpo_jax.errors import ConfigError
 from axpo_jax.model import sharding
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.stages import build, distributed, sections

@@ -26,9 +26,9 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from axpo_jax import processes
-from axpo_jax.config import ConfigError
 from axpo_jax.engine.embedded.engine import EmbeddedEngine
 from axpo_jax.engine.sglang.engine import SGLangEngine
+from axpo_jax.errors import ConfigError
 from axpo_jax.model import sharding
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.processes import is_main

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from axpo_jax.config import ConfigError, sampling_stages
+from axpo_jax.config import sampling_stages
 from axpo_jax.engine.sglang.server import environment
 from axpo_jax.engine.sglang.server.spec import SidecarError
+from axpo_jax.errors import ConfigError
 
 # Of a GPU's memory that the trainer may take; the rest is left to the driver, NCCL's buffers and kernels.
 GPU_SHARE = 0.92

@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 
 from axpo_jax import paths
 from axpo_jax.agent.transcript import TranscriptError
-from axpo_jax.config import ConfigError, reads_held_out
+from axpo_jax.config import reads_held_out
 from axpo_jax.data import adapters, readers
 from axpo_jax.data.question import Question
+from axpo_jax.errors import ConfigError
 from axpo_jax.eval import benchmarks
 from axpo_jax.model import hf
 from axpo_jax.rollouts import shards

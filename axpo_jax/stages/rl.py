@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from axpo_jax import seeds
-from axpo_jax.config import RunStopped
+from axpo_jax.errors import RunStopped
 from axpo_jax.model import programs
 from axpo_jax.model.chat import Chat
 from axpo_jax.rl import credit, recipes, weights

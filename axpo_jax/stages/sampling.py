@@ -19,11 +19,12 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from axpo_jax import paths, seeds
-from axpo_jax.config import ConfigError
 from axpo_jax.data.question import Question
 from axpo_jax.data.readers import ReaderConfig
-from axpo_jax.engine.openai import KEY_VARIABLE, OpenAIConfig, OpenAIEngine
+from axpo_jax.engine.openai import KEY_VARIABLE, OpenAIEngine
 from axpo_jax.engine.protocol import Engine
+from axpo_jax.engine.settings import OpenAIConfig
+from axpo_jax.errors import ConfigError
 from axpo_jax.eval import benchmarks
 from axpo_jax.eval.judge import ChatJudge
 from axpo_jax.rollouts import collect, shards

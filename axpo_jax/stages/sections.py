@@ -13,17 +13,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from axpo_jax import paths
-from axpo_jax.config import (
-  ConfigError,
-  engine_length,
-  fields,
-  limits,
-  longest_episode,
-  sampling_stages,
-)
+from axpo_jax.config import engine_length, fields, limits, longest_episode, sampling_stages
 from axpo_jax.data import readers
 from axpo_jax.engine.protocol import SamplingParams
 from axpo_jax.engine.sglang.server.spec import SidecarError, SidecarSpec
+from axpo_jax.errors import ConfigError
 from axpo_jax.miniworld import perception, reasoning, world
 from axpo_jax.miniworld.habits import TeacherConfig
 from axpo_jax.model import hf
@@ -31,11 +25,11 @@ from axpo_jax.model.config import PRESETS, ModelConfig, VisionConfig
 from axpo_jax.model.images import ImageProcessor
 from axpo_jax.model.vision_inputs import patch_lengths
 from axpo_jax.rl import credit, recipes
-from axpo_jax.rl.losses import LossConfig
+from axpo_jax.rl.loss_config import LossConfig
 from axpo_jax.rl.resample import ResampleConfig
 from axpo_jax.stages import machine
 from axpo_jax.train import adapters as lora
-from axpo_jax.train.state import OptimizerConfig
+from axpo_jax.train.optimizer_config import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,16 +202,14 @@ def sidecar(config: ConfigDict, policy: str, **options: Any) -> SidecarSpec:
 
 def embedded(config: ConfigDict) -> Any:
   """The EmbeddedConfig."""
-  from axpo_jax.engine.embedded.engine import EmbeddedConfig
+  from axpo_jax.engine.settings import EmbeddedConfig
   return EmbeddedConfig(**{**config.rollout.embedded, "length": engine_length(config)},
                         patch_lengths=patch_rows(config, _model(config).vision))
 
 
 def sglang(config: ConfigDict, folder: str, **options: Any) -> Any:
   """The SGLangConfig, which pushes weights through `folder`; `options` are fields of PushConfig."""
-  from axpo_jax.engine.sglang.engine import SGLangConfig
-  from axpo_jax.engine.sglang.fleet import FleetConfig
-  from axpo_jax.engine.sglang.weight_push import PushConfig
+  from axpo_jax.engine.settings import FleetConfig, PushConfig, SGLangConfig
   s = config.rollout.sglang
   push = PushConfig(folder=folder, dtype=s.push_dtype,
                     shard_bytes=s.push_shard_bytes, writers=s.push_writers, **options)

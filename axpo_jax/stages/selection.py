@@ -10,8 +10,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from axpo_jax import paths
-from axpo_jax.config import ConfigError
 from axpo_jax.data import filters
+from axpo_jax.errors import ConfigError
 from axpo_jax.model.images import ImageProcessor
 from axpo_jax.rollouts import shards
 

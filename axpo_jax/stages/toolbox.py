@@ -24,7 +24,7 @@ from axpo_jax.agent.tools.search import Backend, NoBackend, SearchTool
 from axpo_jax.agent.tools.tavily import MissingKey, Tavily
 from axpo_jax.agent.tools.text import middle_cutter
 from axpo_jax.agent.tools.zoom import ImageZoomIn
-from axpo_jax.config import ConfigError
+from axpo_jax.errors import ConfigError
 from axpo_jax.miniworld import search as miniworld_search
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageLimits

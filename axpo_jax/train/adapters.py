@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from axpo_jax.config import ConfigError
+from axpo_jax.errors import ConfigError
 from axpo_jax.model import sharding
 from axpo_jax.model.config import LoraConfig, ModelConfig, UnsupportedConfig
 from axpo_jax.model.lora import ADAPTER, is_adapter

@@ -29,11 +29,12 @@ from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from axpo_jax.config import RunStopped
+from axpo_jax.errors import RunStopped
 from axpo_jax.model import programs, sharding
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.rl import losses
+from axpo_jax.rl.loss_config import LossConfig
 from axpo_jax.train.batch import Batch, batch_shards, place, save_batch, shape_of
 from axpo_jax.train.logprobs import token_logprobs
 from axpo_jax.train.state import (
@@ -112,7 +113,7 @@ def supervised_objective() -> Objective:
   return Objective(loss, summarise)
 
 
-def policy_objective(config: losses.LossConfig, max_lag: int = 0) -> Objective:
+def policy_objective(config: LossConfig, max_lag: int = 0) -> Objective:
   """The clipped policy loss (`rl.losses.policy_loss`); the batch carries old and reference logp.
 
   max_lag: the gap to the sampler is logged for each lag up to this; 0: only over all.

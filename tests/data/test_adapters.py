@@ -13,10 +13,11 @@ import pytest
 from axpo_jax.agent import rewards
 from axpo_jax.agent.tools.base import EpisodeState
 from axpo_jax.agent.tools.image_search import ImageSearch
-from axpo_jax.config import BENCHMARKS, PUBLIC_SETS, ConfigError, base_config
+from axpo_jax.config import BENCHMARKS, PUBLIC_SETS, base_config
 from axpo_jax.config_checks import validate
 from axpo_jax.data import adapters, readers
 from axpo_jax.data.question import load_image
+from axpo_jax.errors import ConfigError
 from tests import sizes
 
 LENIENT = readers.ReaderConfig(max_bad_share=1.0)

@@ -24,14 +24,13 @@ from flax import nnx
 from PIL import Image
 
 from axpo_jax.engine.background import LoopThread
-from axpo_jax.engine.embedded.engine import EmbeddedConfig, EmbeddedEngine
+from axpo_jax.engine.embedded.engine import EmbeddedEngine
 from axpo_jax.engine.protocol import Engine, SampleRequest, SamplingParams
-from axpo_jax.engine.sglang.engine import SGLangConfig, SGLangEngine
-from axpo_jax.engine.sglang.fleet import FleetConfig
+from axpo_jax.engine.settings import EmbeddedConfig, FleetConfig, PushConfig, SGLangConfig
+from axpo_jax.engine.sglang.engine import SGLangEngine
 from axpo_jax.engine.sglang.server import Sidecar, SidecarError, SidecarSpec
 from axpo_jax.engine.sglang.server.environment import find_python
 from axpo_jax.engine.sglang.server.spec import free_port
-from axpo_jax.engine.sglang.weight_push import PushConfig
 from axpo_jax.model import hf
 from axpo_jax.model.config import ModelConfig, TextConfig, VisionConfig
 from axpo_jax.model.images import ImageLimits, ImageProcessor, ProcessedImage

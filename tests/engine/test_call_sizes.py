@@ -5,8 +5,8 @@ import pytest
 
 from axpo_jax.engine.embedded.batches import copy_batches, padded_list, prefill_batches
 from axpo_jax.engine.embedded.call_sizes import CallSizes
-from axpo_jax.engine.embedded.engine import EmbeddedConfig
 from axpo_jax.engine.embedded.prefix_pool import Layout, Move
+from axpo_jax.engine.settings import EmbeddedConfig
 
 SMALL = EmbeddedConfig(rows=8, length=32, max_running=8, min_batch=2, min_tokens=8, min_slots=16,
                        decode_block=4, prefill_tokens=40, patch_lengths=(16, 64))

@@ -12,8 +12,9 @@ from flax import nnx
 from axpo_jax.engine.embedded import engine as embedded_module
 from axpo_jax.engine.embedded import sampling
 from axpo_jax.engine.embedded.device import DecodeInputs, Device, PrefillInputs
-from axpo_jax.engine.embedded.engine import EmbeddedConfig, EmbeddedEngine
+from axpo_jax.engine.embedded.engine import EmbeddedEngine
 from axpo_jax.engine.protocol import EngineClosed, RequestError
+from axpo_jax.engine.settings import EmbeddedConfig
 from axpo_jax.model import sharding
 from axpo_jax.model.config import PRESETS
 from axpo_jax.model.images import ImageLimits, ImageProcessor

@@ -6,7 +6,7 @@ import pytest
 
 from axpo_jax.engine.embedded import memory as embedded_memory
 from axpo_jax.engine.embedded.device import Device
-from axpo_jax.engine.embedded.engine import EmbeddedConfig
+from axpo_jax.engine.settings import EmbeddedConfig
 from axpo_jax.model import sharding
 from axpo_jax.model.config import PRESETS
 

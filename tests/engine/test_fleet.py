@@ -5,8 +5,9 @@ import asyncio
 
 import pytest
 
+from axpo_jax.engine.settings import FleetConfig
 from axpo_jax.engine.sglang.api import Server, Unreachable
-from axpo_jax.engine.sglang.fleet import Fleet, FleetConfig, NoServer
+from axpo_jax.engine.sglang.fleet import Fleet, NoServer
 
 URL = "http://127.0.0.1:9"
 

@@ -17,7 +17,7 @@ import axpo_jax
 from axpo_jax.agent.episode import EpisodeLimits, continue_episode, start_transcript
 from axpo_jax.agent.tools.base import ToolBox
 from axpo_jax.agent.tools.zoom import ImageZoomIn
-from axpo_jax.engine.openai import OpenAIConfig, OpenAIEngine, messages, turn_text
+from axpo_jax.engine.openai import OpenAIEngine, messages, turn_text
 from axpo_jax.engine.protocol import (
   Engine,
   EngineClosed,
@@ -25,6 +25,7 @@ from axpo_jax.engine.protocol import (
   SampleRequest,
   SamplingParams,
 )
+from axpo_jax.engine.settings import OpenAIConfig
 from axpo_jax.engine.sglang.server import Sidecar, SidecarSpec
 from axpo_jax.miniworld import perception
 from axpo_jax.miniworld.engine import TeacherEngine

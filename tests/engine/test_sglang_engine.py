@@ -11,12 +11,12 @@ import pytest
 from aiohttp import web
 
 from axpo_jax.engine.protocol import EngineClosed, RequestError
+from axpo_jax.engine.settings import FleetConfig, PushConfig, SGLangConfig
 from axpo_jax.engine.sglang import wire
 from axpo_jax.engine.sglang.api import BadStatus, Garbage, Server
-from axpo_jax.engine.sglang.engine import SGLangConfig, SGLangEngine
-from axpo_jax.engine.sglang.fleet import FleetConfig, NoServer
+from axpo_jax.engine.sglang.engine import SGLangEngine
+from axpo_jax.engine.sglang.fleet import NoServer
 from axpo_jax.engine.sglang.image_sender import ImageSender
-from axpo_jax.engine.sglang.weight_push import PushConfig
 
 
 @pytest.fixture

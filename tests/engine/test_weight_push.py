@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from axpo_jax.engine.settings import PushConfig
 from axpo_jax.engine.sglang.server.spec import free_port
-from axpo_jax.engine.sglang.weight_push import PushConfig, PushFolder, WrongParameters, server_name
+from axpo_jax.engine.sglang.weight_push import PushFolder, WrongParameters, server_name
 from axpo_jax.model import hf, sharding
 from tests import children
 

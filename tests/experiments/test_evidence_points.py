@@ -10,7 +10,7 @@ import pytest
 import axpo_jax
 from axpo_jax.rl import recipes
 from axpo_jax.rl.credit import CreditConfig
-from axpo_jax.rl.losses import LossConfig
+from axpo_jax.rl.loss_config import LossConfig
 from axpo_jax.rl.recipes import ShapingConfig
 from axpo_jax.rl.resample import ResampleConfig, prefix_budget
 from experiments.evidence.store import _NAME

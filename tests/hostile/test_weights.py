@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import axpo_jax
-from axpo_jax.config import ConfigError, base_config
+from axpo_jax.config import base_config
+from axpo_jax.errors import ConfigError
 from axpo_jax.model import hf
 from axpo_jax.model.config import PRESETS, ModelConfig, UnsupportedConfig
 from axpo_jax.stages import build

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import axpo_jax
-from axpo_jax.config import ConfigError
+from axpo_jax.errors import ConfigError
 from axpo_jax.plan import chips, slice_plan
 from configs import axpo_8b
 from tests import children

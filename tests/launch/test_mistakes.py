@@ -18,7 +18,8 @@ from absl import flags
 from PIL import Image
 
 import axpo_jax
-from axpo_jax.config import ASSETS, RunStopped
+from axpo_jax.config import ASSETS
+from axpo_jax.errors import RunStopped
 from axpo_jax.stages import experiment
 from tests import children
 

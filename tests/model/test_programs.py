@@ -12,7 +12,8 @@ from axpo_jax.model import programs, sharding
 from axpo_jax.model.config import PRESETS
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.plan import aot
-from axpo_jax.train.state import OptimizerConfig, make_optimizer
+from axpo_jax.train.optimizer_config import OptimizerConfig
+from axpo_jax.train.state import make_optimizer
 from axpo_jax.train.step import Learner, supervised_objective
 
 

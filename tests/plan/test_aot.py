@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from axpo_jax.engine.embedded import memory as embedded_memory
-from axpo_jax.engine.embedded.engine import EmbeddedConfig
+from axpo_jax.engine.settings import EmbeddedConfig
 from axpo_jax.model import sharding
 from axpo_jax.plan import aot
 from axpo_jax.train.batch import place

@@ -6,8 +6,9 @@ import pytest
 
 from axpo_jax.model import sharding
 from axpo_jax.plan import flops
+from axpo_jax.train.optimizer_config import OptimizerConfig
 from axpo_jax.train.packing import pack
-from axpo_jax.train.state import OptimizerConfig, make_optimizer
+from axpo_jax.train.state import make_optimizer
 from axpo_jax.train.step import Learner, supervised_objective
 
 M, K, ROUNDS = 8, 16, 5

@@ -7,7 +7,8 @@ import pytest
 
 from axpo_jax.rl.advantages import group_advantages
 from axpo_jax.rl.credit import ALL, Branch, CreditConfig, GroupOutcome, assign_credit, loss_mask
-from axpo_jax.rl.losses import LossConfig, policy_loss
+from axpo_jax.rl.loss_config import LossConfig
+from axpo_jax.rl.losses import policy_loss
 from axpo_jax.rl.resample import GroupView, ResampleConfig, plan_resamples
 from axpo_jax.rl.weights import sequence_weights
 

@@ -12,6 +12,7 @@ import pytest
 from axpo_jax.eval import passk
 from axpo_jax.rl import losses, recipes
 from axpo_jax.rl.credit import Branch, CreditConfig, GroupOutcome, assign_credit
+from axpo_jax.rl.loss_config import LossConfig
 from axpo_jax.rollouts import census
 from axpo_jax.rollouts.acting import acting_census
 
@@ -64,7 +65,7 @@ def _produced():
   outcome = GroupOutcome(np.zeros(4), np.ones(4, bool), [Branch(0, np.array([1.0, 0.0]))])
   names |= set(census.credit_census(assign_credit([outcome], CreditConfig())))
   x = jnp.linspace(-2.0, -1.0, 8)
-  config = losses.LossConfig(dual_clip=3.0)
+  config = LossConfig(dual_clip=3.0)
   names |= set(losses.summarise(losses.policy_loss(x, x, x, x, x, -x, config, x)[1], 1.0))
   names |= set(passk.summarise([[1, 0, 0, 0], [0, 0, 0, 0]]))
   return sorted(names)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from axpo_jax.rl.credit import Branch, CreditConfig, GroupOutcome, assign_credit
-from axpo_jax.rl.losses import LossConfig, add_metrics, k3, policy_loss, summarise
+from axpo_jax.rl.loss_config import LossConfig
+from axpo_jax.rl.losses import add_metrics, k3, policy_loss, summarise
 
 CONFIGS = {
   "paper": LossConfig(),

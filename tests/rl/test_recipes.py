@@ -9,7 +9,7 @@ import pytest
 from axpo_jax.config import base_config
 from axpo_jax.rl import recipes
 from axpo_jax.rl.credit import CreditConfig
-from axpo_jax.rl.losses import LossConfig
+from axpo_jax.rl.loss_config import LossConfig
 from axpo_jax.rl.recipes import RECIPES, ShapingConfig, shape_rewards
 from axpo_jax.rl.resample import ResampleConfig
 

@@ -16,7 +16,7 @@ from axpo_jax.rl.credit import (
   GroupOutcome,
   assign_credit,
 )
-from axpo_jax.rl.losses import LossConfig
+from axpo_jax.rl.loss_config import LossConfig
 from axpo_jax.rl.weights import advantage_shares, drifted, sequence_weights
 
 SEQUENCES = st.lists(

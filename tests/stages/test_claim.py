@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from axpo_jax.config import ConfigError, base_config
+from axpo_jax.config import base_config
+from axpo_jax.errors import ConfigError
 from axpo_jax.stages import claim
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from axpo_jax.config import ASSETS, ConfigError
+from axpo_jax.config import ASSETS
+from axpo_jax.errors import ConfigError
 from axpo_jax.stages import build, devices
 from configs.axpo_tiny import get_config
 

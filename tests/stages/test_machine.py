@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from axpo_jax.config import ConfigError, base_config
+from axpo_jax.config import base_config
+from axpo_jax.errors import ConfigError
 from axpo_jax.stages import machine
 
 EIGHT = tuple("01234567")

@@ -21,8 +21,8 @@ from PIL import Image
 
 import axpo_jax
 from axpo_jax import paths
-from axpo_jax.config import ConfigError
 from axpo_jax.config_checks import validate
+from axpo_jax.errors import ConfigError
 from axpo_jax.rollouts import shards
 from axpo_jax.stages import build, experiment, rl
 from axpo_jax.stages.metrics import read_metrics

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from axpo_jax.config import ConfigError, base_config
+from axpo_jax.config import base_config
 from axpo_jax.data import filters, pipeline
 from axpo_jax.data.question import Question
+from axpo_jax.errors import ConfigError
 from axpo_jax.rollouts import shards
 from axpo_jax.rollouts.census import RolloutStats
 from axpo_jax.stages import selection

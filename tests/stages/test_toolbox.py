@@ -10,8 +10,9 @@ import pytest
 from axpo_jax.agent.tools import audit
 from axpo_jax.agent.tools.base import EpisodeState
 from axpo_jax.agent.tools.function import tool
-from axpo_jax.config import ASSETS, ConfigError, base_config
+from axpo_jax.config import ASSETS, base_config
 from axpo_jax.config_checks import validate
+from axpo_jax.errors import ConfigError
 from axpo_jax.miniworld import search
 from axpo_jax.model.chat import Chat
 from axpo_jax.stages.toolbox import AUDIT_FILE, toolbox

@@ -16,7 +16,8 @@ from flax import nnx
 
 from axpo_jax.model import sharding
 from axpo_jax.train.checkpoint import CheckpointError, Checkpoints
-from axpo_jax.train.state import OptimizerConfig, abstract_state, make_optimizer
+from axpo_jax.train.optimizer_config import OptimizerConfig
+from axpo_jax.train.state import abstract_state, make_optimizer
 
 OPTIMIZER = make_optimizer(OptimizerConfig(1e-3, total_steps=10, mu_dtype="bfloat16"))
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
-from axpo_jax.config import ConfigError
+from axpo_jax.errors import ConfigError
 from axpo_jax.model import sharding
 from axpo_jax.model.config import TEXT_TARGETS, VISION_TARGETS, LoraConfig
 from axpo_jax.model.layers import Linear, Maker
@@ -21,8 +21,9 @@ from axpo_jax.stages.metrics import MetricsWriter, read_metrics
 from axpo_jax.train import adapters as lora
 from axpo_jax.train.batch import targets
 from axpo_jax.train.checkpoint import Checkpoints
+from axpo_jax.train.optimizer_config import OptimizerConfig
 from axpo_jax.train.packing import pack
-from axpo_jax.train.state import OptimizerConfig, make_optimizer
+from axpo_jax.train.state import make_optimizer
 from axpo_jax.train.step import Learner, supervised_objective
 from tests.stages import rigged
 from tests.stages.micro_config import get_config

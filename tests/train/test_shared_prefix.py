@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from axpo_jax.model import sharding
 from axpo_jax.model.sharding import path_name
 from axpo_jax.model.vision_inputs import mrope_positions
-from axpo_jax.rl.losses import LossConfig, add_metrics
+from axpo_jax.rl.loss_config import LossConfig
+from axpo_jax.rl.losses import add_metrics
 from axpo_jax.rl.weights import sequence_weights
 from axpo_jax.train.batch import packing_metrics, weigh
+from axpo_jax.train.optimizer_config import OptimizerConfig
 from axpo_jax.train.packing import Example, pack
-from axpo_jax.train.state import OptimizerConfig, make_optimizer
+from axpo_jax.train.state import make_optimizer
 from axpo_jax.train.step import Learner, policy_objective
 
 LENGTH, BLOCK, TARGETS, IMAGES, BANNED = 64, 16, 192, 6, (3, 4)

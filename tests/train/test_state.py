@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from axpo_jax.model import sharding
+from axpo_jax.train.optimizer_config import OptimizerConfig
 from axpo_jax.train.state import (
-  OptimizerConfig,
   copy_params,
   init_params,
   init_state,

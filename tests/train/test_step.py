@@ -12,10 +12,11 @@ from flax import nnx
 
 from axpo_jax.model import sharding
 from axpo_jax.model.qwen3_vl import Qwen3VL
-from axpo_jax.rl.losses import LossConfig
+from axpo_jax.rl.loss_config import LossConfig
 from axpo_jax.train.batch import batch_shards, load_batch, targets
+from axpo_jax.train.optimizer_config import OptimizerConfig
 from axpo_jax.train.packing import pack
-from axpo_jax.train.state import OptimizerConfig, copy_params, make_optimizer
+from axpo_jax.train.state import copy_params, make_optimizer
 from axpo_jax.train.step import Learner, NonFiniteError, policy_objective, supervised_objective
 
 BANNED = (3, 4)

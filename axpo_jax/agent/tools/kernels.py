@@ -46,7 +46,7 @@ class KernelConfig:
 
   Attributes:
     isolation: "namespaces", or "rlimits" where the host allows no namespaces: then code can read
-      what the trainer's user can read.
+      what the trainer's user can read (docs/tools.md).
     memory_mb: address space of a process, and memory of all processes of a kernel together.
     cpu_seconds: CPU time of each process, over all cells of an episode.
     file_mb: files that a kernel may hold (with "rlimits": the size of one).

@@ -17,14 +17,9 @@ from axpo_jax.engine.embedded import sampling
 from axpo_jax.engine.embedded.device import DecodeInputs, PrefillInputs
 from axpo_jax.engine.embedded.prefix_pool import Layout, Move, content_keys
 from axpo_jax.engine.protocol import RequestError, SampleRequest, SamplingParams
-from axpo_jax.model.config import ModelConfig, VisionConfig
+from axpo_jax.model.config import PATCH_BUCKETS, ModelConfig, VisionConfig
 from axpo_jax.model.images import ProcessedImage
-from axpo_jax.model.vision_inputs import (  # fmt: skip
-  PATCH_BUCKETS,
-  VisionInputs,
-  mrope_positions,
-  pack_images,
-)
+from axpo_jax.model.vision_inputs import VisionInputs, mrope_positions, pack_images
 
 T = TypeVar("T")
 

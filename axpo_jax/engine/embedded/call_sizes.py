@@ -13,7 +13,7 @@ from axpo_jax.engine.embedded.batches import Buckets, padded_list, prefill_rows
 from axpo_jax.model.vision_inputs import ROW_BUCKETS
 
 if TYPE_CHECKING:
-  from axpo_jax.engine.embedded.engine import EmbeddedConfig
+  from axpo_jax.engine.settings import EmbeddedConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,54 +50,9 @@ from axpo_jax.engine.protocol import (  # fmt: skip
   SampleRequest,
   check_request,
 )
+from axpo_jax.engine.settings import EmbeddedConfig
 from axpo_jax.model import sharding
 from axpo_jax.model.config import ModelConfig
-from axpo_jax.model.vision_inputs import PATCH_BUCKETS
-
-
-@dataclasses.dataclass(frozen=True)
-class EmbeddedConfig:
-  """Sizes of the embedded engine. A KV row costs layers * 2 * kv_heads * head_dim * length values.
-
-  Attributes:
-    rows: KV rows, running sequences and cached prefixes together.
-    length: tokens a row holds: the longest prompt plus its answer.
-    max_running: most sequences decoded at once; rows beyond it keep prefixes for later.
-    decode_block: tokens between two looks at who has finished.
-    dtype: of the KV rows and the engine's copy of the parameters; None: the model's compute dtype.
-    prefill_tokens: most (padded) tokens in one prefill call.
-    defer_gain: a sequence waits for another of its wave that computes at least this many tokens of
-      its prefix (or all that it lacks).
-    loop_passes: turns of the event loop granted between two blocks.
-    min_batch: smallest bucket of rows; buckets double from there.
-    min_tokens: smallest bucket of prompt tokens to compute.
-    min_slots: smallest bucket of cache slots; these have half steps too, for attention over the
-      cache is most of a decode step.
-    patch_lengths: lengths of a row of image patches; an image with more than the last is refused.
-  """
-
-  rows: int = 256
-  length: int = 1024
-  max_running: int = 128
-  decode_block: int = 16
-  dtype: str | None = None
-  prefill_tokens: int = 16_384
-  defer_gain: int = 32
-  loop_passes: int = 8
-  min_batch: int = 16
-  min_tokens: int = 32
-  min_slots: int = 128
-  patch_lengths: tuple[int, ...] = PATCH_BUCKETS
-
-  def __post_init__(self):
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if isinstance(value, int) and value < 1:
-        raise ValueError(f"{field.name} must be at least 1, got {value}")
-    if self.max_running > self.rows:
-      raise ValueError(
-        f"max_running={self.max_running} sequences need as many rows, but rows={self.rows}"
-      )
 
 
 class EmbeddedEngine:

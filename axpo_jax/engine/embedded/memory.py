@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from axpo_jax.engine.embedded.engine import EmbeddedConfig
 from axpo_jax.engine.embedded.kv_pool import engine_rules
+from axpo_jax.engine.settings import EmbeddedConfig
 from axpo_jax.model import sharding
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.qwen3_vl import Qwen3VL

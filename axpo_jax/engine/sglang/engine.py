@@ -36,63 +36,18 @@ from axpo_jax.engine.protocol import (
   SampleRequest,
   check_request,
 )
+from axpo_jax.engine.settings import SGLangConfig
 from axpo_jax.engine.sglang import wire
 from axpo_jax.engine.sglang.api import LoadError, Server, ServerError, TooSlow
-from axpo_jax.engine.sglang.fleet import Fleet, FleetConfig, Member, NotAsked
+from axpo_jax.engine.sglang.fleet import Fleet, Member, NotAsked
 from axpo_jax.engine.sglang.image_sender import ImageSender
 from axpo_jax.engine.sglang.weight_check import WeightCheck
-from axpo_jax.engine.sglang.weight_push import Push, PushConfig, PushFolder
+from axpo_jax.engine.sglang.weight_push import Push, PushFolder
 from axpo_jax.model.config import ModelConfig
 
 # Requests with one prompt that arrive within so many seconds share its prefill.
 _GATHER_S = 0.003
 _CONTROL_S = 60.0  # limit of calls that do next to nothing
-
-
-@dataclasses.dataclass(frozen=True)
-class SGLangConfig:
-  """How servers are used. All times in seconds.
-
-  Attributes:
-    length: expanded tokens of the longest sequence. The servers' --context-length must be some more:
-      SGLang keeps a few tokens for itself.
-    push: how weights get to the servers.
-    fleet: deadlines, health checks and concurrency.
-    request_s: limit of one request to one server. One that takes longer is aborted there and asked
-      again elsewhere; it says nothing about the server.
-    attempts: servers that a request is tried on before it fails.
-    drain_s: how long an update waits for running samples before it aborts them; they are then drawn
-      again from the new weights. 0 aborts at once.
-    load_s: limit of one server's loading.
-    verify: compare checksums of the servers' tensors after each push. Switch it off for servers that
-      quantise their weights.
-    router_url: SGLang's router in front of the servers, if one runs: it chooses who samples, and
-      weights still go to each server. Empty: requests go to the servers, sticky by session.
-    api_key: bearer token of the servers and the router; empty for none.
-    image_folder: folder that the servers see under the same path: images are sent as paths into it.
-      Empty: they are sent with each request.
-    image_cache_bytes: encoded images that are kept.
-  """
-
-  push: PushConfig
-  length: int = 24_576
-  fleet: FleetConfig = FleetConfig()  # noqa: RUF009 - frozen
-  request_s: float = 600.0
-  attempts: int = 3
-  drain_s: float = 120.0
-  load_s: float = 600.0
-  verify: bool = True
-  router_url: str = ""
-  api_key: str = ""
-  image_folder: str = ""
-  image_cache_bytes: int = 1 << 30
-
-  def __post_init__(self):
-    for name in ("length", "request_s", "attempts", "load_s"):
-      if getattr(self, name) <= 0:
-        raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-    if self.drain_s < 0:
-      raise ValueError(f"drain_s must be 0 or more, got {self.drain_s}")
 
 
 class SGLangEngine:

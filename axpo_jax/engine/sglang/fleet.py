@@ -19,12 +19,12 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
 from typing import Any
 
 from absl import logging
 
+from axpo_jax.engine.settings import FleetConfig
 from axpo_jax.engine.sglang.api import Server, ServerError, Unreachable
 
 _SESSIONS_KEPT = 65_536
@@ -37,31 +37,6 @@ class NotAsked(ServerError):
 
 class NoServer(RuntimeError):
   """No server was in within the deadline; the message says why each of them is out."""
-
-
-@dataclasses.dataclass(frozen=True)
-class FleetConfig:
-  """Limits. All times in seconds.
-
-  Attributes:
-    max_concurrent: requests at one server at once; more wait here.
-    deadline_s: how long a request or an update waits for any server to be in.
-    probe_s: between two looks at a server.
-    probe_timeout_s: until an unanswered health check counts as failed. SGLang's own check takes one
-      second, and longer behind a long prefill.
-    misses: failed health checks in a row that take a server out.
-  """
-
-  max_concurrent: int = 64
-  deadline_s: float = 300.0
-  probe_s: float = 5.0
-  probe_timeout_s: float = 20.0
-  misses: int = 2
-
-  def __post_init__(self):
-    for field in dataclasses.fields(self):
-      if getattr(self, field.name) <= 0:
-        raise ValueError(f"{field.name} must be positive, got {getattr(self, field.name)}")
 
 
 class Member:

@@ -29,6 +29,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from axpo_jax import processes
+from axpo_jax.engine.settings import PushConfig
 from axpo_jax.model import hf
 from axpo_jax.model.config import ModelConfig
 
@@ -38,34 +39,6 @@ _APPEARS_S = 60.0  # what one host has written, others see after seconds on NFS
 
 class WrongParameters(ValueError):
   """Parameters that do not belong to the engine's model."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PushConfig:
-  """How weights are written.
-
-  Attributes:
-    folder: a folder of its own for this run, which trainer and servers see under this path. What an
-      earlier run left in it is removed.
-    dtype: of the written tensors. "bfloat16" unless the servers run in float32.
-    skip_vision: leave the vision tower out: it is frozen, and the servers started with it.
-    shard_bytes: size of a file.
-    writers: files written at once; each holds `shard_bytes` (for a moment twice) of host memory.
-  """
-
-  folder: str
-  dtype: str = "bfloat16"
-  skip_vision: bool = False
-  shard_bytes: int = 1 << 30
-  writers: int = 4
-
-  def __post_init__(self):
-    if not self.folder:
-      raise ValueError("folder is empty: name one that trainer and servers both see")
-    if self.dtype not in ("bfloat16", "float32"):
-      raise ValueError(f"dtype={self.dtype!r}: servers load 'bfloat16' or 'float32'")
-    if self.shard_bytes < 1 or self.writers < 1:
-      raise ValueError(f"shard_bytes={self.shard_bytes} and writers={self.writers} must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
