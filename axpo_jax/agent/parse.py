@@ -166,18 +166,25 @@ def _finite(digits: str) -> float:
 
 def _beyond_bounds(value: Any) -> str | None:
   """What makes a value unfit to be a call, in words; None if nothing does."""
-  level, depth = [value], 0
-  while level := [part for part in level if isinstance(part, (dict, list))]:
-    depth += 1
-    if depth > MAX_DEPTH:
-      return f"a call is at most {MAX_DEPTH} arrays and objects deep"
-    level = [part for outer in level
-             for part in (outer.values() if isinstance(outer, dict) else outer)]
+  if deeper_than(MAX_DEPTH, value):
+    return f"a call is at most {MAX_DEPTH} arrays and objects deep"
   try:
     json.dumps(value, ensure_ascii=False).encode()
   except UnicodeEncodeError:
     return "\\ud800 to \\udfff are halves of characters: write both halves"
   return None
+
+
+def deeper_than(most: int, value: Any) -> bool:
+  """Whether a JSON value has more than `most` arrays and objects within each other. Without recursion."""
+  level, depth = [value], 0
+  while level := [part for part in level if isinstance(part, (dict, list))]:
+    depth += 1
+    if depth > most:
+      return True
+    level = [part for outer in level
+             for part in (outer.values() if isinstance(outer, dict) else outer)]
+  return False
 
 
 def _type_name(value: Any) -> str:

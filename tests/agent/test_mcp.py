@@ -79,7 +79,7 @@ def test_what_goes_wrong_is_an_observation(server):
   assert "cannot be read" in (seen := call(server, "broken_image", {})).text and not seen.images
   assert call(server, "add", {"first": "x"}).error == "bad_arguments"
   seen = call(server, "add", {})
-  assert seen.error == "bad_arguments" and "'first' is a required property" in seen.text
+  assert seen.error == "bad_arguments" and "missing argument 'first'" in seen.text
 
 
 def test_scopes_hold_for_remote_tools(server):

@@ -36,3 +36,14 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 async def submit(work: Coroutine[Any, Any, T]) -> T:
   """Runs `work` there; the caller's own loop goes on. Cancelling the caller cancels `work`."""
   return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, loop()))
+
+
+def keep(work: Coroutine[Any, Any, Any]) -> asyncio.Task:
+  """Begins `work` on the running loop, whose own reference to a task is weak."""
+  task = asyncio.get_running_loop().create_task(work)
+  _kept.add(task)
+  task.add_done_callback(_kept.discard)
+  return task
+
+
+_kept: set[asyncio.Task] = set()

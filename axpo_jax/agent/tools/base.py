@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import hashlib
 import time
 import uuid
@@ -19,7 +20,7 @@ import PIL.Image
 
 from axpo_jax.agent.parse import CallError, ToolCall
 from axpo_jax.agent.tools import background
-from axpo_jax.agent.tools.arguments import ArgumentError, check_arguments
+from axpo_jax.agent.tools.arguments import ArgumentError, SchemaChecker, check_arguments
 from axpo_jax.agent.tools.budget import NO_LIMITS, ToolLimits, Usage
 from axpo_jax.model.pictures import upright_rgb
 
@@ -146,7 +147,12 @@ class Tool:
     Raises:
       ArgumentError: says what does not fit the schema.
     """
-    return check_arguments(self.schema["function"]["parameters"], arguments, self.argument_aliases)
+    return check_arguments(self.schema["function"]["parameters"], arguments, self.argument_aliases,
+                           self._checker)
+
+  @functools.cached_property
+  def _checker(self) -> SchemaChecker:
+    return SchemaChecker(self.schema["function"]["parameters"])
 
   async def run(self, arguments: dict[str, Any], episode: EpisodeState) -> Observation:
     """Runs the call. `arguments` come from `check`."""

@@ -93,16 +93,15 @@ class CellResult:
     return self.status in ("timeout", "died")
 
 
-class Kernel:
-  """One running kernel.
+class BaseKernel:
+  """One running kernel, on this machine or another.
 
   Attributes:
     images_sent: how many of the episode's images it holds.
     alive: False once it was killed or died.
   """
 
-  def __init__(self, sock: socket.socket, handle: int, *, separate: bool):
-    self._sock, self._handle, self._separate = sock, handle, separate
+  def __init__(self):
     self.images_sent = 0
     self.alive = True
 
@@ -110,10 +109,9 @@ class Kernel:
                 images: Sequence[PIL.Image.Image] = ()) -> CellResult:
     """Runs a cell; `images` are added to the kernel's own before. A cancelled call kills it."""
     try:
-      async with asyncio.timeout(timeout + ANSWER_GRACE):
-        result = await self._run(code, timeout, images)
-    except (TimeoutError, OSError, wire.WireError, EOFError) as error:
-      result = CellResult("died", reason=f"it was lost ({type(error).__name__})")
+      result = await self._run(code, timeout, images)
+    except SandboxError as error:
+      result = CellResult("died", reason=f"it was lost: {error}")
     except asyncio.CancelledError:
       self.kill()
       raise
@@ -122,7 +120,36 @@ class Kernel:
       self.kill()
     return result
 
+  def kill(self) -> None:
+    """Ends the kernel and everything it has started; again is harmless. On the pool's event loop."""
+    if self.alive:
+      self.alive = False
+      self._end()
+
+  async def _run(self, code: str, timeout: float, images: Sequence[PIL.Image.Image]) -> CellResult:
+    """Runs a cell. Raises SandboxError if the kernel is lost."""
+    raise NotImplementedError
+
+  def _end(self) -> None:
+    """Lets go of the kernel, once."""
+    raise NotImplementedError
+
+
+class Kernel(BaseKernel):
+  """One running kernel of this machine."""
+
+  def __init__(self, sock: socket.socket, handle: int, *, separate: bool):
+    super().__init__()
+    self._sock, self._handle, self._separate = sock, handle, separate
+
   async def _run(self, code, timeout, images) -> CellResult:
+    try:
+      async with asyncio.timeout(timeout + ANSWER_GRACE):
+        return await self._exchange(code, timeout, images)
+    except (TimeoutError, OSError, wire.WireError, EOFError) as error:
+      raise SandboxError(type(error).__name__) from error
+
+  async def _exchange(self, code, timeout, images) -> CellResult:
     # Pixels are copied in a thread: a dozen photographs take a while.
     payloads = await asyncio.to_thread(
       lambda: [to_rgb(image).tobytes() for image in images]) if images else []
@@ -146,15 +173,12 @@ class Kernel:
       view += count
     return bytes(data)
 
-  def kill(self) -> None:
-    """Ends the kernel and everything it has started; again is harmless."""
-    if self.alive:
-      self.alive = False
-      if self._separate:  # with process 1 its namespace dies; without namespaces it must clean up
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-          signal.pidfd_send_signal(self._handle, signal.SIGKILL)
-      os.close(self._handle)
-      self._sock.close()
+  def _end(self) -> None:
+    if self._separate:  # with process 1 its namespace dies; without namespaces it must clean up
+      with contextlib.suppress(ProcessLookupError, PermissionError):
+        signal.pidfd_send_signal(self._handle, signal.SIGKILL)
+    os.close(self._handle)
+    self._sock.close()
 
 
 def _result(answer: dict[str, Any], pixels: Sequence[bytes]) -> CellResult:

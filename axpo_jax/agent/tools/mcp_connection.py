@@ -20,6 +20,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+from axpo_jax.agent.tools import background
 from axpo_jax.agent.tools.mcp_config import McpConfig
 
 MAX_MESSAGE = 32 << 20  # bytes; pictures travel in messages, as base64
@@ -55,25 +56,22 @@ class Connection:
   def __init__(self, config: McpConfig):
     self.config, self.timeouts = config, 0
     self._client: Any = None
-    self._stop = asyncio.Event()
     self._scope: Any = None
     self._holder: asyncio.Task | None = None
-    self._ended = asyncio.Event()  # of the transport, by the server
+    self._ended = asyncio.Event()  # set by the server's end, or by ours
     self._refused = False  # an HTTP request of this session was answered with 400 or 404
     self._stderr: collections.deque[bytes] = collections.deque(maxlen=8)
 
   @property
   def alive(self) -> bool:
-    return not (self._ended.is_set() or self._stop.is_set() or self._holder.done())
+    return not (self._ended.is_set() or self._holder.done())
 
   async def connect(self) -> None:
     """Starts or reaches the server. Raises McpError."""
     import anyio
     ready = asyncio.get_running_loop().create_future()
     self._scope = anyio.CancelScope()
-    self._holder = asyncio.create_task(self._hold(ready))
-    _holders.add(self._holder)  # the loop's own reference is weak
-    self._holder.add_done_callback(_holders.discard)
+    self._holder = background.keep(self._hold(ready))
     try:
       async with asyncio.timeout(self.config.connect_seconds):
         self._client = await asyncio.shield(ready)
@@ -131,7 +129,7 @@ class Connection:
 
   async def close(self) -> None:
     """Ends the session, and a local server with it; again is harmless."""
-    self._stop.set()
+    self._ended.set()
     if self._client is None:
       self._scope.cancel()
     if not self._holder.done():
@@ -154,7 +152,7 @@ class Connection:
           # It would check results by the server's own output schema, regular expressions and all.
           client.session.validate_tool_result = _no_check
           ready.set_result(client)
-          await _first(self._ended, self._stop)
+          await self._ended.wait()
     except Exception as error:
       if not ready.done():
         ready.set_exception(error)
@@ -190,19 +188,6 @@ class Connection:
     return httpx2.AsyncClient(headers={**dict(headers or {}), "accept-encoding": "identity"},
                               timeout=httpx2.Timeout(30.0, read=300.0),
                               event_hooks={"response": [bound]})
-
-
-_holders: set[asyncio.Task] = set()
-
-
-async def _first(*events: asyncio.Event) -> None:
-  """Waits for any of them."""
-  waiting = [asyncio.create_task(event.wait()) for event in events]
-  try:
-    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-  finally:
-    for task in waiting:
-      task.cancel()
 
 
 async def _no_check(name: str, result: Any) -> None:

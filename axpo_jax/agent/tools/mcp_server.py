@@ -17,9 +17,10 @@ import binascii
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from axpo_jax.agent import parse
 from axpo_jax.agent.tools import background
 from axpo_jax.agent.tools.arguments import ArgumentError
 from axpo_jax.agent.tools.base import (
@@ -41,7 +42,6 @@ _MAX_PAGES, _MAX_TOOLS = 50, 256
 _MAX_TIMEOUTS = 3  # in a row, after which a shared session is made anew
 _MAX_DESCRIPTION, _MAX_SCHEMA, _MAX_SCHEMAS = 8192, 65_536, 262_144  # characters
 _MAX_DEPTH = 32
-_MAX_STEPS = 10_000  # of checking one call's arguments; an honest schema takes hundreds
 _NAME = re.compile(r"[A-Za-z0-9_./-]{1,128}")
 
 
@@ -164,7 +164,7 @@ class McpServer:
     reason = ""
     if not _NAME.fullmatch(tool.name):
       reason = "its name has other characters than A-Z a-z 0-9 _ . / - or more than 128"
-    elif _depth(tool.input_schema) > _MAX_DEPTH:
+    elif parse.deeper_than(_MAX_DEPTH, tool.input_schema):
       reason = f"its schema is more than {_MAX_DEPTH} levels deep"
     elif (size := len(json.dumps(tool.input_schema))) > _MAX_SCHEMA:
       reason = f"its schema has {size} characters, more than {_MAX_SCHEMA}"
@@ -187,7 +187,7 @@ class McpServer:
       if self._failed and self._failed[0] >= asked:  # while this call waited for its turn
         raise self._failed[1]
       if self._shared is not None:
-        _soon(self._shared.close())
+        background.keep(self._shared.close())
       try:
         self._shared = await self._open()
       except McpError as error:
@@ -211,7 +211,7 @@ class McpServer:
         await self._timed(connection, past.call.name.removeprefix(self.config.prefix),
                           past.call.arguments)
     except BaseException as error:
-      _soon(self._end(connection))
+      background.keep(self._end(connection))
       if isinstance(error, (McpError, TimeoutError)):
         episode.memory[self._key] = None
         raise ConnectionLost("the calls of the past could not be made again in a session of the MCP "
@@ -223,7 +223,7 @@ class McpServer:
   def _forget(self, episode: EpisodeState, connection: Connection) -> None:
     """The session is lost, and the episode is told of it now."""
     episode.memory[self._key] = None
-    _soon(self._end(connection))
+    background.keep(self._end(connection))
 
   async def _take(self) -> Connection:
     """A session that nobody has used, once there is a place for it."""
@@ -273,10 +273,9 @@ class McpTool(Tool):
       description = f"{description[:_MAX_DESCRIPTION]} [...]"
     self.schema = {"type": "function", "function": {
         "name": self.name, "description": description, "parameters": _clean(listed.input_schema)}}
-    self._checker = _Checker(listed.input_schema)
 
   def check(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """By the whole of JSON schema: a server's schemas may use all of it."""
+    """As the schema says, and no more: servers have no aliases, and fill in their own defaults."""
     if problem := self._checker.problem(dict(arguments)):
       raise ArgumentError(problem)
     return dict(arguments)
@@ -341,79 +340,6 @@ def _text(block: Any) -> str:
   return f"({getattr(block, 'uri', None) or block.type})"
 
 
-class _Checker:
-  """Checks arguments by a server's JSON schema, within bounds.
-
-  A schema with regular expressions checks nothing: one search of them may never end. Checking gives up
-  after _MAX_STEPS keywords: a page of references to one another can take longer than there is time.
-  """
-
-  def __init__(self, schema: Mapping[str, Any]):
-    import jsonschema
-    import referencing
-    self._steps = 0
-    kind = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
-    checks = {name: self._counted(check) for name, check in kind.VALIDATORS.items()}
-    bounded = jsonschema.validators.extend(kind, checks | {"uniqueItems": lambda *_: None})
-    # An empty registry: a schema that refers elsewhere must not make us fetch anything.
-    self._validator = None if _has_patterns(schema) else bounded(
-      schema, registry=referencing.Registry())
-
-  def problem(self, arguments: dict[str, Any]) -> str | None:
-    """What does not fit; None where all does, or where the server must judge."""
-    import jsonschema
-    if self._validator is None:
-      return None
-    self._steps = 0
-    try:
-      found = jsonschema.exceptions.best_match(self._validator.iter_errors(arguments))
-    except Exception:  # the schema itself is at fault, or takes too many steps
-      return None
-    if found is None:
-      return None
-    return (f"{found.json_path}: " if found.path else "") + found.message[:300]
-
-  def _counted(self, check: Callable) -> Callable:
-    def counted(*arguments: Any) -> Any:
-      self._steps += 1
-      if self._steps > _MAX_STEPS:
-        raise RecursionError(f"more than {_MAX_STEPS} steps")
-      return check(*arguments)
-    return counted
-
-
-def _has_patterns(value: Any) -> bool:
-  if isinstance(value, list):
-    return any(map(_has_patterns, value))
-  return isinstance(value, dict) and (
-    isinstance(value.get("pattern"), str) or isinstance(value.get("patternProperties"), dict)
-    or any(map(_has_patterns, value.values())))
-
-
-def _depth(value: Any) -> int:
-  """Levels of nesting, found without recursion; no more than one level too many is looked at."""
-  level, depth = [value], 0
-  while level and depth <= _MAX_DEPTH:
-    depth += 1
-    level = [item for outer in level if isinstance(outer, (dict, list))
-             for item in (outer.values() if isinstance(outer, dict) else outer)]
-  return depth
-
-
 def _clean(value: Any) -> Any:
-  """A JSON value whose texts can be encoded."""
-  if isinstance(value, str):
-    return value.encode("utf-8", "replace").decode("utf-8")
-  if isinstance(value, Mapping):
-    return {_clean(key): _clean(item) for key, item in value.items()}
-  return [_clean(item) for item in value] if isinstance(value, list) else value
-
-
-_tasks: set[asyncio.Task] = set()
-
-
-def _soon(work: Any) -> None:
-  """Runs `work` beside what goes on."""
-  task = asyncio.create_task(work)
-  _tasks.add(task)
-  task.add_done_callback(_tasks.discard)
+  """A JSON value whose texts can be encoded: halves of characters become "?"."""
+  return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))

@@ -21,8 +21,8 @@ from axpo_jax.agent.tools.base import (
   Tool,
   failure,
 )
-from axpo_jax.agent.tools.kernels import CellResult, Kernel, KernelConfig, KernelPool
-from axpo_jax.agent.tools.remote import RemoteKernel, RemotePool
+from axpo_jax.agent.tools.kernels import BaseKernel, CellResult, KernelConfig, KernelPool
+from axpo_jax.agent.tools.remote import RemotePool
 
 CELL_ERROR = "cell_error"  # the cell raised; the kernel lives
 KERNEL_DIED = "kernel_died"
@@ -105,7 +105,7 @@ class PythonTool(Tool):
   def _names(self) -> frozenset[str]:
     return frozenset((self.name, *self.aliases))
 
-  async def _rebuild(self, kernel: Kernel | RemoteKernel, past: list[PastCall],
+  async def _rebuild(self, kernel: BaseKernel, past: list[PastCall],
                      episode: EpisodeState) -> Observation | None:
     """Runs the cells of a cut transcript again; returns what went wrong, if anything did."""
     for cell in past:

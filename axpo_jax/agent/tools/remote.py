@@ -25,13 +25,13 @@ import io
 import json
 import os
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
 import PIL.Image
 
-from axpo_jax.agent.tools.kernels import ANSWER_GRACE, CellResult, SandboxError
+from axpo_jax.agent.tools import background
+from axpo_jax.agent.tools.kernels import ANSWER_GRACE, BaseKernel, CellResult, SandboxError
 from axpo_jax.agent.tools.sandbox.wire import MOST_FIGURES, MOST_PIXELS
 from axpo_jax.model.pictures import ImageError, decode
 
@@ -134,47 +134,26 @@ async def _limited(response: aiohttp.ClientResponse) -> bytes:
   return bytes(content)
 
 
-class RemoteKernel:
-  """One kernel of an executor, with the attributes and methods of `kernels.Kernel`."""
+class RemoteKernel(BaseKernel):
+  """One kernel of an executor."""
 
   def __init__(self, pool: RemotePool, name: str):
+    super().__init__()
     self._pool, self._path = pool, f"/kernels/{name}"
-    self.images_sent = 0
-    self.alive = True
 
-  async def run(self, code: str, timeout: float,
-                images: Sequence[PIL.Image.Image] = ()) -> CellResult:
-    """Runs a cell; `images` are added to the kernel's own before. A cancelled call kills it."""
-    # The images have to travel too.
-    patience = timeout + ANSWER_GRACE + 5 * len(images)
-    try:
-      encoded = await asyncio.to_thread(lambda: [encode_png(image) for image in images])
-      status, answer = await self._pool.ask(
-        "POST", f"{self._path}/cells", patience, {"code": code, "timeout": timeout, "images": encoded})
-      result = await asyncio.to_thread(_result, status, answer)
-    except SandboxError as error:
-      result = CellResult("died", reason=f"it was lost: {error}")
-    except asyncio.CancelledError:
-      self.kill()
-      raise
-    self.images_sent += len(images)
-    if result.kernel_is_gone:
-      self.kill()
-    return result
+  async def _run(self, code, timeout, images) -> CellResult:
+    encoded = await asyncio.to_thread(lambda: [encode_png(image) for image in images])
+    patience = timeout + ANSWER_GRACE + 5 * len(images)  # the images have to travel too
+    status, answer = await self._pool.ask(
+      "POST", f"{self._path}/cells", patience, {"code": code, "timeout": timeout, "images": encoded})
+    return await asyncio.to_thread(_result, status, answer)
 
-  def kill(self) -> None:
-    """Ends the kernel; again is harmless. Call it on the pool's event loop."""
-    if self.alive:
-      self.alive = False
-      _ending.add(task := asyncio.get_running_loop().create_task(self._end()))
-      task.add_done_callback(_ending.discard)
+  def _end(self) -> None:
+    background.keep(self._delete())
 
-  async def _end(self) -> None:
+  async def _delete(self) -> None:
     with contextlib.suppress(SandboxError):  # the executor ends what nobody uses
       await self._pool.ask("DELETE", self._path, _CONNECT_SECONDS)
-
-
-_ending: set[asyncio.Task] = set()  # an event loop holds its tasks weakly
 
 
 def _result(status: int, answer: dict[str, Any]) -> CellResult:
