@@ -22,7 +22,9 @@ def test_by_hand():
   rows = [2**i for i in range(10)]
   features = {rows * patches // 4 for rows in rows for patches in (16, 64)}
   assert len(features) == 12  # two rows of 64 patches are as many as eight of 16
-  assert sizes.programs(4) == {"encode": 20, "copy": 9, "prefill": (12 + 6 + 2) * 13, "decode": 9}
+  # Rows times tokens of a prefill: 8, 16, 32 or 40.
+  assert sizes.programs(4) == {
+    "encode": 20, "pick": 12 * 4, "copy": 9, "prefill": 2 * (12 + 6 + 2), "decode": 9}
   # Of two kinds of sampling one penalises what an answer of up to 100 tokens holds: no list, 64, 128.
   long = CallSizes.of(EmbeddedConfig(length=128, max_running=16, min_slots=128), 1)
   assert long.programs(4, (0, 100))["decode"] == 3 * long.programs(4)["decode"] == 3

@@ -299,7 +299,7 @@ def test_on_a_mesh_of_devices(subject, ask, text, image):
     for sample, want in zip(samples, wanted, strict=True):
       assert (sample.ids, sample.cached_tokens) == (want.ids, want.cached_tokens)
       np.testing.assert_allclose(sample.logprobs, want.logprobs, atol=1e-4)
-  assert programs.keys() == {"encode", "copy", "prefill", "decode"}
+  assert programs.keys() == {"encode", "pick", "copy", "prefill", "decode"}
   part = 4 * np.prod(own.k_LxRxKxHxS)
   for name in ("copy", "prefill", "decode"):
     moved = [_bytes(line) for line in programs[name].as_text().splitlines() if COLLECTIVE.search(line)]
@@ -307,6 +307,28 @@ def test_on_a_mesh_of_devices(subject, ask, text, image):
     memory = programs[name].memory_analysis()
     assert memory.alias_size_in_bytes >= 2 * part  # updated in place
     assert memory.temp_size_in_bytes < 4 * part  # of the 8 that all have together
+
+
+@the_embedded
+def test_the_images_of_a_wave_do_not_decide_which_prefill_is_compiled(subject, ask, text, image):
+  """Waves of two prompts, with one small image and with two larger ones."""
+  engine = EmbeddedEngine(subject.engine._model, subject.reference.graphdef, subject.reference.params,
+                          config=subject.engine.config)
+  device, met, subject = engine._device, [], dataclasses.replace(subject, engine=engine)
+  call = device._call
+
+  def noting(name, *args, **sizes):
+    before = device.compilations
+    out = call(name, *args, **sizes)
+    met.extend([name] * (device.compilations - before))
+    return out
+
+  device._call = noting
+  for images in ((image(0), image(0)), (image(1, 6, 8), image(2, 6, 8))):
+    subject.run(*(ask(text(number, 12) + subject.picture + text(9, 2), (shown,), 4)
+                  for number, shown in enumerate(images)))
+  assert sorted(met) == ["decode", "encode", "encode", "pick", "pick", "prefill"]
+
 
 def test_decoding_moves_activations_and_no_weights():
   """The 8B's widths in three layers over eight devices, compiled and not run: every collective is no

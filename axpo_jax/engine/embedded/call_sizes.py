@@ -70,13 +70,14 @@ class CallSizes:
     """How many programs each function can have, at most.
 
     Args:
-      merge_unit: patches of an image token. A prefill's shape also has the features of its wave's
-        images.
+      merge_unit: patches of an image token.
       penalised: for every kind of sampling, the longest answer whose tokens it penalises; 0: none.
     """
     features = {rows * patches // merge_unit for rows, patches in self.encodes()}
     lists = {padded_list(length) if longest else 0
              for longest in penalised for length in range(min(longest, self.config.length) + 1)}
-    return {"encode": len(self.encodes()), "copy": len(self.copies()),
-            "prefill": len(self.prefills()) * (1 + len(features)),
+    prefills = self.prefills()
+    computed = {rows * tokens for rows, tokens, _ in prefills}
+    return {"encode": len(self.encodes()), "pick": len(features) * len(computed),
+            "copy": len(self.copies()), "prefill": 2 * len(prefills),  # with images and without
             "decode": len(self.decodes()) * len(lists)}

@@ -1,6 +1,7 @@
-"""The engine's device side: KV rows in one donated pool, and the four jitted functions that use it.
+"""The engine's device side: KV rows in one donated pool, and the jitted functions that use it.
 
   encode   images -> features, once a wave
+  pick     features of a wave -> those of one prefill's tokens
   copy     rows -> rows, for sequences whose whole prompt is cached
   prefill  rows + the tokens that are not cached -> rows
   decode   up to `block` tokens for a set of rows, sampled on the device
@@ -30,7 +31,8 @@ from axpo_jax.engine.embedded.kv_pool import ROWS, Pool, engine_rules
 from axpo_jax.model import programs, sharding
 from axpo_jax.model.cache import DecodeCache
 from axpo_jax.model.config import ModelConfig
-from axpo_jax.model.qwen3_vl import VisionFeatures
+from axpo_jax.model.text import gather_image
+from axpo_jax.model.vision import VisionFeatures
 from axpo_jax.model.vision_inputs import VisionInputs
 
 
@@ -193,9 +195,21 @@ class Device:
 
     Each device's part of the call's rows must come from and go to rows of that device.
     """
+    if features is not None:
+      features, inputs = self._picked(features, inputs)
     inputs = self._placed(inputs)
     self._pool = self._call("prefill", (inputs, features), self._params, self._pool, inputs, features,
                             slots=slots)
+
+  def _picked(self, features: VisionFeatures, inputs: PrefillInputs
+              ) -> tuple[VisionFeatures, PrefillInputs]:
+    """The features of this call's tokens, one a token. The large program of `prefill` would otherwise be
+    compiled again for every number of features that a wave can have."""
+    index_BxT = inputs.image_index_BxT
+    index_N = self._placed(index_BxT.reshape(-1))
+    picked = self._call("pick", (features, index_N), features, index_N)
+    own_BxT = np.where(index_BxT < 0, -1, np.arange(index_BxT.size, dtype=np.int32).reshape(index_BxT.shape))
+    return picked, dataclasses.replace(inputs, image_index_BxT=own_BxT)
 
   def decode(self, inputs: DecodeInputs, *, slots: int, block: int) -> DecodeOutputs:
     """Draws up to `block` tokens a row; waits for them and returns NumPy arrays. The rows are arranged
@@ -238,6 +252,7 @@ class _Programs:
   """The jitted functions. The pool is donated: it is updated in place."""
 
   encode: Callable[..., VisionFeatures]
+  pick: Callable[..., VisionFeatures]
   copy: Callable[..., Pool]
   prefill: Callable[..., Pool]
   decode: Callable[..., tuple[Pool, DecodeOutputs]]
@@ -255,6 +270,14 @@ def _programs(
   def encode(params, vision):
     with sharding.use(mesh, rules):
       return nnx.merge(graphdef, params).encode_images(vision)
+
+  def pick(features, index_N):
+    with sharding.use(mesh, rules):
+      embeds_NxD, *deepstack = [
+        gather_image(level_MxD, index_N[:, None], 0)[:, 0]
+        for level_MxD in (features.embeds_MxD, *features.deepstack_NxMxD)]
+      none = features.deepstack_NxMxD[:, :0]
+      return VisionFeatures(embeds_NxD, jnp.stack(deepstack) if deepstack else none)
 
   def copy(pool, source_B, row_B, *, slots):
     with sharding.use(mesh, rules):
@@ -281,6 +304,7 @@ def _programs(
 
   return _Programs(
     encode=jit(encode),
+    pick=jit(pick),
     copy=jit(copy, static_argnames="slots", donate_argnums=0),
     prefill=jit(prefill, static_argnames="slots", donate_argnums=1),
     decode=jit(decode, static_argnames=("slots", "block"), donate_argnums=1),
