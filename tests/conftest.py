@@ -33,6 +33,7 @@ _NOT_HERE = "NOT TESTED HERE: "
 @pytest.fixture(scope="session")
 def sidecar_python():
   """A Python that has SGLang for CPUs; without one the test is skipped, and the summary says so.
+  Every test that asks for it, itself or through another fixture, is marked `slow`.
 
   Tests that ask for it start real servers: `with Sidecar(SidecarSpec(...), folder) as sidecar`.
   """
@@ -63,8 +64,12 @@ def python_isolation():
   pytest.skip(f"{_NOT_HERE}the python tool. {reason}")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest drops what `-m` deselects in the same hook
 def pytest_collection_modifyitems(items):
-  # With few long tests at the end one of two workers would be idle. xdist is told to keep this order.
+  for item in items:
+    if "sidecar_python" in item.fixturenames:
+      item.add_marker("slow")  # a real SGLang server takes 30 s to start
+  # With few long tests at the end one of two workers would be idle. `--no-loadscope-reorder` keeps this order.
   items.sort(key=lambda item: item.path.name not in _LONGEST)
 
 

@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import json
 import pathlib
-import warnings
 from collections.abc import Callable
 
 import aiohttp
@@ -28,8 +27,7 @@ from axpo_jax.engine.embedded.engine import EmbeddedEngine
 from axpo_jax.engine.protocol import Engine, SampleRequest, SamplingParams
 from axpo_jax.engine.settings import EmbeddedConfig, FleetConfig, PushConfig, SGLangConfig
 from axpo_jax.engine.sglang.engine import SGLangEngine
-from axpo_jax.engine.sglang.server import Sidecar, SidecarError, SidecarSpec
-from axpo_jax.engine.sglang.server.environment import find_python
+from axpo_jax.engine.sglang.server import Sidecar, SidecarSpec
 from axpo_jax.engine.sglang.server.spec import free_port
 from axpo_jax.model import hf
 from axpo_jax.model.config import ModelConfig, TextConfig, VisionConfig
@@ -153,7 +151,7 @@ def reference() -> Reference:
 
 
 # Not for the session: two engines on one server would take turns in pushing their weights.
-@pytest.fixture(scope="module", params=["embedded", "sglang"])
+@pytest.fixture(scope="module", params=["embedded", pytest.param("sglang", marks=pytest.mark.slow)])
 def _served(request, reference):
   if request.param == "embedded":
     engine = EmbeddedEngine(CONFIG, reference.graphdef, reference.params, config=ENGINE)
@@ -167,13 +165,8 @@ def _served(request, reference):
 
 
 @pytest.fixture(scope="session")
-def start_servers(reference, tmp_path_factory) -> Callable[..., Sidecar]:
+def start_servers(sidecar_python, reference, tmp_path_factory) -> Callable[..., Sidecar]:
   """start_servers(count): real SGLang servers of the reference's weights, not started yet."""
-  try:
-    find_python("cpu")
-  except SidecarError as error:
-    warnings.warn(f"NO TEST RAN AGAINST A REAL SGLANG SERVER: {error}", stacklevel=1)
-    pytest.skip(str(error))
   checkpoint = tmp_path_factory.mktemp("served") / "checkpoint"
   hf.save_checkpoint_hf(checkpoint, reference.params, CONFIG)
   _write_processor(checkpoint)

@@ -56,6 +56,7 @@ def cells(text, row) -> list[str]:
   return [cell.strip() for cell in line.split("|")[2:-1]]
 
 
+@pytest.mark.slow
 def test_the_whole_run_compiles_for_a_slice(compiled):
   assert "4 chips as v5e:2x2, mesh data 1 x fsdp 4 x context 1 x tensor 1; 3 layers" in compiled
   assert "4 rows x 256 = 1,024 tokens" in compiled
@@ -70,6 +71,7 @@ def test_the_whole_run_compiles_for_a_slice(compiled):
   assert prefill and decode == 16 * (decode // 16)  # a block of tokens, which all meet the weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform, topology, limit", [
   ("tpu", "v5p:2x2x1", "95.74"), ("gpu", "h100:4", "72.78")])
 def test_the_8b_compiles_at_three_layers(platform, topology, limit):

@@ -36,6 +36,7 @@ def sweep(workdir, *flags, common=TINY) -> subprocess.CompletedProcess:
     env=children.environment(1))
 
 
+@pytest.mark.slow
 def test_two_algorithms_of_one_seed(tmp_path):
   """First with one point that cannot work (a folder of another config), then again without it."""
   flags = ("--sweep=config.seed=1", "--sweep=config.rl.recipe=axpo,grpo")

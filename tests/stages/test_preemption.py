@@ -74,6 +74,7 @@ def assert_same(run, unbroken):
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_killed_on_an_object_store_it_is_the_run_in_a_folder(inputs, unbroken):
   """Everything is there: policy and questions that are read, and all that is written."""
   with gcs.running():
@@ -198,6 +199,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_told_to_stop_it_saves_and_goes_on(inputs, unbroken, tmp_path):
   """At the end of SFT's step, and at once in an evaluation, which here would never end."""
   for place, steps, stage, saved in (("sft", [1], "sft", [1]), ("evaluation", [1, 2, 2], "rl", [1])):
@@ -212,6 +214,7 @@ def test_told_to_stop_it_saves_and_goes_on(inputs, unbroken, tmp_path):
   assert_same(tmp_path, unbroken)
 
 
+@pytest.mark.slow
 def test_told_among_shards_it_keeps_those_that_are_finished(inputs, tmp_path):
   """In each of the stages that only sample; the other shard, which here would never end, is sampled when
   the run goes on."""
@@ -235,6 +238,7 @@ def test_told_among_shards_it_keeps_those_that_are_finished(inputs, tmp_path):
     assert [json.loads(file.read_bytes())["id"] for file in (first, second)] == ["q0", "q1"]
 
 
+@pytest.mark.slow
 def test_of_two_processes_either_may_be_told(inputs, tmp_path):
   """The other one hears of it among rollouts that would never end; both stop at one step."""
   port, questions = free_port("127.0.0.1"), inputs / "data" / "questions.jsonl"

@@ -39,6 +39,7 @@ def run(workdir: pathlib.Path, changes: dict, count: int) -> list[str]:
     return job.outputs()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(changes, tmp_path):
   """Two devices each against four of one: every metric of two steps, and all that they save."""
   run(tmp_path / "one", changes, 1)

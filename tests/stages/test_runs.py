@@ -121,6 +121,7 @@ def test_metrics_of_a_run(unbroken):
   assert rl[0]["train/kl"] < 1e-9 < rl[1]["train/kl"]  # the first step's policy is the reference
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_run_repeats_the_unbroken_one(unbroken, overrides, tmp_path):
   # In SFT; in RL before its first checkpoint (the evaluation stays); in RL between two.
   for die_at in (3, 5, 7):
@@ -148,6 +149,7 @@ def test_workdir_of_another_config_is_refused(unbroken, overrides):
   assert (unbroken / "config.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_axpo_without_budget_is_grpo_bit_for_bit(overrides, one_device, tmp_path):
   common = {"stages": ("rl",), "rl__steps": 2}
   experiment.run(micro(overrides, rl__resample__ratio=0.0, **common), tmp_path / "axpo")
@@ -158,6 +160,7 @@ def test_axpo_without_budget_is_grpo_bit_for_bit(overrides, one_device, tmp_path
   assert axpo[1]["axpo/prefixes"] == 0
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_numbers_of_one(unbroken, overrides, tmp_path):
   """RL step 1 again, from the same SFT policy, on a mesh of 2 x 2 x 2, which splits rows too, and with
   the reference in the host's memory."""
@@ -174,6 +177,7 @@ def test_eight_devices_give_the_numbers_of_one(unbroken, overrides, tmp_path):
       assert eight[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_config_of_the_8b_trains_any_checkpoint(overrides, tmp_path, python_isolation):
   """The paper's config with smaller numbers, through the command line."""
   micro_sizes = micro(overrides)
@@ -263,6 +267,7 @@ def test_step_without_any_rollout_changes_nothing(
     asyncio.run(loop.step(lambda: loop.collect(1)))
 
 
+@pytest.mark.slow
 def test_rollouts_ahead_are_bounded_and_a_resume_skips_no_question(
     overrides, one_device, tmp_path, monkeypatch):
   """With staleness 2: lag at most 2; died between checkpoints, each question is trained on once."""
@@ -309,6 +314,7 @@ CHAIN = {
   "rl__steps": 1, "rl__questions": 2, "eval__every": 0, "eval__shard": 1, "log__dump_every": 1}
 
 
+@pytest.mark.slow
 def test_chain_from_questions_to_results(overrides, one_device, tmp_path, monkeypatch, capsys):
   """teach -> filter -> SFT -> screen -> filter -> AXPO -> evaluation. Then the same again, broken off in
   every stage that samples."""
@@ -350,6 +356,7 @@ def test_chain_from_questions_to_results(overrides, one_device, tmp_path, monkey
     assert (broken / file).read_text() == (whole / file).read_text()
 
 
+@pytest.mark.slow
 def test_evaluation_of_benchmarks(overrides, one_device, tmp_path, capsys):
   """The paper's config with smaller numbers, on two benchmarks in their public layouts."""
   folder = tmp_path / "benchmarks"

@@ -224,6 +224,7 @@ def two_devices(monkeypatch):
     sharding.make_mesh, devices=jax.devices()[:2]))
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters(two_devices, tmp_path, monkeypatch):
   """SFT, then AXPO; the same again, broken off in AXPO, gives the same policy."""
   from transformers import Qwen3VLForConditionalGeneration
