@@ -8,6 +8,6 @@ import hashlib
 
 
 def derive(seed: int, *path: str | int) -> int:
-  """A 31-bit seed for the place `path` of the run that `seed` started; stable across machines."""
+  """A 31-bit seed for the choice named by `path` in the run of `seed`; the same on every machine."""
   text = "/".join(map(str, (seed, *path)))
   return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little") >> 1

@@ -113,7 +113,7 @@ def _json(path: epath.Path) -> Iterator[tuple[int, Any]]:
 
 
 def _tab_separated(path: epath.Path) -> Iterator[tuple[int, Any]]:
-  csv.field_size_limit(2**31 - 1)  # images stand in the cells, as base64
+  csv.field_size_limit(2**31 - 1)  # cells may hold images, as base64
   with io.TextIOWrapper(path.open("rb"), encoding="utf-8-sig", errors="replace", newline="") as file:
     reader = csv.DictReader(file, delimiter="\t", restkey=None)
     try:

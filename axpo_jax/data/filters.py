@@ -1,4 +1,4 @@
-"""What sampling tells about data: which trajectories to learn from, which questions to train on.
+"""What sampling shows about data: which trajectories to learn from, which questions to train on.
 
 In: recorded counts (`Counts`), never a rollout or a model. Out: a reason for each trajectory or
 question, `KEPT` or why not, and a `Tally` of how many went where. Since the counts stay on the disk,

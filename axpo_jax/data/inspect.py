@@ -1,4 +1,4 @@
-"""Looks at a data set before a run does: `python -m axpo_jax.data.inspect PATH`.
+"""Shows a data set before a run reads it: `python -m axpo_jax.data.inspect PATH`.
 
 In: files or a folder of one's own or of a public data set, or a config that names them. Out: on the
 screen what is in there (questions by kind, category, source and whether to act; kinds of gold answers;
@@ -30,7 +30,7 @@ _OWN = ("jsonl", "parquet")
 _ROWS = 12  # of a table; what is rarer is summed up
 _SMALL = 32  # pixels: images with a shorter side must be enlarged for the policy
 _DESCRIPTION = """Shows what is in a data set before a run reads it: how many questions of which kind,
-category and source, what their gold answers look like, the sizes of their images, the bad records with
+category and source, the form of their gold answers, the sizes of their images, the bad records with
 file, row and reason, and a contact sheet of a sample. Exits with 1 if so much is bad that a run would
 stop, with 2 if nothing can be read."""
 _EXAMPLES = """examples:
@@ -65,7 +65,7 @@ class Summary:
 
 
 def answer_kind(question: Question) -> str:
-  """What the first gold answer looks like: letter, number, mathematics or words."""
+  """The form of the first gold answer: letter, number, mathematics or words."""
   answer = question.answers[0].strip()
   if re.fullmatch(r"\(?[A-J]\)?\.?", answer):
     return "letter"
@@ -85,11 +85,11 @@ def summarise(questions: Iterable[Question], sample: int = 24, seed: int = 0) ->
   summary, rng = Summary(), random.Random(seed)
   for question in questions:
     summary.add(question)
-    place = rng.randrange(summary.questions)  # every question is as likely to stay as any other
+    slot = rng.randrange(summary.questions)  # every question is as likely to stay as any other
     if len(summary.sample) < sample:
       summary.sample.append(question)
-    elif place < sample:
-      summary.sample[place] = question
+    elif slot < sample:
+      summary.sample[slot] = question
   return summary
 
 
@@ -202,7 +202,7 @@ def _wanted(options: argparse.Namespace) -> tuple[str, list[str], readers.Reader
                                   max_bad_share=data.max_bad_share)
   source, paths = options.source or source or _OWN[0], options.paths or paths
   if source not in _OWN and source not in adapters.LAYOUTS:
-    raise readers.ReaderError(f"data.source={source!r} needs no files: there is nothing to look at")
+    raise readers.ReaderError(f"data.source={source!r} needs no files: there is nothing to show")
   if not paths:
     raise readers.ReaderError("no PATH is given, and no config that has one in data.path")
   columns = dict(entry.partition("=")[::2] for entry in options.column)

@@ -133,7 +133,7 @@ def open_image(source: ImageSource) -> PIL.Image.Image:
 
 
 def check_header(source: ImageSource) -> None:
-  """Reads no more of an image than tells that there is one.
+  """Reads an image's header alone.
 
   Raises:
     ImageError: the file is missing, is not an image, or is too large.
@@ -197,7 +197,7 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 @functools.lru_cache(maxsize=4096)
 def plain_text(text: str) -> str:
   """The words of a text as search benchmarks compare them: without case, punctuation and articles,
-  wherever they stand. `The U.S. Army` is `us army`."""
+  anywhere in the text. `The U.S. Army` is `us army`."""
   text = _PUNCTUATION.sub("", _THOUSANDS.sub("", normalise(text)))
   return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
 

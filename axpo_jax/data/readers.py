@@ -2,38 +2,29 @@
 
 In: a file (or several) and a `ReaderConfig` that says which column is what. Out: a stream of
 `Question`s, row by row, so that a file larger than memory is no problem. A bad record is reported
-with its place (file, row, reason) and skipped; more bad records than a share end the reading.
-
-An image is a path relative to the file, encoded bytes, `{"bytes": ...}` as in Hugging Face data
-sets, or base64 text.
+with its file, row and reason, and skipped; more bad records than a share end the reading. Images may be
+written in the ways of `image_sources`.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
-import hashlib
 import json
 import logging
 import os
-import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-import PIL.Image
 from etils import epath
 
 from axpo_jax import paths as paths_lib
-from axpo_jax.data import files
+from axpo_jax.data import files, image_sources
 from axpo_jax.data.files import ReaderError, RecordError
-from axpo_jax.data.question import ImageError, ImageSource, Question, check_header, load_image
+from axpo_jax.data.question import ImageError, ImageSource, Question
 
 _LOG = logging.getLogger(__name__)
 _BOXED = re.compile(r"\s*\\boxed\{(.*)\}\s*", re.DOTALL)
-# How base64 text of PNG, JPEG, WebP, GIF, BMP and TIFF files begins. Paths do not.
-_BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD", "Qk0", "SUkq", "TU0AK")
 _DEEPEST = 64  # lists and objects within each other, in a column of `meta`
 
 
@@ -129,7 +120,7 @@ OWN = Layout()
 
 @dataclasses.dataclass(frozen=True)
 class BadRecord:
-  """Where a bad record stands and what is wrong. Rows count from 1, as editors count lines."""
+  """Where a bad record is and what is wrong with it. Rows count from 1, as editors count lines."""
 
   file: str
   row: int
@@ -192,7 +183,7 @@ def read_questions(
   config = _resolve(config or ReaderConfig(), layout)
   report = ReadReport() if report is None else report
   paths = files.expand(paths)
-  ids: dict[int, tuple[int, int]] = {}  # hash -> place; texts of millions of ids would be large
+  ids: dict[int, tuple[int, int]] = {}  # hash -> (file, row); texts of millions of ids would be large
   for number, path in enumerate(paths):
     for row, record in files.records(path, _columns(path, config, layout), types):
       report.records += 1
@@ -349,71 +340,11 @@ def _images(record: Mapping[str, Any], path: epath.Path, config: ReaderConfig,
   sources = []
   for number, value in enumerate(_as_list(_field(record, config.columns.images))):
     try:
-      source = _image_source(value, folder)
-      if relocate and isinstance(source, pathlib.PurePath):
-        source = _relocated(source, folder)
-      if isinstance(source, pathlib.PurePath) and not config.image_anywhere:
-        _check_inside(source, folder)
-      _check_image(source, config.image_check)
+      source = image_sources.named(value, folder, relocate=relocate, anywhere=config.image_anywhere)
+      image_sources.check(source, config.image_check)
     except ImageError as error:
       raise RecordError(f"image {number}: {error}") from error
     if config.image_cache and isinstance(source, bytes):
-      source = _cached(source, paths_lib.parse(config.image_cache, "image_cache"))
+      source = image_sources.kept(source, paths_lib.parse(config.image_cache, "image_cache"))
     sources.append(source)
   return tuple(sources)
-
-
-def _relocated(source: epath.Path, folder: epath.Path) -> epath.Path:
-  """The longest end of a path that exists below the folder; the path itself if none does."""
-  if source.is_relative_to(folder) and source.exists():
-    return source
-  named = source.relative_to(folder) if source.is_relative_to(folder) else source
-  ends = (folder.joinpath(*named.parts[start:]) for start in range(1, len(named.parts)))
-  return next((end for end in ends if end.exists()), source)
-
-
-def _check_inside(source: epath.Path, folder: epath.Path) -> None:
-  try:
-    paths_lib.within(folder, os.fspath(source))
-  except ValueError as error:
-    raise RecordError(f"image path {error}; if you trust who wrote the file, set "
-                      "config.data.image_anywhere=True, or name a folder that holds all images in "
-                      "config.data.image_folder") from error
-
-
-def _cached(image: bytes, folder: epath.Path) -> epath.Path:
-  """Writes an image under the name of its content, once."""
-  name = hashlib.sha256(image).hexdigest()
-  path = folder / name[:2] / name[2:34]
-  if not path.exists():
-    paths_lib.make(path.parent)
-    paths_lib.write_bytes(path, image)  # a run that dies here leaves no half image
-  return path
-
-
-def _image_source(value: Any, folder: epath.Path) -> ImageSource:
-  if isinstance(value, Mapping):  # Hugging Face: {"bytes": ..., "path": ...}
-    value = value.get("bytes") or value.get("path")
-  if isinstance(value, (bytes, PIL.Image.Image)):
-    return value
-  if not isinstance(value, str) or not value:
-    raise ImageError(f"expected a path, bytes, {{bytes}} or base64 text, got {type(value).__name__}")
-  if value.startswith("data:"):
-    return _from_base64(value.partition(",")[2])
-  if value.startswith(_BASE64_STARTS) and len(value) >= 64:
-    return _from_base64(value)
-  return folder / value
-
-
-def _from_base64(text: str) -> bytes:
-  try:
-    return base64.b64decode("".join(text.split()), validate=True)
-  except binascii.Error as error:
-    raise ImageError(f"not base64: {error}") from error
-
-
-def _check_image(source: ImageSource, check: str) -> None:
-  if check == "decode":
-    load_image(source)
-  elif check == "header":
-    check_header(source)

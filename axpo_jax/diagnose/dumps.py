@@ -1,4 +1,4 @@
-"""Our own dumps (agent/dump.py): which record is an ordinary rollout, and what it thought.
+"""Our own dumps (rollouts/dump.py): which record is an ordinary rollout, and what it thought.
 
 In: a record of a dump. Out: a Trace, or None for a continuation of a frozen prefix: its call is not
 its own choice. Dumps without the text of their tokens need the run's tokenizer.
@@ -16,9 +16,9 @@ from typing import Any
 from axpo_jax.agent.token_texts import token_texts
 from axpo_jax.diagnose.traces import Call, Trace
 
-# The numbers of agent.transcript.Kind, which are part of the file format.
-THINK, CALL = 1, 2
-FAILED_STOPS = ("deadline", "engine_error", "episode_error")
+# Values of the file format, repeated here because agent.transcript needs Pillow, and this room numpy alone.
+THINK, CALL = 1, 2  # of agent.transcript.Kind
+FAILED_STOPS = ("deadline", "engine_error", "episode_error")  # of agent.rollout
 _STEP = re.compile(r"step[_-]?(\d+)")
 
 Decode = Callable[[Sequence[int]], str]
@@ -52,7 +52,7 @@ def pieces_of(record: Mapping[str, Any], decode: Decode | None, known: dict[int,
 
 
 def step_in_name(path: pathlib.Path) -> int | None:
-  """The step that a file's name tells: step_000010.jsonl is 10."""
+  """The step in a file's name: step_000010.jsonl is 10."""
   found = _STEP.search(path.name)
   return int(found[1]) if found else None
 
@@ -63,7 +63,7 @@ def find_decode(path: pathlib.Path) -> Decode | None:
     for place in (folder / "policy", *_configured(folder / "config.json")):
       if (place / "tokenizer.json").exists():
         return load_decode(place / "tokenizer.json")
-    if (folder / "metrics.jsonl").exists():  # the run's own folder: do not look beyond it
+    if (folder / "metrics.jsonl").exists():  # the run's own folder: what is above it is not the run's
       return None
   return None
 

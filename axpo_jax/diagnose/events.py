@@ -1,4 +1,4 @@
-"""What happened in a conversation, whatever its messages look like: the call notations.
+"""From messages in any notation to events: what the agent thought, said and called.
 
 In: a list of messages as some log has them. Out: Events: what the user asked, what the agent thought,
 said and called, and what came back. A call is written in one of these ways, all of which may meet in
@@ -10,7 +10,7 @@ one log:
   text behind the last </think>   <tool_call>{JSON}</tool_call>, <function=NAME>...</function>
 
 and so are results: role tool or the like, parts tool_result, items *_call_output, <tool_response>.
-A log that has words of calls in another notation is told by `Walk.unread`, never taken for one
+Words of calls in another notation are reported by `Walk.unread`: such a log is never taken for one
 without calls.
 """
 
@@ -57,7 +57,7 @@ _RESULT_PARTS = ("tool_result", "tool-result", "tool_response", "function_respon
 _RUN_BY_PROVIDER = ("web_search_call", "file_search_call", "code_interpreter_call",
                     "image_generation_call", "mcp_call")
 _RESULT_KEYS = ("tool_call_id", "tool_use_id", "call_id", "source_call_id", "toolCallId")
-# Calls that may wait for a result at once; each result looks through all of them.
+# Calls that may wait for a result at once; each result is compared with all of them.
 _MOST_WAITING = 128
 
 

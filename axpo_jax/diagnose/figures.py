@@ -15,7 +15,7 @@ import numpy as np
 from axpo_jax.diagnose.intervals import Share, shares
 from axpo_jax.diagnose.traces import Trace
 from axpo_jax.diagnose.warnings import warnings
-from axpo_jax.rollouts.acting import ACT, DECLINE
+from axpo_jax.rollouts import acting
 from axpo_jax.rollouts.census import TOOL_WORDS
 
 Group = Sequence[Trace]
@@ -39,14 +39,14 @@ def _all_wrong(used_tool: bool) -> Counter:
   return count
 
 
-def _declined(test: Callable[[Trace, str], bool], label: str | None = None) -> Counter:
-  """Of the scored rollouts without a call (of questions with the label, then with one too), those
-  of which `test` holds; it is told what acting came to in the question's other rollouts."""
+def _declined(test: acting.Test, label: str | None = None) -> Counter:
+  """Of the scored rollouts without a call (of questions with a label, then with one too), those that
+  pass `test`, which also gets what acting came to in the question's rollouts."""
   def count(group: Group) -> tuple[int, int]:
-    members = [trace for trace in group if trace.scored and
-               (not trace.used_tool if label is None else trace.acting == label)]
-    acted = [trace.right for trace in group if trace.scored and trace.used_tool]
-    tried = "never" if not acted else "worked" if any(acted) else "failed"
+    scored = [trace for trace in group if trace.scored]
+    members = [trace for trace in scored
+               if (not trace.used_tool if label is None else trace.acting == label)]
+    tried = acting.tried(scored)
     return sum(test(trace, tried) for trace in members), len(members)
   return count
 
@@ -58,10 +58,6 @@ def _errors(group: Group) -> tuple[int, int]:
 
 def _tool(trace: Trace) -> bool:
   return trace.used_tool
-
-
-def _avoided(how: str) -> Callable[[Trace, str], bool]:
-  return lambda trace, tried: not trace.used_tool and tried == how
 
 
 # name -> (what people read, how it is counted). The names are those of docs/metrics.md where the
@@ -80,31 +76,21 @@ FIGURES: dict[str, tuple[str, Counter]] = {
   "tool_error_rate": ("calls that failed", _errors),
   "declined_well": ("no call, and right", _declined(lambda t, tried: t.right)),
   "failed_to_act": ("no call, wrong, and acting worked elsewhere",
-                    _declined(lambda t, tried: not t.right and tried == "worked")),
+                    _declined(lambda t, tried: not t.right and tried == acting.WORKED)),
   "acting_failed_too": ("no call, wrong, and acting failed elsewhere",
-                        _declined(lambda t, tried: not t.right and tried == "failed")),
+                        _declined(lambda t, tried: not t.right and tried == acting.FAILED)),
   "nobody_acted": ("no call, wrong, and nobody acted",
-                   _declined(lambda t, tried: not t.right and tried == "never")),
-  "should_decline/declined": ("should decline: declined",
-                              _declined(lambda t, _: not t.used_tool, DECLINE)),
-  "should_decline/declined_and_right": (
-    "should decline: declined, and right",
-    _declined(lambda t, _: not t.used_tool and t.right, DECLINE)),
-  "should_decline/acted": ("should decline: acted", _declined(lambda t, _: t.used_tool, DECLINE)),
-  "should_act/acted_right": ("should act: acted, right",
-                             _declined(lambda t, _: t.used_tool and t.right, ACT)),
-  "should_act/acted_wrong": ("should act: acted, wrong",
-                             _declined(lambda t, _: t.used_tool and not t.right, ACT)),
-  "should_act/avoided_hard": ("should act: avoided, acting always failed",
-                              _declined(_avoided("failed"), ACT)),
-  "should_act/avoided_able": ("should act: avoided, acting worked elsewhere",
-                              _declined(_avoided("worked"), ACT)),
-  "should_act/avoided_untried": ("should act: avoided, nobody tried",
-                                 _declined(_avoided("never"), ACT)),
+                   _declined(lambda t, tried: not t.right and tried == acting.NEVER)),
+  **{name: (label, _declined(test, question)) for (name, (question, test)), label in zip(
+    acting.TESTS.items(), (
+      "should decline: declined", "should decline: declined, and right", "should decline: acted",
+      "should act: acted, right", "should act: acted, wrong",
+      "should act: avoided, acting always failed", "should act: avoided, acting worked elsewhere",
+      "should act: avoided, nobody tried"), strict=True)},
 }
 MENTION = "mention_without_call_rate"
 MENTION_LABEL = "named a tool in thought, made no call, of all rollouts"
-# Order of the tables: the mention stands with the other habits.
+# In the order of the tables.
 LABELS = {name: label for name, (label, _) in FIGURES.items()} | {MENTION: MENTION_LABEL}
 
 

@@ -76,7 +76,7 @@ def show(result: Mapping[str, Any], reading: Reading) -> None:
 
 
 def summary(result: Mapping[str, Any], reading: Reading) -> str:
-  """One line: how much was read, and what could not be told."""
+  """One line: how much was read, and how much was not."""
   formats = ", ".join(f"{count} {form}" for form, count in sorted(reading.formats.items()))
   text = (f"{result['rollouts']} rollouts of {result['questions']} questions, "
           f"{result['calls']} calls ({formats or 'nothing'} read, "
@@ -87,7 +87,7 @@ def summary(result: Mapping[str, Any], reading: Reading) -> str:
 
 
 def unread_warnings(reading: Reading) -> list[dict[str, str]]:
-  """The loudest warning there is: rollouts that may have acted, in a way that nobody reads."""
+  """The most important warning: rollouts that may hold calls in a notation that is not read."""
   if not reading.unread:
     return []
   words = collections.Counter(problem.reason for problem in reading.unread)

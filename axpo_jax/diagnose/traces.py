@@ -45,7 +45,7 @@ class Trace:
     thinking: what the agent said to itself; None where the log has nothing of the kind.
     tools: names of the tools that it was offered, as far as the log says.
     acting: whether one should act on the question: "act", "decline" or "either".
-    events: what happened (`events.Event`), where the reader was told to keep it.
+    events: what happened (`events.Event`), if the reader keeps events.
   """
 
   place: str

@@ -39,7 +39,7 @@ class JudgeError(RuntimeError):
 
 
 class Judge(Protocol):
-  """Whoever can tell whether an answer means the same as a gold answer."""
+  """Decides whether an answer means the same as a gold answer."""
 
   async def __call__(self, question: str, golds: Sequence[str], answer: str) -> bool:
     """True if right. Raises JudgeError without a verdict."""

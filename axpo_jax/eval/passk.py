@@ -5,6 +5,7 @@ Legend: Q questions, N rollouts of one question (may differ between questions).
 
 import math
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,9 +28,14 @@ def pass_at_k(num_right: int, num_rollouts: int, k: int) -> float:
   return 1.0 - math.comb(num_rollouts - num_right, k) / math.comb(num_rollouts, k)
 
 
-def mean_and_error(
-  values_Q: Sequence[float], clusters_Q: Sequence[Hashable] | None = None
-) -> tuple[float, float]:
+class Mean(NamedTuple):
+  """A mean and its standard error (NaN if not known)."""
+
+  mean: float
+  error: float = math.nan
+
+
+def mean_and_error(values_Q: Sequence[float], clusters_Q: Sequence[Hashable] | None = None) -> Mean:
   """Mean over questions and its standard error.
 
   Args:
@@ -38,7 +44,7 @@ def mean_and_error(
       cluster; their errors are then not taken for independent. None: every question its own.
 
   Returns:
-    (mean, standard error); the error is NaN with fewer than two clusters.
+    Both; the error is NaN with fewer than two clusters.
 
   Raises:
     ValueError: no question, or not one cluster per question.
@@ -53,10 +59,10 @@ def mean_and_error(
     residuals[label] = residuals.get(label, 0.0) + (value - mean)
   groups = len(residuals)
   if groups < 2:
-    return mean, math.nan
+    return Mean(mean)
   # With every question its own cluster this is std(ddof=1) / sqrt(Q).
   squares = math.fsum(r**2 for r in residuals.values()) * groups / (groups - 1)
-  return mean, math.sqrt(squares) / len(values_Q)
+  return Mean(mean, math.sqrt(squares) / len(values_Q))
 
 
 def summarise(
@@ -94,7 +100,7 @@ def summarise(
     enough = [q for q, rewards_N in enumerate(rewards_QxN) if len(rewards_N) >= k]
     if not enough:
       continue
-    values_Q = [_pass_at(rewards_QxN[q], k) for q in enough]
+    values_Q = [of_rewards(rewards_QxN[q], k) for q in enough]
     mean, error = mean_and_error(values_Q, [labels_Q[q] for q in enough])
     out[f"{prefix}/pass_at_{k}"] = mean
     if not math.isnan(error):
@@ -102,7 +108,8 @@ def summarise(
   return out
 
 
-def _pass_at(rewards_N: np.ndarray, k: int) -> float:
+def of_rewards(rewards_N: Sequence[float], k: int) -> float:
+  """Pass@k of one question: for k = 1 the mean reward, else the chance of one right answer."""
   if k == 1:
     return math.fsum(rewards_N) / len(rewards_N)
   return pass_at_k(int(is_right(rewards_N).sum()), len(rewards_N), k)

@@ -8,7 +8,7 @@ Rules:
 - options: the letter, the text of the option, or (where options are values) its value;
 - numbers: within the question's tolerance (0.001 in DynaMath), expressions evaluated; in MathVision
   equal when rounded to two decimals, whatever the unit behind them;
-- free text: exact match of the words with any gold answer (in DynaMath it is enough that they stand in
+- free text: exact match of the words with any gold answer (in DynaMath it is enough that they occur in
   the answer); beyond that a judge decides (`eval.judge`), or token F1 where there is none.
 """
 
@@ -54,7 +54,7 @@ def is_scorable(answer: str | None) -> bool:
 
 
 def right_by_rule(question: Question, answer: str) -> bool:
-  """Whether the answer is right as far as rules can tell, by the question's kind and options."""
+  """Whether the answer is right by the rules, by the question's kind and options."""
   if rewards.judge(question, answer):
     return True
   if question.options:

@@ -17,7 +17,6 @@ from axpo_jax.report.seeds import Method
 from axpo_jax.rollouts.census import STATES, SUBGROUPS
 from axpo_jax.stages import summary
 
-_WINDOW = 5  # steps of the running mean
 _QUARTERS = [0, 25, 50, 75, 100]
 _POWERS = range(-9, 4)  # of ten, on logarithmic axes; Plotly's own exponents are outsized
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -76,10 +75,10 @@ def _panel(methods: Sequence[Method], title: str, about: str, unit: str, lines) 
       if steps:
         name = label if alone else method.name if len(lines) == 1 else f"{method.name}, {label}"
         # One method: a colour a line. Several: a colour a method, a dash a line.
-        look = {"name": name, "meta": {"colour": number if alone else m}}
+        style = {"name": name, "meta": {"colour": number if alone else m}}
         dash = "solid" if alone else _DASHES[number]
         parts = [_scaled(run.metrics, metric, scale) for run in method.runs.values()]
-        _add(figure, steps, values, parts, look, dash, unit, smooth=not metric.startswith("eval/"))
+        _add(figure, steps, values, parts, style, dash, unit, smooth=not metric.startswith("eval/"))
   if not figure.data:
     return None
   figure.update_xaxes(title_text="step")
@@ -96,19 +95,19 @@ def _scaled(lines: Sequence[Mapping], metric: str, scale: float) -> tuple[list[i
   return steps, [scale * value for value in values]
 
 
-def _add(figure: go.Figure, steps, values, parts, look: Mapping[str, Any], dash: str, unit: str,
+def _add(figure: go.Figure, steps, values, parts, style: Mapping[str, Any], dash: str, unit: str,
          smooth: bool) -> None:
   """A thick line, and thin ones behind it: each step of the run, or each of the seeds."""
-  if not smooth or len(steps) < 2 * _WINDOW:
+  if not smooth or len(steps) < 2 * summary.WINDOW:
     figure.add_scatter(x=steps, y=values, mode="lines+markers", line={"dash": dash, "width": 2},
-                       marker={"size": 7}, hovertemplate=_hover(unit), **look)
+                       marker={"size": 7}, hovertemplate=_hover(unit), **style)
     return
   for x, y in parts:
-    figure.add_scatter(x=x, y=y if len(parts) == 1 else running_mean(y), mode="lines",
-                       legendgroup=look["name"], showlegend=False, opacity=0.28,
-                       line={"dash": dash, "width": 1}, hoverinfo="skip", **look)
-  figure.add_scatter(x=steps, y=running_mean(values), mode="lines", legendgroup=look["name"],
-                     line={"dash": dash, "width": 2.5}, hovertemplate=_hover(unit), **look)
+    figure.add_scatter(x=x, y=y if len(parts) == 1 else summary.running_mean(y), mode="lines",
+                       legendgroup=style["name"], showlegend=False, opacity=0.28,
+                       line={"dash": dash, "width": 1}, hoverinfo="skip", **style)
+  figure.add_scatter(x=steps, y=summary.running_mean(values), mode="lines", legendgroup=style["name"],
+                     line={"dash": dash, "width": 2.5}, hovertemplate=_hover(unit), **style)
 
 
 def _census(method: Method, named: bool) -> Chart | None:
@@ -134,12 +133,6 @@ def _census(method: Method, named: bool) -> Chart | None:
                "Share of the questions whose tool rollouts, and whose other rollouts, are absent, all "
                "wrong, mixed or all right. Each half of a column adds up to 100 %.",
                _json(figure), wide=True)
-
-
-def running_mean(values: Sequence[float]) -> list[float]:
-  """Mean of up to `_WINDOW` values that end at each place."""
-  return [sum(values[max(0, i + 1 - _WINDOW):i + 1]) / len(values[max(0, i + 1 - _WINDOW):i + 1])
-          for i in range(len(values))]
 
 
 def _percent(values: Sequence[float]) -> list[str]:

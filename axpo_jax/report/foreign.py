@@ -31,7 +31,7 @@ def _group(r: int, members: Sequence[Trace], pictures: Pictures) -> dict[str, An
   before = _prompt(first)
   asked = "\n\n".join(event.text for event in before if event.kind == notations.USER)
   system = "\n\n".join(event.text for event in before if event.kind == notations.SYSTEM)
-  # Without an id of the question its first rollout's place says where to look.
+  # Without an id of the question, the file and line of its first rollout name it.
   name = first.place if first.question.startswith(("asked ", first.place)) else first.question
   return {"run": r, "at": f"step {first.when}" if isinstance(first.when, int) else first.when or "",
           "id": name[:_NAME], "category": "", "gold": [], "acting": first.acting, "question": asked or name,

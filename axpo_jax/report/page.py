@@ -43,7 +43,7 @@ def render(runs: Sequence[Run], *, limit: int = 10_000, side: int = 640, title: 
   pictures = Pictures(side)
   collection = trajectories.collect(runs, pictures, limit)
   figures = charts.charts(methods)
-  # Ids of the data blocks that the scripts look for; all but images are compressed.
+  # Ids of the data blocks that the scripts read; all but images are compressed.
   blocks = {"index": pack(collection.index),
             "charts": pack([figure.figure for figure in figures]),
             **{f"chunk-{i}": pack(chunk) for i, chunk in enumerate(collection.chunks)},
@@ -79,8 +79,8 @@ def _warnings(method: Method) -> list[tuple[str, str]]:
   found = []
   for run in method.runs.values():
     if run.logs is not None:
-      told = unread_warnings(run.logs) + diagnose(run.logs.traces)["warnings"]
-      found += [(run.name, warning["text"]) for warning in told]
+      texts = unread_warnings(run.logs) + diagnose(run.logs.traces)["warnings"]
+      found += [(run.name, warning["text"]) for warning in texts]
     paths = run.training_dumps or [path for path in run.dumps if path.parent.name != FORCED]
     found += [(run.name, warning["text"]) for warning in (diagnose(read(paths).traces)["warnings"]
                                                           if paths else ())]

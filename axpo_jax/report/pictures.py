@@ -1,7 +1,7 @@
 """Images for the page: small enough to travel in it, each once.
 
 In: the image folder beside a dump, or pictures inside a log. Out: data URIs by key. Coordinates are
-kept apart from pixels, so a box drawn on a smaller copy stands where it stood on the original.
+kept apart from pixels, so a box on a smaller copy is where it was on the original.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Picture:
   uri: str
 
 
-IMAGE = "\ufffc"  # stands for an image in a text: the object replacement character
+IMAGE = "\ufffc"  # marks an image in a text: the object replacement character
 _MISSING = Picture(1, 1, "")
 
 

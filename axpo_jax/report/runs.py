@@ -1,12 +1,12 @@
 """What a run's folder holds that a report can show.
 
-In: a folder, or a file of logs. Out: a Run: its metrics, the rewards of its evaluation by question, and
-the files of rollouts in it; or the rollouts of somebody else's logs.
+In: a folder, or a file of logs. Out: a Run: its metrics, the records of its evaluation, and the files of
+rollouts in it; or the rollouts of somebody else's logs.
 """
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -15,29 +15,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from axpo_jax import paths
-from axpo_jax.agent.rollout import FAILED_STOPS
 from axpo_jax.diagnose import reading
 from axpo_jax.diagnose.reading import Reading
+from axpo_jax.rollouts.shards import Record
 from axpo_jax.stages.metrics import METRICS_FILE
 
 
 class ReportError(ValueError):
   """A folder that no report can be made of."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Benchmark:
-  """Evaluation results of one benchmark by question.
-
-  Attributes:
-    rewards: question id -> rewards of its rollouts.
-    clusters: question id -> what variants of one question share.
-    tools: question id -> whether each of the rollouts called a tool.
-  """
-
-  rewards: Mapping[str, Sequence[float]]
-  clusters: Mapping[str, str]
-  tools: Mapping[str, Sequence[bool]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +33,8 @@ class Run:
     name: shown on the page, unique among its runs.
     folder: where it lies.
     metrics: lines of metrics.jsonl; none if there is no such file.
-    benchmarks: results kept by question, by benchmark; none if the run's evaluation is in the
-      metrics alone.
+    benchmarks: by benchmark, a record of every question with a judged rollout; none if the run's
+      evaluation is in the metrics alone.
     dumps: files of rollouts, in order.
     config: of the run; empty if it left none.
     logs: what was read of a folder or file that is no run of ours; else None.
@@ -58,7 +43,7 @@ class Run:
   name: str
   folder: pathlib.Path
   metrics: Sequence[Mapping[str, Any]]
-  benchmarks: Mapping[str, Benchmark]
+  benchmarks: Mapping[str, Sequence[Record]]
   dumps: Sequence[pathlib.Path]
   config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   logs: Reading | None = None
@@ -135,22 +120,15 @@ def _lines(path: pathlib.Path, *, whole: bool = False) -> Iterator[dict[str, Any
         yield record
 
 
-def _benchmarks(paths: Iterable[pathlib.Path]) -> dict[str, Benchmark]:
-  """Records of evaluation shards (eval/shards.py): a folder a benchmark."""
-  found = collections.defaultdict(lambda: Benchmark({}, {}, {}))
+def _benchmarks(paths: Iterable[pathlib.Path]) -> dict[str, list[Record]]:
+  """Records of evaluation shards (rollouts/shards.py): a folder a benchmark. A damaged one costs itself."""
+  found: dict[str, list[Record]] = {}
   for path in paths:
-    for record in _lines(path):
-      try:
-        kept = [(float(stats["reward"]), stats["used_tool"]) for stats in record["stats"]
-                if stats["stop"] not in FAILED_STOPS]
-        question, cluster = str(record["id"]), str(record.get("group") or record["id"])
-      except (KeyError, TypeError, ValueError):
-        continue
-      if kept:
-        into = found[path.parent.name]
-        into.rewards[question] = [reward for reward, _ in kept]
-        into.clusters[question] = cluster
-        into.tools[question] = [used for _, used in kept]
+    for line in _lines(path):
+      with contextlib.suppress(KeyError, TypeError, ValueError):
+        record = Record.from_json(line)
+        if record.judged:
+          found.setdefault(path.parent.name, []).append(record)
   return dict(sorted(found.items()))
 
 

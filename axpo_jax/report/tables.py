@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from axpo_jax.diagnose.intervals import Z
 from axpo_jax.eval import passk
-from axpo_jax.report.runs import Benchmark, Run
+from axpo_jax.eval.passk import Mean
+from axpo_jax.report.runs import Run
+from axpo_jax.rollouts.shards import Record
 from axpo_jax.stages import summary
 
 K = (1, 4)
@@ -20,28 +22,20 @@ AVERAGE = "average"
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
-  """A mean and its standard error (NaN if not known), both as shares."""
-
-  mean: float
-  error: float = math.nan
-
-
-@dataclasses.dataclass(frozen=True)
 class Result:
-  """One row of the benchmark table: benchmark -> k -> Estimate, and the tool-attempt rates.
+  """One row of the benchmark table: benchmark -> k -> mean and error, and the tool-attempt rates.
 
   Attributes:
     label: of the row.
     scores: by benchmark and k.
     tools: tool-attempt rate by benchmark.
-    by_question: the same benchmarks by question; None where only totals are known.
+    records: of the same benchmarks, by question; None where only totals are known.
   """
 
   label: str
-  scores: Mapping[str, Mapping[int, Estimate]]
+  scores: Mapping[str, Mapping[int, Mean]]
   tools: Mapping[str, float]
-  by_question: Mapping[str, Benchmark] | None = None
+  records: Mapping[str, Sequence[Record]] | None = None
 
 
 def glance(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, str]], list]]:
@@ -77,7 +71,7 @@ def benchmark_table(runs: Sequence[Run]) -> dict | None:
                  "cells": [_difference_cell(base, other, name) for name in names]})
   rows += [{"label": result.label, "kind": "tools",
             "cells": [percent(result.tools.get(name)) for name in names]} for result in results]
-  paired = all(result.by_question is not None for result in results)
+  paired = all(result.records is not None for result in results)
   return {"benchmarks": names, "rows": rows, "paired": paired, "compared": bool(others)}
 
 
@@ -85,7 +79,7 @@ def results_of(run: Run, alone: bool) -> list[Result]:
   """A run's results; of a single run whose metrics hold several evaluations, first and last."""
   if run.benchmarks:
     return [Result(run.name, {name: _scores(found) for name, found in run.benchmarks.items()},
-                   {name: _mean(tool for tools in found.tools.values() for tool in tools)
+                   {name: _mean(record.stats[i].used_tool for record in found for i in record.judged)
                     for name, found in run.benchmarks.items()}, run.benchmarks)]
   lines = [line for line in run.metrics if "eval/pass_at_1" in line]
   if alone and len(lines) > 1:
@@ -97,7 +91,7 @@ def results_of(run: Run, alone: bool) -> list[Result]:
 def _logged(line: Mapping[str, float], label: str) -> Result:
   names = summary.families([line])
   places = {name: f"eval/{name}" for name in names} or {"held-out": "eval"}
-  scores = {name: {k: Estimate(line[f"{place}/pass_at_{k}"],
+  scores = {name: {k: Mean(line[f"{place}/pass_at_{k}"],
                                line.get(f"{place}/pass_at_{k}_se", math.nan))
                    for k in K if f"{place}/pass_at_{k}" in line}
             for name, place in places.items()}
@@ -106,24 +100,21 @@ def _logged(line: Mapping[str, float], label: str) -> Result:
   return Result(label, scores, tools)
 
 
-def _scores(found: Benchmark) -> dict[int, Estimate]:
-  out = {}
-  for k in K:
-    values = _values(found, k)
-    if values:
-      clusters = [found.clusters[question] for question in values]
-      out[k] = Estimate(*passk.mean_and_error(list(values.values()), clusters))
-  return out
+def _scores(found: Sequence[Record]) -> dict[int, Mean]:
+  values = {k: _values(found, k) for k in K}
+  clusters = _clusters(found)
+  return {k: passk.mean_and_error(list(of.values()), [clusters[question] for question in of])
+          for k, of in values.items() if of}
 
 
-def _values(found: Benchmark, k: int) -> dict[str, float]:
+def _values(found: Sequence[Record], k: int) -> dict[str, float]:
   """Pass@k of every question with enough rollouts."""
-  out = {}
-  for question, rewards in found.rewards.items():
-    if len(rewards) >= k:
-      out[question] = _mean(rewards) if k == 1 else passk.pass_at_k(
-        sum(reward > 0.5 for reward in rewards), len(rewards), k)
-  return out
+  rewards = {record.id: record.counts.rewards for record in found}
+  return {question: passk.of_rewards(own, k) for question, own in rewards.items() if len(own) >= k}
+
+
+def _clusters(found: Sequence[Record]) -> dict[str, str]:
+  return {record.id: record.group or record.id for record in found}
 
 
 def with_average(result: Result) -> Result:
@@ -132,14 +123,14 @@ def with_average(result: Result) -> Result:
   for k in K:
     found = [scores[k] for scores in result.scores.values() if k in scores]
     if len(found) == len(result.scores):
-      average[k] = Estimate(_mean(one.mean for one in found),
+      average[k] = Mean(_mean(one.mean for one in found),
                             math.hypot(*(one.error for one in found)) / len(found))
   return dataclasses.replace(
     result, scores={**result.scores, AVERAGE: average},
     tools={**result.tools, **({AVERAGE: _mean(result.tools.values())} if result.tools else {})})
 
 
-def difference(base: Result, other: Result, name: str, k: int) -> Estimate | None:
+def difference(base: Result, other: Result, name: str, k: int) -> Mean | None:
   """How much more `other` has than `base`, and the standard error of that."""
   first, second = (result.scores.get(name, {}).get(k) for result in (base, other))
   if first is None or second is None:
@@ -147,20 +138,20 @@ def difference(base: Result, other: Result, name: str, k: int) -> Estimate | Non
   if name == AVERAGE:
     parts = [difference(base, other, part, k) for part in base.scores if part != AVERAGE]
     if any(part is None for part in parts):
-      return Estimate(second.mean - first.mean)
-    return Estimate(_mean(part.mean for part in parts),
+      return Mean(second.mean - first.mean)
+    return Mean(_mean(part.mean for part in parts),
                     math.hypot(*(part.error for part in parts)) / len(parts))
-  if base.by_question is None or other.by_question is None:
-    return Estimate(second.mean - first.mean, math.hypot(first.error, second.error))
-  before, after = (_values(result.by_question[name], k) for result in (base, other))
+  if base.records is None or other.records is None:
+    return Mean(second.mean - first.mean, math.hypot(first.error, second.error))
+  before, after = (_values(result.records[name], k) for result in (base, other))
   common = [question for question in before if question in after]
   if not common:
-    return Estimate(second.mean - first.mean, math.hypot(first.error, second.error))
-  clusters = [base.by_question[name].clusters[question] for question in common]
-  return Estimate(*passk.mean_and_error([after[q] - before[q] for q in common], clusters))
+    return Mean(second.mean - first.mean, math.hypot(first.error, second.error))
+  clusters = [_clusters(base.records[name])[question] for question in common]
+  return passk.mean_and_error([after[q] - before[q] for q in common], clusters)
 
 
-def _score_cell(scores: Mapping[int, Estimate] | None) -> dict | None:
+def _score_cell(scores: Mapping[int, Mean] | None) -> dict | None:
   """Pass@1 / Pass@4 as the paper writes them, in per cent, and the error of each."""
   if not scores:
     return None
@@ -192,7 +183,7 @@ def delta(mean: float, low: float, high: float, better: int = 1) -> dict:
           "sure": {1: "gain", -1: "loss", 0: ""}[sure * better]}
 
 
-def _points(one: Estimate | None, value: Callable[[Estimate], float] = lambda one: one.mean) -> str:
+def _points(one: Mean | None, value: Callable[[Mean], float] = lambda one: one.mean) -> str:
   if one is None or math.isnan(value(one)):
     return "–"
   return f"{100 * value(one):.1f}"

@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from axpo_jax.agent.rollout import FAILED_STOPS
+from axpo_jax.agent.transcript import SAMPLED_KINDS, Kind
 from axpo_jax.diagnose import dumps
 from axpo_jax.report import foreign
 from axpo_jax.report.pictures import IMAGE, Pictures
 from axpo_jax.report.runs import Run
 
-PROMPT, SAMPLED = 0, (1, 2, 4)  # kinds; see agent.transcript.Kind
 _VISION = re.compile(r"<\|vision_(?:start|end)\|>")
 _USER = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
 _SYSTEM = re.compile(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", re.DOTALL)
@@ -161,7 +161,7 @@ def _group(r: int, run: Run, path: pathlib.Path, members: Sequence[dict], pictur
   pieces, kinds = texts.pieces(first, path), dumps.kinds_of(transcript)
   pads = [i == transcript["special"]["image_pad"] for i in transcript["ids"]]
   prompt = "".join(IMAGE if pad else piece
-                   for piece, pad, kind in zip(pieces, pads, kinds) if kind == PROMPT)
+                   for piece, pad, kind in zip(pieces, pads, kinds) if kind == Kind.PROMPT)
   asked, system = _USER.findall(prompt), _SYSTEM.search(prompt)
   step = dumps.step_in_name(path)
   return {
@@ -180,7 +180,7 @@ def _group(r: int, run: Run, path: pathlib.Path, members: Sequence[dict], pictur
 def _shown(transcript: Mapping[str, Any], kinds: Sequence[int]) -> int:
   """How many images the prompt has."""
   pad = transcript["special"]["image_pad"]
-  return sum(i == pad for i, kind in zip(transcript["ids"], kinds) if kind == PROMPT)
+  return sum(i == pad for i, kind in zip(transcript["ids"], kinds) if kind == Kind.PROMPT)
 
 
 def _join(rollouts: list[dict], records: Sequence[Mapping[str, Any]]) -> None:
@@ -208,7 +208,7 @@ def _rollout(record: Mapping[str, Any], path: pathlib.Path, pictures: Pictures, 
   pieces, pad = texts.pieces(record, path), transcript["special"]["image_pad"]
   images = [{**_image(path, image, pictures), "at": number}
             for number, image in enumerate(transcript["images"]) if number >= shown]
-  start = extra["prefix_end"] if "branch" in extra else kinds.count(PROMPT)
+  start = extra["prefix_end"] if "branch" in extra else kinds.count(Kind.PROMPT)
   out = {
     "reward": _finite(record["reward"]), "answer": record["answer"], "stop": record["stop"],
     "images": images, "start": start,
@@ -235,7 +235,7 @@ def _segments(ids, kinds, pieces, logprobs, start: int, pad: int) -> list[dict]:
     segment = {"kind": kind, "at": at,
                "tokens": [IMAGE if i == pad else piece
                           for i, piece in zip(ids[at:stop], pieces[at:stop])]}
-    if kind in SAMPLED:
+    if kind in SAMPLED_KINDS:
       segment["p"] = [_thousandths(logprob) for logprob in logprobs[at:stop]]
     out.append(segment)
     at = stop
@@ -252,7 +252,7 @@ def _image(path: pathlib.Path, image: Mapping[str, Any], pictures: Pictures) -> 
 
 
 def _box(arguments: Mapping[str, Any]) -> dict | None:
-  """Where a call looks: corners in thousandths of the image, and which image."""
+  """The region that a call names: corners in thousandths of the image, and which image."""
   box = next((arguments[name] for name in _BOXES if name in arguments), None)
   index = next((arguments[name] for name in _INDICES if name in arguments), 0)
   if (not isinstance(box, list) or len(box) != 4 or not isinstance(index, int | float)
@@ -266,7 +266,7 @@ def _row(group: int, position: int, rollout: Mapping[str, Any]) -> list:
   frozen prefix, 2 continuation), answer, stop."""
   kind = 2 if "branch" in rollout else 1 if "frozen" in rollout else 0
   errors = sum(call["error"] is not None for call in rollout["calls"])
-  calls = max(len(rollout["calls"]), any(s["kind"] == 2 for s in rollout["segments"]))
+  calls = max(len(rollout["calls"]), any(s["kind"] == Kind.CALL for s in rollout["segments"]))
   return [group, position, rollout["reward"], int(calls), errors, kind,
           str(rollout["answer"] or "")[:80], rollout["stop"]]
 

@@ -7,11 +7,49 @@ latter is split by what the question's other rollouts show: acting was tried and
 is hard: the Thinking-Acting Gap), it was tried and worked, or nobody tried.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
-from axpo_jax.rollouts.census import GroupStats, RolloutStats
+from axpo_jax.rollouts.census import GroupStats
 
 ACT, DECLINE = "act", "decline"
+FAILED, WORKED, NEVER = "failed", "worked", "never"  # what acting came to
+
+
+class Episode(Protocol):
+  """What is counted: `census.RolloutStats` in a run, `diagnose.traces.Trace` of logs."""
+
+  @property
+  def used_tool(self) -> bool: ...
+
+  @property
+  def right(self) -> bool: ...
+
+
+Test = Callable[[Episode, str], bool]
+
+
+def _avoided(outcome: str) -> Test:
+  return lambda rollout, tried: not rollout.used_tool and tried == outcome
+
+
+# Name -> (label of the question, test of a rollout and of what acting came to in its question).
+TESTS: dict[str, tuple[str, Test]] = {
+  "should_decline/declined": (DECLINE, lambda rollout, _: not rollout.used_tool),
+  "should_decline/declined_and_right": (DECLINE, lambda rollout, _: not rollout.used_tool and rollout.right),
+  "should_decline/acted": (DECLINE, lambda rollout, _: rollout.used_tool),
+  "should_act/acted_right": (ACT, lambda rollout, _: rollout.used_tool and rollout.right),
+  "should_act/acted_wrong": (ACT, lambda rollout, _: rollout.used_tool and not rollout.right),
+  "should_act/avoided_hard": (ACT, _avoided(FAILED)),
+  "should_act/avoided_able": (ACT, _avoided(WORKED)),
+  "should_act/avoided_untried": (ACT, _avoided(NEVER)),
+}
+
+
+def tried(rollouts: Iterable[Episode]) -> str:
+  """What acting came to in a question's rollouts: FAILED, WORKED or NEVER."""
+  acted = [rollout.right for rollout in rollouts if rollout.used_tool]
+  return NEVER if not acted else WORKED if any(acted) else FAILED
 
 
 def acting_census(groups: Sequence[GroupStats], *, prefix: str = "rollout") -> dict[str, float]:
@@ -25,34 +63,9 @@ def acting_census(groups: Sequence[GroupStats], *, prefix: str = "rollout") -> d
     Metrics by name (docs/metrics.md); none about a label that no question carries.
   """
   out: dict[str, float] = {}
-  if declining := _labelled(groups, DECLINE):
-    out |= _shares("should_decline", declining, {
-      "declined": lambda rollout, group: not rollout.used_tool,
-      "declined_and_right": lambda rollout, group: not rollout.used_tool and rollout.right,
-      "acted": lambda rollout, group: rollout.used_tool})
-  if acting := _labelled(groups, ACT):
-    out |= _shares("should_act", acting, {
-      "acted_right": lambda rollout, group: rollout.used_tool and rollout.right,
-      "acted_wrong": lambda rollout, group: rollout.used_tool and not rollout.right,
-      "avoided_hard": lambda rollout, group: not rollout.used_tool and _tried(group) == "failed",
-      "avoided_able": lambda rollout, group: not rollout.used_tool and _tried(group) == "worked",
-      "avoided_untried": lambda rollout, group: not rollout.used_tool and _tried(group) == "never"})
-  return {f"{prefix}/{name}": value for name, value in out.items()}
-
-
-def _labelled(groups: Sequence[GroupStats], label: str) -> list[tuple[RolloutStats, GroupStats]]:
-  return [(rollout, group) for group in groups if group.acting == label
-          for rollout in group.rollouts]
-
-
-def _tried(group: GroupStats) -> str:
-  """What acting came to in the question's ordinary rollouts."""
-  acted = [rollout for rollout in group.rollouts if rollout.used_tool]
-  if not acted:
-    return "never"
-  return "worked" if any(rollout.right for rollout in acted) else "failed"
-
-
-def _shares(label: str, members, tests) -> dict[str, float]:
-  return {f"{label}/{name}": sum(test(*member) for member in members) / len(members)
-          for name, test in tests.items()}
+  for name, (label, test) in TESTS.items():
+    passed = [test(rollout, outcome) for group in groups if group.acting == label
+              for outcome in [tried(group.rollouts)] for rollout in group.rollouts]
+    if passed:
+      out[f"{prefix}/{name}"] = sum(passed) / len(passed)
+  return out

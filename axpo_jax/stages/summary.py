@@ -36,7 +36,7 @@ BY_FAMILY = (
   ("tool subgroup all wrong", "rollout/{}/tool_all_wrong_rate"),
 )
 _FAMILY = re.compile(r"eval/(\w+)/pass_at_1")
-_WINDOW = 5  # training steps averaged at each end
+WINDOW = 5  # training steps averaged at each end
 
 
 def series(lines: Iterable[Mapping], name: str) -> tuple[list[int], list[float]]:
@@ -53,7 +53,7 @@ def ends(lines: Sequence[Mapping], name: str) -> tuple[float | None, float | Non
   """
   steps, values = series(lines, name)
   if not name.startswith("eval/"):
-    return _mean(values[:_WINDOW]), _mean(values[-_WINDOW:])
+    return _mean(values[:WINDOW]), _mean(values[-WINDOW:])
   trained, _ = series(lines, "rollout/reward_mean")
   before = sum(step < trained[0] for step in steps) if trained else len(values)
   return _mean(values[:before][:1]), _mean(values[before:][-1:])
@@ -69,7 +69,7 @@ def table(lines: Sequence[Mapping]) -> str:
   for label, name in (*EVALUATED, *TRAINED):
     rows.append((label, *_start_and_end(lines, name)))
   parts = [markdown.table(rows), "", f"Pass@k and tool use: held-out questions before and after RL. The "
-           f"last three rows: mean of the first and of the last {_WINDOW} training steps at which "
+           f"last three rows: mean of the first and of the last {WINDOW} training steps at which "
            "they are defined."]
   if names := families(lines):
     rows = [("start → end, %", *(label for label, _ in BY_FAMILY))]
@@ -159,7 +159,7 @@ def plot(lines: Sequence[Mapping], path: epath.Path, title: str = "") -> None:
       if not steps:
         continue
       (thin,) = axis.plot(steps, values, alpha=0.25, linewidth=1)
-      axis.plot(steps, _running_mean(values), color=thin.get_color(), label=label, linewidth=2)
+      axis.plot(steps, running_mean(values), color=thin.get_color(), label=label, linewidth=2)
     axis.set(title=name, ylim=(-0.02, 1.02))
     axis.grid(alpha=0.3)
     if axis.has_data():
@@ -174,8 +174,8 @@ def plot(lines: Sequence[Mapping], path: epath.Path, title: str = "") -> None:
   paths.write_bytes(path, drawn.getvalue())
 
 
-def _running_mean(values: Sequence[float], window: int = _WINDOW) -> list[float]:
-  """Mean of up to `window` values that end at each place."""
+def running_mean(values: Sequence[float], window: int = WINDOW) -> list[float]:
+  """Mean of up to `window` values up to each step."""
   return [sum(values[max(0, i + 1 - window):i + 1]) / len(values[max(0, i + 1 - window):i + 1])
           for i in range(len(values))]
 

@@ -11,7 +11,9 @@ import pytest
 
 from axpo_jax.report import tables
 from axpo_jax.report.__main__ import main
-from axpo_jax.report.runs import Benchmark, ReportError, Run, load_runs
+from axpo_jax.report.runs import ReportError, Run, load_runs
+from axpo_jax.rollouts.census import RolloutStats
+from axpo_jax.rollouts.shards import Record
 from tests.report.report_run import find_browser, open_page, write_run
 
 NO_BROWSER = "NOT TESTED HERE: the report in a browser. Install chromium, or set $CHROMIUM to its path"
@@ -105,8 +107,9 @@ def test_a_limit_takes_whole_questions_of_every_step(run, tmp_path):
 def test_paired_differences_use_the_common_questions():
   """By hand: questions a and b answered by both; their differences are +1 and 0."""
   def kept(rewards):
-    return Run("r", None, (), {"bench": Benchmark(
-      rewards, {name: name for name in rewards}, {name: [True] for name in rewards})}, ())
+    return Run("r", None, (), {"bench": [
+      Record(name, 0, len(of), tuple(RolloutStats(reward, True, 1, 1, 1, "answer") for reward in of), ())
+      for name, of in rewards.items()]}, ())
   table = tables.benchmark_table([kept({"a": [0.0] * 4, "b": [1.0] * 4, "c": [0.0] * 4}),
                                   kept({"a": [1.0] * 4, "b": [1.0] * 4})])
   assert table["paired"]

@@ -78,7 +78,7 @@ def test_series_leaves_out_undefined_steps(lines):
 
 
 def test_running_mean():
-  assert summary._running_mean([1, 2, 3, 4], window=2) == [1, 1.5, 2.5, 3.5]
+  assert summary.running_mean([1, 2, 3, 4], window=2) == [1, 1.5, 2.5, 3.5]
 
 
 @pytest.mark.parametrize("only_sft", [False, True])

@@ -64,7 +64,7 @@ def letter(value: str, options: Sequence[str]) -> str:
 
 def options_in(question: str) -> tuple[str, ...]:
   """The options that a question's text lists as "(A) ..." or "A. ...", from A on; () without. One
-  that has no text stands in the picture, and is called by its letter."""
+  without text is in the picture, and gets its letter as its text."""
   for mark in _MARKS:
     found = list(mark.finditer(question))
     run = max((_run(found, i) for i in range(len(found))), key=len, default=[])
@@ -113,7 +113,7 @@ def number_images(question: str, count: int) -> str:
 
 
 def numbered(question: str) -> list[str]:
-  """Numbers of the `<image1>` marks in the order in which they first stand in a text."""
+  """Numbers of the `<image1>` marks in the order of their first occurrence."""
   return list(dict.fromkeys(_NUMBERED.findall(question)))
 
 
