@@ -253,6 +253,13 @@ def _agent() -> ConfigDict:
     # Waiting tools run beside the sampling. False: on the spot, so that runs repeat bit for bit.
     overlap_tools=True,
     max_observation_tokens=4096,  # of a call's text; more is cut in the middle
+    # What a rollout is worth: a sum of exact, math_verify, judge, format, length, environment, and
+    # functions of yours, such as "exact + 0.2 * my_module:brevity" (docs/extending.md).
+    reward="exact",
+    reward_time_limit=60.0,   # seconds a function of yours may take
+    # A rollout whose reward fails is left out of training ("leave_out"), or worth nothing ("zero").
+    reward_failure="leave_out",
+    judge=_judge(),           # of the reward "judge"
     # What calls may use up in one episode: their number, seconds, bytes of text, images; 0 = no limit.
     episode_limits=ConfigDict(dict(calls=0, seconds=0.0, bytes=0, images=0)),
     # The same, for the whole run.
@@ -424,21 +431,27 @@ def _sft() -> ConfigDict:
   ))
 
 
+def _judge() -> ConfigDict:
+  return ConfigDict(dict(
+    # An LLM behind an OpenAI-compatible endpoint. Its key is read from AXPO_JUDGE_API_KEY.
+    url="",                   # such as http://localhost:8000/v1
+    model="",                 # its name there
+    max_concurrent=16,        # requests at once
+    attempts=3,               # how often a verdict is asked for where the endpoint is busy or fails
+    timeout_s=60.0,           # seconds of one attempt
+    omit=(),                  # fields left out of requests, for endpoints that refuse them: ("temperature",)
+    max_requests=0,           # of one process's run; 0 = any number. Beyond it there is no verdict
+  ))
+
+
 def _eval() -> ConfigDict:
   return ConfigDict(dict(
     # Benchmarks of the stage "eval" (BENCHMARKS), each in a folder of its name in `folder`; none:
     # held-out questions, which RL measures too.
     benchmarks=(),
     folder="",                # that holds the benchmarks
-    # An OpenAI-compatible endpoint that decides where no rule does; "" = none. Its key is read from
-    # AXPO_JUDGE_API_KEY.
-    judge=ConfigDict(dict(
-      url="", model="",
-      max_concurrent=16,      # requests at once
-      attempts=3,             # how often a verdict is asked for where the endpoint is busy or fails
-      timeout_s=60.0,         # seconds of one attempt
-      omit=(),                # fields left out of requests, for endpoints that refuse them: ("temperature",)
-    )),
+    # Decides on benchmarks where no rule does; no url = nobody does.
+    judge=_judge(),
     shard=32,                 # questions of a shard: what a kill can cost
     questions=512,            # held-out questions
     rollouts=4,               # [paper]

@@ -30,19 +30,21 @@ from axpo_jax.config import (
   sampling_stages,
 )
 from axpo_jax.errors import ConfigError
+from axpo_jax.stages import plugins
 
 _DTYPES = ("float32", "bfloat16")
 _CHOICES = {
   "model.export_dtype": _DTYPES, "rollout.embedded.dtype": _DTYPES, "rollout.sglang.push_dtype": _DTYPES,
   "optimizer.mu_dtype": _DTYPES, "sft.optimizer.mu_dtype": _DTYPES, "rollout.engine": ENGINES,
   "rollout.sidecar.device": ("cuda", "cpu"), "rl.old_logprobs": OLD_LOGPROBS,
+  "agent.reward_failure": ("leave_out", "zero"),
 }
 # The least value of numbers that no record checks.
 _LEAST = {
   **dict.fromkeys((
     "rl.steps", "rl.questions", "rl.updates", "rl.max_lost_steps", "sft.steps", "sft.examples", "sft.max_length",
     "teach.rollouts", "teach.shard", "screen.rollouts", "screen.shard",
-    *(f"{endpoint}.{name}" for endpoint in ("teach", "eval.judge")
+    *(f"{endpoint}.{name}" for endpoint in ("teach", "eval.judge", "agent.judge")
       for name in ("max_concurrent", "attempts", "timeout_s")),
     "eval.questions", "eval.rollouts", "eval.shard", "batch.rows", "batch.length", "batch.image_rows",
     "batch.logprob_chunk", "checkpoint.every", "checkpoint.keep", "data.miniworld.train_size",
@@ -51,7 +53,7 @@ _LEAST = {
     "images.min_pixels", "images.zoom_min_pixels"), 1),
   **dict.fromkeys((
     "teach.questions", "screen.questions", "log.dump_every", "rollout.staleness", "agent.max_images",
-    "agent.deadline", "agent.python.max_concurrent", "rollout.sidecar.servers",
+    "agent.deadline", "agent.reward_time_limit", "eval.judge.max_requests", "agent.judge.max_requests", "agent.python.max_concurrent", "rollout.sidecar.servers",
     "rollout.sidecar.max_total_tokens", "rollout.embedded.length", "rollout.sglang.length",
     *(f"agent.{limits}.{name}" for limits in ("episode_limits", "run_limits")
       for name in ("calls", "seconds", "bytes", "images")),
@@ -116,6 +118,12 @@ def validate(config: ConfigDict) -> None:
                       "reports log-probabilities behind the penalty, which the trainer cannot compute "
                       "again: set it to 0, or use config.rollout.engine='embedded'")
   _validate_tools(config)
+  for name in ("agent", "eval"):
+    judge = config[name].judge
+    if bool(judge.url) != bool(judge.model):
+      raise ConfigError(f"config.{name}.judge.url={judge.url!r} and config.{name}.judge.model="
+                        f"{judge.model!r}: set both or neither")
+  plugins.reward(config)
   from axpo_jax.stages import sections  # loads JAX, which the checks above do not need
   sections.check(config)
 
@@ -248,9 +256,6 @@ def _validate_benchmarks(section: ConfigDict) -> None:
       raise ConfigError(f"config.eval.folder={section.folder!r} has no folder {name!r}: put that "
                         "benchmark's files there (docs/data.md), or leave it out of "
                         "config.eval.benchmarks")
-  if bool(section.judge.url) != bool(section.judge.model):
-    raise ConfigError(f"config.eval.judge.url={section.judge.url!r} and "
-                      f"config.eval.judge.model={section.judge.model!r}: set both or neither")
 
 
 def _validate_tools(config: ConfigDict) -> None:

@@ -22,7 +22,8 @@ def test_site_builds_with_every_link_checked(tmp_path):
 
 
 def test_a_dead_link_into_the_code_stops_the_build(tmp_path):
-  for entry in ("README.md", "mkdocs.yml", "axpo_jax", "configs", "benchmarks", "experiments", "launch"):
+  for entry in ("README.md", "mkdocs.yml", "axpo_jax", "configs", "benchmarks", "examples", "experiments",
+                "launch"):
     (tmp_path / entry).symlink_to(REPO / entry)
   shutil.copytree(REPO / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("*.gz"))
   with open(tmp_path / "docs" / "lora.md", "a") as page:

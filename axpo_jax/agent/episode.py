@@ -22,11 +22,11 @@ import asyncio
 import dataclasses
 import hashlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
 import PIL.Image
 
-from axpo_jax.agent import parse, rewards
+from axpo_jax.agent import parse, reward_functions, rewards
 from axpo_jax.agent import rollout as rollout_lib
 from axpo_jax.agent.parse import SpecialIds, ToolCall
 from axpo_jax.agent.rollout import CallRecord, Rollout
@@ -44,7 +44,7 @@ from axpo_jax.engine.protocol import Engine, PromptTooLong, Sample, SampleReques
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageError, ImageLimits, ImageProcessor
 
-Judge = Callable[[Question, str], Awaitable[rewards.Verdict]]
+EXACT = reward_functions.parse("exact", time_limit=60.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,8 @@ def start_transcript(question: Question, chat: Chat, tools: ToolBox, system: str
 async def continue_episode(transcript: Transcript, question: Question, engine: Engine,
                            tools: ToolBox, limits: EpisodeLimits, sampling: SamplingParams,
                            chat: Chat, processor: ImageProcessor, seed: int, *,
-                           judge: Judge | None = rewards.judge_soon, session: str = "") -> Rollout:
+                           reward: reward_functions.RewardSum | None = EXACT, session: str = ""
+                           ) -> Rollout:
   """Continues a transcript to its end.
 
   Args:
@@ -112,7 +113,7 @@ async def continue_episode(transcript: Transcript, question: Question, engine: E
     chat: renders observations.
     processor: makes the tools' images fit for the policy.
     seed: of the episode; turn t samples with `turn_seed(seed, t)`.
-    judge: reward of an answer; None leaves the reward at 0 for the caller to fill.
+    reward: of the finished rollout; None leaves it at 0 for the caller to fill.
     session: routing key; the question's id by default, so that all rollouts and resamples of a
       question meet the same prefix cache.
 
@@ -136,17 +137,29 @@ async def continue_episode(transcript: Transcript, question: Question, engine: E
     stop = rollout_lib.DEADLINE
   finally:
     tools.end_episode(episode.state)
-  answer = episode.answer() if stop == rollout_lib.ANSWER else None
-  verdict = rewards.Verdict(0.0)
-  if judge is not None and answer is not None:
-    verdict = await judge(question, answer)
-  return Rollout(
-      question_id=question.id, transcript=episode.transcript, reward=verdict.reward, answer=answer,
-      reward_timed_out=verdict.timed_out, stop=stop, calls=episode.calls, seed=seed, prompt_tokens=sum(episode.prompt_tokens),
+  rollout = Rollout(
+      question_id=question.id, transcript=episode.transcript, reward=0.0,
+      answer=episode.answer() if stop == rollout_lib.ANSWER else None,
+      stop=stop, calls=episode.calls, seed=seed, prompt_tokens=sum(episode.prompt_tokens),
       cached_tokens=sum(episode.cached_tokens),
       first_prompt_tokens=next(iter(episode.prompt_tokens), 0),
       first_cached_tokens=next(iter(episode.cached_tokens), 0),
       start=len(transcript), error=episode.error)
+  if reward is not None and not rollout.failed:
+    await _judge(rollout, question, reward, chat, limits)
+  return rollout
+
+
+async def _judge(rollout: Rollout, question: Question, reward: reward_functions.RewardSum, chat: Chat,
+                 limits: EpisodeLimits) -> None:
+  """Sets the reward of a rollout; one whose reward fails has failed, or counts as 0."""
+  score = await reward(reward_functions.Finished(
+      question, rollout.transcript, rollout.answer, rollout.stop, rollout.calls, (), chat,
+      limits.max_response_tokens))
+  rollout.reward, rollout.reward_timed_out = score.reward, score.timed_out
+  rollout.reward_parts, rollout.reward_error = dict(score.parts), score.error
+  if score.error and reward.leave_out:
+    rollout.stop, rollout.error = rollout_lib.EPISODE_ERROR, score.error
 
 
 def turn_seed(seed: int, turn: int) -> int:

@@ -54,7 +54,7 @@ class Rollout:
   Attributes:
     question_id: which question it answers.
     transcript: everything that was said and seen.
-    reward: 0 or 1; 0 when the episode failed.
+    reward: what trains: 0 or 1 by the default reward; 0 when the episode failed.
     answer: the answer found in the last turn; None without one.
     stop: one of STOPS.
     calls: the calls made by this episode (a continued prefix keeps its own in its own rollout).
@@ -66,6 +66,8 @@ class Rollout:
     start: collapsed length of the transcript that was continued; own tokens begin there.
     reward_timed_out: the answer is wrong because comparing it took too much time or memory.
     error: what the engine said when stop is "engine_error", or what failed at "episode_error".
+    reward_parts: of which the reward is the weighted sum, by name; empty where it is one plain number.
+    reward_error: why the reward failed, where it counts as 0.
   """
 
   question_id: str
@@ -82,6 +84,8 @@ class Rollout:
   start: int = 0
   reward_timed_out: bool = False
   error: str | None = None
+  reward_parts: dict[str, float] = dataclasses.field(default_factory=dict)
+  reward_error: str | None = None
 
   @property
   def used_tool(self) -> bool:

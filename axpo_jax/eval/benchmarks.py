@@ -10,7 +10,7 @@ Pass@k. Sampling is the same for all (`config.eval`), and so are the tools.
   clusters = [benchmarks.group(question) for question in questions]     # for eval.passk
   more = benchmark.details([(question, scores), ...], prefix="eval/hrbench_4k")
 
-`Score.value` is what Pass@k averages. `judge` (an `eval.judge.Judge`, or None) is asked only by
+`Score.value` is what Pass@k averages. `judge` (an `agent.judge.Judge`, or None) is asked only by
 benchmarks with `judged`, and only where the rules find no match; a judge that fails is counted in
 `details` and never fatal.
 """
@@ -25,11 +25,11 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from axpo_jax.agent.judge import Judge, JudgeError
 from axpo_jax.data import adapters
 from axpo_jax.data.question import Question
 from axpo_jax.data.readers import ReaderConfig, ReadReport
 from axpo_jax.eval import scoring
-from axpo_jax.eval.judge import Judge, JudgeError
 from axpo_jax.eval.scoring import Score
 
 # Metric names of what variants of one question share.

@@ -9,7 +9,7 @@ Rules:
 - numbers: within the question's tolerance (0.001 in DynaMath), expressions evaluated; in MathVision
   equal when rounded to two decimals, whatever the unit behind them;
 - free text: exact match of the words with any gold answer (in DynaMath it is enough that they occur in
-  the answer); beyond that a judge decides (`eval.judge`), or token F1 where there is none.
+  the answer); beyond that a judge decides (`agent.judge`), or token F1 where there is none.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ BY_FAMILY = (
   "tool_all_wrong_rate", "tool_all_wrong_rate_after", "calls_per_tool_rollout", "tool_error_rate")
 RESAMPLING_BY_FAMILY = ("triggered_share", "recovered_share", "continuation_success_rate")
 
+_MOST_PARTS = 64  # of rewards, among the metrics
 SUBGROUPS = ("tool", "no_tool")
 STATES = ("absent", "all_wrong", "mixed", "all_right")
 
@@ -52,6 +53,8 @@ class RolloutStats:
     prompt_tokens: prompt tokens sent to the sampler over all turns (expanded).
     cached_tokens: those of them served from its prefix cache.
     reward_timed_out: judging it ran out of time or memory; its reward is 0.
+    reward_failed: a reward function failed, and the reward counts as 0.
+    reward_parts: of which the reward is the weighted sum.
   """
 
   reward: float
@@ -67,6 +70,8 @@ class RolloutStats:
   prompt_tokens: int = 0
   cached_tokens: int = 0
   reward_timed_out: bool = False
+  reward_failed: bool = False
+  reward_parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
   @property
   def right(self) -> bool:
@@ -128,6 +133,8 @@ def census(
   out |= _calls(rollouts) | _lengths(rollouts) | _endings(rollouts)
   judged = (*rollouts, *(r for g in groups for branch in g.branches for r in branch.rollouts))
   out["reward_timeouts"] = float(sum(r.reward_timed_out for r in judged)) or None
+  out["reward_failures"] = float(sum(r.reward_failed for r in judged)) or None
+  out |= _reward_parts(rollouts)
   return {f"{prefix}/{name}": value for name, value in out.items() if value is not None}
 
 
@@ -288,6 +295,14 @@ def _lengths(rollouts):
     out["total_length_mean"] = _mean(r.total_tokens for r in rollouts)
     out["total_length_max"] = float(max(r.total_tokens for r in rollouts))
   return out
+
+
+def _reward_parts(rollouts):
+  """Mean of every part over the rollouts that have it. A function may name parts as it likes; the first
+  `_MOST_PARTS` names are kept."""
+  names = list(dict.fromkeys(name for r in rollouts for name in r.reward_parts))[:_MOST_PARTS]
+  return {f"reward/{name}": _mean(r.reward_parts[name] for r in rollouts if name in r.reward_parts)
+          for name in names}
 
 
 def _endings(rollouts):

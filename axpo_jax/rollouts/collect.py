@@ -18,7 +18,8 @@ from absl import logging
 from tqdm import tqdm
 
 from axpo_jax import seeds
-from axpo_jax.agent.episode import EpisodeLimits, continue_episode, start_transcript
+from axpo_jax.agent.episode import EXACT, EpisodeLimits, continue_episode, start_transcript
+from axpo_jax.agent.reward_functions import RewardSum
 from axpo_jax.agent.rollout import Rollout
 from axpo_jax.agent.tools.base import ToolBox
 from axpo_jax.agent.transcript import Kind, Transcript
@@ -37,6 +38,7 @@ class Actor:
   """All that an episode needs besides its question.
 
   Attributes:
+    reward: of finished rollouts; None: whoever asked for them scores them.
     check: raises for a transcript that nothing can be done with, such as one that cannot be packed.
   """
 
@@ -48,6 +50,7 @@ class Actor:
   sampling: SamplingParams
   image_limits: ImageLimits
   system_prompt: str
+  reward: RewardSum | None = EXACT
   check: Callable[[Transcript], None] | None = None
 
   def start(self, question: Question) -> Transcript:
@@ -55,14 +58,14 @@ class Actor:
                             self.image_limits)
 
   async def roll(self, transcript: Transcript, question: Question, seed: int) -> Rollout:
-    """Continues `transcript` to its end and scores it: reward 1 if the answer is right, else 0.
+    """Continues `transcript` to its end and scores it.
 
     Whatever fails in the episode ends it as a failed rollout, and nothing else.
     """
     try:
       rollout = await continue_episode(
         transcript, question, self.engine, self.toolbox, self.limits, self.sampling, self.chat,
-        self.processor, seed)
+        self.processor, seed, reward=self.reward)
       if self.check is not None and not rollout.failed:
         self.check(rollout.transcript)
       return rollout
@@ -290,7 +293,8 @@ def rollout_stats(rollout: Rollout, chat: Chat) -> census.RolloutStats:
     mentions_tool_without_call=not rollout.used_tool and _mentions(transcript, chat),
     confidence=rollout.confidence(), total_tokens=transcript.expanded_length,
     prompt_tokens=rollout.prompt_tokens, cached_tokens=rollout.cached_tokens,
-    reward_timed_out=rollout.reward_timed_out)
+    reward_timed_out=rollout.reward_timed_out, reward_failed=rollout.reward_error is not None,
+    reward_parts=rollout.reward_parts)
 
 
 def _mentions(transcript: Transcript, chat: Chat) -> bool:

@@ -44,7 +44,7 @@ from axpo_jax.model.config import PRESETS, LoraConfig, ModelConfig
 from axpo_jax.model.images import ImageLimits, ImageProcessor
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.rollouts.collect import Actor
-from axpo_jax.stages import distributed, sections, selection, toolbox
+from axpo_jax.stages import distributed, plugins, sections, selection, toolbox
 from axpo_jax.stages.sections import computed_as
 from axpo_jax.train import adapters as lora
 from axpo_jax.train import examples
@@ -174,6 +174,8 @@ def actor(config: ConfigDict, bench: Workbench, engine: Engine, stage: str = "rl
     limits=episode_limits, sampling=sampling,
     image_limits=ImageLimits(config.images.min_pixels, config.images.max_pixels),
     system_prompt=_PROMPTS.get(agent.system_prompt, agent.system_prompt),
+    # Benchmarks are scored by their own rules.
+    reward=None if stage == "eval" and config.eval.benchmarks else plugins.reward(config),
     check=_trainable(config, bench) if stage == "rl" else None)
 
 

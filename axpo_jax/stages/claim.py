@@ -33,9 +33,10 @@ _FREE = (
   "rollout.urls", "rollout.sidecar.*", "rollout.sglang.*", "rollout.embedded.*",
   # Where things lie, and how fast they are asked for.
   "data.image_folder", "data.image_anywhere", "data.image_cache", "data.max_bad_share", "agent.audit",
-  "agent.overlap_tools", "agent.run_limits.*", "agent.python.warm", "agent.python.max_concurrent",
+  "agent.overlap_tools", "agent.reward_time_limit",
+  "agent.judge.max_requests", "eval.judge.max_requests", "agent.run_limits.*", "agent.python.warm", "agent.python.max_concurrent",
   "agent.python.url", "agent.search.per_minute", "agent.search.max_concurrent",
-  *(f"{endpoint}.{name}" for endpoint in ("teach", "eval.judge")
+  *(f"{endpoint}.{name}" for endpoint in ("teach", "eval.judge", "agent.judge")
     for name in ("url", "max_concurrent", "attempts", "timeout_s")),
 )
 # Of these, what changes more than rounding.

@@ -19,6 +19,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from axpo_jax import paths, seeds
+from axpo_jax.agent.judge import ChatJudge
 from axpo_jax.data.question import Question
 from axpo_jax.data.readers import ReaderConfig
 from axpo_jax.engine.openai import KEY_VARIABLE, OpenAIEngine
@@ -26,7 +27,6 @@ from axpo_jax.engine.protocol import Engine
 from axpo_jax.engine.settings import OpenAIConfig
 from axpo_jax.errors import ConfigError
 from axpo_jax.eval import benchmarks
-from axpo_jax.eval.judge import ChatJudge
 from axpo_jax.rollouts import collect, shards
 from axpo_jax.stages import build, distributed, evaluate, forced
 from axpo_jax.stages.metrics import read_metrics

@@ -3,7 +3,9 @@
 import asyncio
 import pathlib
 import re
+import types
 
+from axpo_jax.agent import reward_terms
 from axpo_jax.agent.tools.base import EpisodeState, ToolBox
 from axpo_jax.agent.tools.image_search import ImageSearch
 from axpo_jax.agent.tools.python import PythonTool
@@ -31,3 +33,14 @@ def test_the_tool_in_ten_lines():
 def test_the_table_has_every_tool_with_its_scope():
   for tool in (ImageZoomIn, PythonTool, SearchTool, ImageSearch):
     assert f"| `{tool.name}` | `{tool.scope}` |" in PAGE
+
+
+def test_the_reward_of_the_extending_page():
+  page = (pathlib.Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+  code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "care" in block)
+  scope = {}
+  exec(compile(code, "docs/extending.md", "exec"), scope)
+  rollout = types.SimpleNamespace(calls=[types.SimpleNamespace(error="timeout")], response="short")
+  assert asyncio.run(scope["care"](rollout)) == {"failed_calls": -0.1, "short": 0.1}
+  for term in reward_terms.TERMS:
+    assert f"| `{term}` |" in page

@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from axpo_jax.agent.judge import JudgeError
 from axpo_jax.data import readers
 from axpo_jax.data.adapters import LAYOUTS, parts
 from axpo_jax.data.question import load_image
 from axpo_jax.eval import benchmarks
 from axpo_jax.eval.benchmarks import BENCHMARKS
-from axpo_jax.eval.judge import JudgeError
 from axpo_jax.eval.scoring import Score
 
 LENIENT = readers.ReaderConfig(max_bad_share=1.0)

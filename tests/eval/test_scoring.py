@@ -11,8 +11,8 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from axpo_jax.agent import judge as judges
 from axpo_jax.data.question import Question
-from axpo_jax.eval import judge as judges
 from axpo_jax.eval import scoring
 
 

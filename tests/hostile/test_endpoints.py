@@ -8,8 +8,8 @@ import json
 import pytest
 from aiohttp import web
 
+from axpo_jax.agent.judge import ChatJudge, JudgeError
 from axpo_jax.engine import endpoint
-from axpo_jax.eval.judge import ChatJudge, JudgeError
 from tests.hostile import corpus
 
 RIGHT = {"choices": [{"message": {"content": '{"verdict": "CORRECT"}'}, "finish_reason": "stop"}]}

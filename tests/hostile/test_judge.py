@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from axpo_jax.eval import judge
+from axpo_jax.agent import judge
 from tests.hostile import corpus
 
 

@@ -279,8 +279,8 @@ def test_what_breaks_in_an_episode_ends_that_episode_alone(chat, processor):
 
   real = collect.continue_episode
 
-  async def judged(*args):
-    rollout = await real(*args)
+  async def judged(*args, **options):
+    rollout = await real(*args, **options)
     if args[1].id == "q1" and rollout.reward:
       raise OverflowError("int too large")
     return rollout

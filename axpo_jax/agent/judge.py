@@ -1,14 +1,15 @@
 """An LLM as judge of free answers, behind any OpenAI-compatible endpoint.
 
 In: the question, its gold answers and an answer that no rule could match. Out: whether they mean the
-same. A judge that cannot be reached or understood raises JudgeError: the scorer counts that and takes
-the answer for wrong, since a run must not end, nor an answer be credited, by a judge's fault.
+same. A judge that cannot be reached or understood raises JudgeError: who asked counts that, since a run
+must not end, nor an answer be credited, by a judge's fault.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -34,6 +35,9 @@ _FORMAT = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": T
     "required": ["verdict"], "additionalProperties": False}}}
 
 
+_MOST_KNOWN = 100_000  # verdicts
+
+
 class JudgeError(RuntimeError):
   """The judge gave no verdict."""
 
@@ -57,13 +61,14 @@ class ChatJudge:
     attempts: how often one verdict is asked for; busy and failing servers are asked again.
     timeout_s: seconds of one attempt.
     omit: fields left out of requests, for endpoints that refuse them.
+    max_requests: of this judge's life; 0 = any number. Questions beyond it get no verdict.
     first_wait_s: seconds before the second attempt; doubled for each further one, and more where the
       server asks for it (`Retry-After`).
   """
 
   def __init__(self, url: str, model: str, *, key: str | None = None, max_concurrent: int = 16,
                attempts: int = 3, timeout_s: float = 60.0, omit: Sequence[str] = (),
-               first_wait_s: float = 1.0):
+               max_requests: int = 0, first_wait_s: float = 1.0):
     self._url, self._model, self._omit = url.rstrip("/") + "/chat/completions", model, omit
     key = key or os.environ.get(KEY_VARIABLE)
     self._headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -72,9 +77,25 @@ class ChatJudge:
     self._timeout = aiohttp.ClientTimeout(total=timeout_s)
     self._session: aiohttp.ClientSession | None = None
     self._structured = "response_format" not in omit  # until the endpoint refuses it
+    self._left = max_requests or math.inf
+    self._known: dict[str, asyncio.Future] = {}  # verdicts by prompt, given or on their way
 
   async def __call__(self, question: str, golds: Sequence[str], answer: str) -> bool:
+    """A group's rollouts often give the same answer: each prompt is asked once. On one event loop."""
     text = prompt(question, golds, answer)
+    if text not in self._known:
+      if len(self._known) >= _MOST_KNOWN:
+        del self._known[next(iter(self._known))]
+      self._known[text] = asyncio.ensure_future(self._verdict(text))
+    known = self._known[text]
+    try:
+      return await asyncio.shield(known)  # others may wait for it too
+    except JudgeError:
+      if self._known.get(text) is known:
+        del self._known[text]  # asked again the next time
+      raise
+
+  async def _verdict(self, text: str) -> bool:
     async with self._free:
       try:
         return await endpoint.ask(lambda: self._ask(text), attempts=self._attempts,
@@ -83,6 +104,9 @@ class ChatJudge:
         raise JudgeError(f"no verdict from {self._url}: {error}") from error
 
   async def _ask(self, text: str) -> bool:
+    if self._left < 1:
+      raise JudgeError("its max_requests are used up")
+    self._left -= 1
     self._session = self._session or aiohttp.ClientSession(
         headers=self._headers, timeout=self._timeout)
     structured = self._structured

@@ -1,0 +1,37 @@
+"""From names in a config to what they stand for: the reward of a run's rollouts.
+
+In: the agent section. Out: the same object for the same section, since a judge keeps what it was asked.
+"""
+
+import functools
+import json
+
+from ml_collections import ConfigDict
+
+from axpo_jax.agent import reward_functions, reward_terms
+from axpo_jax.agent.judge import ChatJudge
+from axpo_jax.config import ConfigError
+
+_rewards: dict[str, reward_functions.RewardSum] = {}
+
+
+def reward(config: ConfigDict) -> reward_functions.RewardSum:
+  """The reward that config.agent names.
+
+  Raises:
+    ConfigError: it names no function, or a judge without an address.
+  """
+  agent = config.agent
+  key = json.dumps([agent.reward, agent.reward_time_limit, agent.reward_failure, agent.judge.to_json()])
+  if key not in _rewards:
+    known = {}
+    if agent.judge.url:
+      known["judge"] = reward_terms.judged(functools.partial(ChatJudge, **agent.judge))
+    try:
+      _rewards[key] = reward_functions.parse(
+        agent.reward, time_limit=agent.reward_time_limit, known=known,
+        leave_out=agent.reward_failure == "leave_out")
+    except reward_functions.RewardError as error:
+      hint = "" if known else " (the reward judge needs config.agent.judge.url and .model)"
+      raise ConfigError(f"config.agent.reward: {error}{hint}") from error
+  return _rewards[key]
