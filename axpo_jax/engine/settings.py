@@ -20,11 +20,11 @@ class EmbeddedConfig:
     prefill_tokens: most (padded) tokens in one prefill call.
     defer_gain: a sequence waits for another of its wave that computes at least this many tokens of
       its prefix (or all that it lacks).
-    loop_passes: turns of the event loop granted between two blocks.
-    min_batch: smallest bucket of rows; buckets double from there.
+    loop_passes: passes of the event loop between two blocks.
+    min_batch: smallest bucket of rows; each bucket is twice the one before.
     min_tokens: smallest bucket of prompt tokens to compute.
-    min_slots: smallest bucket of cache slots; these have half steps too, for attention over the
-      cache is most of a decode step.
+    min_slots: smallest bucket of cache slots; these have half steps too, because attention over
+      the cache is most of a decode step.
     patch_lengths: lengths of a row of image patches; an image with more than the last is refused.
   """
 
@@ -82,7 +82,7 @@ class PushConfig:
   """How weights are written.
 
   Attributes:
-    folder: a folder of its own for this run, which trainer and servers see under this path. What an
+    folder: a folder for this run alone, which trainer and servers see under this path. What an
       earlier run left in it is removed.
     dtype: of the written tensors. "bfloat16" unless the servers run in float32.
     skip_vision: leave the vision tower out: it is frozen, and the servers started with it.

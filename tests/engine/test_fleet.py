@@ -13,7 +13,7 @@ URL = "http://127.0.0.1:9"
 
 
 def out_of_service(deadline_s=60.0):
-  """A fleet of one server that is out, and whose gate is open. Call it in a running loop."""
+  """A fleet of one unhealthy server, whose gate is open. Call it in a running loop."""
   async def install(_member):
     raise AssertionError("nobody watches, so nobody installs")
 
@@ -48,7 +48,7 @@ def test_a_server_comes_back_for_others_after_many_gave_up_at_once(between):
     staying = [asyncio.create_task(served(fleet, f"b{i}")) for i in range(4)]
     await turns(10)
     fleet.members[0].tag = "tag"
-    fleet.let_in(fleet.members[0])
+    fleet.mark_healthy(fleet.members[0])
     async with asyncio.timeout(30):
       assert await asyncio.gather(*staying) == [URL] * 4
     assert asyncio.all_tasks() == {asyncio.current_task()}
@@ -56,13 +56,13 @@ def test_a_server_comes_back_for_others_after_many_gave_up_at_once(between):
   asyncio.run(scenario())
 
 
-def test_all_that_wait_are_told_why_at_the_deadline():
+def test_all_that_wait_get_the_reason_at_the_deadline():
   async def scenario():
     fleet = out_of_service(deadline_s=0.05)
     return await asyncio.gather(*(served(fleet, str(i)) for i in range(4)), return_exceptions=True)
 
   for error in asyncio.run(scenario()):
-    assert isinstance(error, NoServer) and f"0.05 s (deadline_s): {URL}: not seen yet" in str(error)
+    assert isinstance(error, NoServer) and f"0.05 s (deadline_s): {URL}: not checked yet" in str(error)
 
 
 class Checked:
@@ -84,7 +84,7 @@ class Checked:
 
 
 @pytest.mark.parametrize("worst, lost", [(2, 0), (1, 1)])
-def test_health_checks_alone_take_a_server_out_and_two_in_a_row(worst, lost):
+def test_only_two_failed_health_checks_in_a_row_make_a_server_unhealthy(worst, lost):
   async def scenario():
     server = Checked(worst)
 
@@ -93,15 +93,15 @@ def test_health_checks_alone_take_a_server_out_and_two_in_a_row(worst, lost):
 
     fleet = Fleet([server], FleetConfig(probe_s=0.01), install, lambda: "tag")
     (member,) = fleet.members
-    member.tag, member.why_out = "tag", None
+    member.tag, member.fault = "tag", None
     fleet.open_gate()
     fleet.watch()
     async with asyncio.timeout(30):
-      await fleet.doubt(member)  # of a request that failed; it is told as soon as that is clear
-      while server.checks < 6 and not fleet.times_out:
+      await fleet.check(member)  # of a request that failed; it returns as soon as the outcome is known
+      while server.checks < 6 and not fleet.failures:
         await asyncio.sleep(0.01)
     for watcher in fleet._watchers:
       watcher.cancel()
-    return fleet.times_out, fleet.is_in(member)
+    return fleet.failures, fleet.is_ready(member)
 
   assert asyncio.run(scenario()) == (lost, not lost)

@@ -90,7 +90,7 @@ def test_weights_that_the_server_ignores_are_noticed(spoilt, reference, other_pa
   engine._fleet.config = FleetConfig(probe_s=0.1, deadline_s=4.0)
   with pytest.raises(NoServer, match="did not take the push as written"):
     asyncio.run(engine.update_weights(other_params, 4))
-  assert engine.gauges()["servers_in"] == 0
+  assert engine.gauges()["servers_healthy"] == 0
 
 
 def test_bfloat16_pushes_and_servers_in_float32_agree_on_what_changed(
@@ -98,7 +98,7 @@ def test_bfloat16_pushes_and_servers_in_float32_agree_on_what_changed(
   engine = connect(server.urls, push={"dtype": "bfloat16"})
   for version, params in enumerate((reference.params, other_params, reference.params)):
     asyncio.run(engine.update_weights(params, version))
-    assert engine.gauges()["servers_in"] == len(server.urls)  # their checksums are those of the push
+    assert engine.gauges()["servers_healthy"] == len(server.urls)  # their checksums are those of the push
   asyncio.run(engine.close())
 
 
@@ -148,7 +148,7 @@ def test_behind_a_router(connect, server, reference, proxy, ask, text):
   router.before["/generate"] = lambda _: web.Response(status=503)
   with pytest.raises(BadStatus, match="503"):
     run(engine, request)
-  assert engine.gauges().items() >= {"servers_in": 1, "servers_lost": 0, "retries": 1}.items()
+  assert engine.gauges().items() >= {"servers_healthy": 1, "servers_lost": 0, "retries": 1}.items()
   asyncio.run(engine.close())
 
 
@@ -185,7 +185,7 @@ def test_ids_outside_the_vocabulary_never_leave(spoilt, ask):
 def test_a_request_that_the_server_refuses_is_not_its_fault(engine, ask, text):
   with pytest.raises(RequestError, match="presence_penalty must be in"):
     run(engine, ask(text(0, 5), presence_penalty=3.0))
-  assert engine.gauges().items() >= {"servers_in": 1, "servers_lost": 0, "retries": 0}.items()
+  assert engine.gauges().items() >= {"servers_healthy": 1, "servers_lost": 0, "retries": 0}.items()
 
 
 def test_the_engine_outlives_event_loops_and_closes_once(connect, server, reference, ask, text):

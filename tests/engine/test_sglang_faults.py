@@ -32,7 +32,7 @@ def pair(connect, server, victim, proxy, other_params):
   between = proxy(victim.urls[0])
   engine = connect([server.urls[0], between.url], fleet={"probe_timeout_s": 4.0})
   asyncio.run(engine.update_weights(other_params, 1))
-  until(lambda: engine.gauges()["servers_in"] == 2)
+  until(lambda: engine.gauges()["servers_healthy"] == 2)
   yield engine, between
   asyncio.run(engine.close())
 
@@ -78,7 +78,7 @@ def test_killed_in_mid_rollout(pair, victim, reference, other_params, ask, text)
   assert_all_from(trained, 1, *rollouts(engine, ask, text))
   metrics = engine.gauges()
   assert metrics["servers_lost"] == 1 and metrics["retries"] >= 1
-  until(lambda: engine.gauges()["servers_in"] == 2)
+  until(lambda: engine.gauges()["servers_healthy"] == 2)
   assert victim.status()[0].restarts == lives + 1
   served = len(between.seen["/generate"])
   assert_all_from(trained, 1, *rollouts(engine, ask, text, tag="b"))
@@ -96,9 +96,9 @@ def test_killed_in_mid_push(pair, victim, reference, other_params, ask, text):
   del between.seen[LOADS][:]
   asyncio.run(engine.update_weights(params, 2))
   trained, push = reference.with_params(params), engine.last_push
-  assert engine.gauges()["servers_in"] == 1
+  assert engine.gauges()["servers_healthy"] == 1
   assert_all_from(trained, 2, *rollouts(engine, ask, text))
-  until(lambda: engine.gauges()["servers_in"] == 2)
+  until(lambda: engine.gauges()["servers_healthy"] == 2)
   folders = [request["model_path"] for request in between.seen[LOADS]]
   assert folders == [str(push.folder), str(push.folder)]
   assert_all_from(trained, 2, *rollouts(engine, ask, text, tag="b"))
@@ -111,10 +111,10 @@ def test_frozen_in_mid_rollout(pair, victim, reference, other_params, ask, text)
   try:
     trained = reference.with_params(other_params)
     assert_all_from(trained, 1, *rollouts(engine, ask, text))
-    assert engine.gauges()["servers_in"] == 1
+    assert engine.gauges()["servers_healthy"] == 1
   finally:
     send(victim, signal.SIGCONT)
-  until(lambda: engine.gauges()["servers_in"] == 2)
+  until(lambda: engine.gauges()["servers_healthy"] == 2)
   # It kept its weights: it was let in again as it was.
   assert len(between.seen[LOADS]) == loads and victim.status()[0].restarts == lives
   assert_all_from(trained, 1, *rollouts(engine, ask, text, tag="b"))
@@ -125,11 +125,11 @@ def test_frozen_in_mid_push(pair, victim, reference, other_params, ask, text):
   between.before[LOADS] = once(lambda: send(victim, signal.SIGSTOP))
   try:
     asyncio.run(engine.update_weights(reference.params, 2))
-    assert engine.gauges()["servers_in"] == 1
+    assert engine.gauges()["servers_healthy"] == 1
     assert_all_from(reference, 2, *rollouts(engine, ask, text))
   finally:
     send(victim, signal.SIGCONT)
-  until(lambda: engine.gauges()["servers_in"] == 2)
+  until(lambda: engine.gauges()["servers_healthy"] == 2)
   assert_all_from(reference, 2, *rollouts(engine, ask, text, tag="b"))
 
 
@@ -138,9 +138,9 @@ def test_when_all_are_frozen_the_deadline_holds(connect, victim, reference, ask,
   asyncio.run(engine.update_weights(reference.params, 1))
   send(victim, signal.SIGSTOP)
   try:
-    with pytest.raises(NoServer, match="none of 1 servers was in for 3 s"):
+    with pytest.raises(NoServer, match="none of 1 servers was healthy for 3 s"):
       rollouts(engine, ask, text)
-    assert engine.gauges()["servers_in"] == 0
+    assert engine.gauges()["servers_healthy"] == 0
   finally:
     send(victim, signal.SIGCONT)
   asyncio.run(engine.close())

@@ -108,7 +108,7 @@ def test_a_slow_request_takes_no_server_out_and_loses_nothing_of_others(servers,
   assert sorted(i for server in servers[0] for i in server.asked) == [word(0), *map(word, range(9))]
   assert first.aborted == [first.rids[word(0)]]
   assert engine.gauges().items() >= {
-    "servers_in": 3, "servers_lost": 0, "too_slow": 1, "retries": 1}.items()
+    "servers_healthy": 3, "servers_lost": 0, "too_slow": 1, "retries": 1}.items()
 
 
 def test_what_is_slow_everywhere_fails_alone(servers, ask):
@@ -127,4 +127,4 @@ def test_what_is_slow_everywhere_fails_alone(servers, ask):
   with pytest.raises(TooSlow, match=r"no answer within 0\.6 s"):
     asyncio.run(scenario())
   assert [len(server.aborted) for server in found] == [1, 1, 1]
-  assert engine.gauges().items() >= {"servers_in": 3, "servers_lost": 0, "too_slow": 3}.items()
+  assert engine.gauges().items() >= {"servers_healthy": 3, "servers_lost": 0, "too_slow": 3}.items()

@@ -104,7 +104,7 @@ def test_a_whole_run_with_a_server_of_its_own(config, started, tmp_path):
   _sft, start, step = read_metrics(tmp_path)
   assert "eval/pass_at_1" in start and "eval/pass_at_1" in step
   assert step["train/logp_gap_abs_mean"] < 2e-3
-  assert (step["engine/servers_in"], step["rollout/failed"]) == (1, 0)
+  assert (step["engine/servers_healthy"], step["rollout/failed"]) == (1, 0)
   sidecar = started[-1]
   assert sidecar.spec.model == str(tmp_path / "sft" / "policy")
   assert [status.state for status in sidecar.status()] == ["stopped"]
@@ -116,7 +116,7 @@ def test_server_and_trainer_agree(run):
   assert_accounted_for(groups, version)
   assert metrics["rollout/failed"] == 0
   assert metrics["train/logp_gap_abs_mean"] < 1e-5 and metrics["train/logp_gap_abs_max"] < 1e-3
-  assert metrics["engine/servers_in"] == 1 and metrics["engine/push_bytes"] > 1e5
+  assert metrics["engine/servers_healthy"] == 1 and metrics["engine/push_bytes"] > 1e5
   # Left out only by a step that froze no prefix.
   assert metrics.get("axpo/prefix_cached_share", 1.0) >= 0.95
 
@@ -164,7 +164,7 @@ def test_a_frozen_server_costs_its_rollouts_and_not_the_run(run):
   assert_accounted_for(groups, version)
   assert metrics["rollout/failed"] > 0
   limit = time.monotonic() + 90
-  while not run.loop.engine.gauges()["servers_in"]:
+  while not run.loop.engine.gauges()["servers_healthy"]:
     assert time.monotonic() < limit, "it did not come back"
     time.sleep(0.05)
   run.between.before.clear()

@@ -78,7 +78,7 @@ def test_killed_and_resumed(changes, start_server, tmp_path):
   assert all(math.isfinite(value) for line in lines for value in line.values())
   for line in lines[1:]:
     # Each step was drawn from the weights before it, which both processes wrote and one installed.
-    assert (line["engine/servers_in"], line["rollout/failed"], line["rollout/lag_max"]) == (1, 0, 0)
+    assert (line["engine/servers_healthy"], line["rollout/failed"], line["rollout/lag_max"]) == (1, 0, 0)
     assert line["train/logp_gap_abs_mean"] < 1e-5 and line["train/logp_gap_abs_max"] < 1e-3
   assert min(line["engine/push_bytes"] for line in lines[1:]) > 1e5
   assert (workdir / "rl" / "policy" / "model.safetensors").exists()
@@ -109,5 +109,5 @@ def test_all_end_with_the_error_when_the_server_dies_for_good(changes, start_ser
       codes = lost.wait()
       assert None not in codes and 0 not in codes, str(lost)
       for error in lost.errors():
-        assert "NoServer: none of 1 servers was in for 4 s" in error
+        assert "NoServer: none of 1 servers was healthy for 4 s" in error
   assert STEPS not in steps(workdir)

@@ -165,8 +165,10 @@ def wave_images(
 def copy_batches(
   jobs: Sequence[Job], batch: Buckets, slots: Buckets, layout: Layout
 ) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-  """(source rows, target rows, slots) for the sequences that lack nothing but their own row, or
-  whose prefix is on another device: a prefill reads rows of its own device alone.
+  """(source rows, target rows, slots) of the copies that a wave needs.
+
+  A sequence needs one if its whole prompt is cached in another row, or if its prefix is on another
+  device: a prefill reads only rows of its own device.
 
   batch: sizes of a call.
   """
@@ -182,7 +184,7 @@ def copy_batches(
 
 def prefill_batches(
   jobs: Sequence[Job],
-  place: Mapping[str, int],
+  first_token: Mapping[str, int],
   batch: Buckets,
   tokens: Buckets,
   slots: Buckets,
@@ -193,7 +195,7 @@ def prefill_batches(
   """Groups the sequences that lack tokens by padded length; yields inputs and their slots.
 
   Args:
-    place: from `wave_images`.
+    first_token: of each image among the merged tokens of the wave, from `wave_images`.
     batch: rows that a device has of a call.
     layout: of the pool's rows, whose number marks padding.
     most_tokens: padded tokens in one call, unless a single sequence of a device has more.
@@ -208,7 +210,7 @@ def prefill_batches(
       part = [job for jobs in by_shard for job in jobs[start : start + rows[-1]]]
       fullest = layout.most(move.row for _, move in part)
       each = next(count for count in rows if count >= fullest)
-      yield _prefill_inputs(part, place, each, size, layout), slots(
+      yield _prefill_inputs(part, first_token, each, size, layout), slots(
         max(prompt.length - 1 for prompt, _ in part)
       )
 
@@ -216,8 +218,8 @@ def prefill_batches(
 def prefill_rows(batch: Buckets, tokens: int, shards: int, most_tokens: int) -> list[int]:
   """How many rows a device may have of a prefill of so many tokens a row; the last is the most.
 
-  A bucket that pads beyond the budget would defeat it: a full call is its own bucket. So is a prompt
-  alone: after new weights, the one whose beginning all others wait for.
+  The most that the budget allows is a bucket of its own, since a larger one would pad beyond the budget.
+  So is one row: after an update of the weights, all others wait for the first prompt's prefix.
   """
   most = max(1, min(batch.sizes[-1], most_tokens // (tokens * shards)))
   return sorted({1, most, *(size for size in batch.sizes if size < most)})
@@ -228,7 +230,7 @@ def _is_apart(move: Move, layout: Layout) -> bool:
 
 
 def _prefill_inputs(
-  jobs: Sequence[Job], place: Mapping[str, int], each: int, length: int, layout: Layout
+  jobs: Sequence[Job], first_token: Mapping[str, int], each: int, length: int, layout: Layout
 ) -> PrefillInputs:
   batch, rows = each * layout.shards, layout.rows
   out = PrefillInputs(
@@ -247,7 +249,7 @@ def _prefill_inputs(
     out.tokens_BxT[b, :count] = prompt.tokens_T[new]
     out.positions_BxTx3[b, :count] = prompt.positions_Tx3[new]
     out.real_BxT[b, :count] = 1
-    out.image_index_BxT[b, :count] = _image_index(prompt, new, place)
+    out.image_index_BxT[b, :count] = _image_index(prompt, new, first_token)
   if (out.image_index_BxT < 0).all():
     out = dataclasses.replace(out, image_index_BxT=None)
   return arranged(out, [move.row for _, move in jobs], each, layout)
@@ -262,10 +264,10 @@ def arranged(inputs: T, rows: Sequence[int], each: int, layout: Layout) -> T:
   return jax.tree.map(lambda x: x[order_B], inputs)
 
 
-def _image_index(prompt: Prompt, new: slice, place: Mapping[str, int]) -> np.ndarray:
-  """Each token's place among the wave's merged image tokens, -1 for text."""
+def _image_index(prompt: Prompt, new: slice, first_token: Mapping[str, int]) -> np.ndarray:
+  """Each token's index among the wave's merged image tokens, -1 for text."""
   # The last entry is what image number -1 picks; its value is masked below.
-  starts = np.array([place.get(image.key, 0) for image in prompt.request.images] + [0], np.int32)
+  starts = np.array([first_token.get(image.key, 0) for image in prompt.request.images] + [0], np.int32)
   image_T = prompt.image_T[new]
   return np.where(image_T < 0, -1, starts[image_T] + prompt.offset_T[new])
 

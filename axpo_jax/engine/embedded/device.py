@@ -6,9 +6,9 @@
   prefill  rows + the tokens that are not cached -> rows
   decode   up to `block` tokens for a set of rows, sampled on the device
 
-Every array shape comes from a bucket, so the number of compiled programs is small and does not
-depend on the data. Row numbers equal to the number of rows are padding: reads of them are clamped,
-writes are dropped.
+Every array shape comes from a bucket, so the number of compiled programs is bounded and does not
+depend on the data (`call_sizes`). A row number equal to the number of rows marks padding: a read of it is
+clamped, a write to it is dropped.
 
 Legend: L layers, R rows of the pool, S slots, K kv heads, H head size; B rows of one call, T tokens,
 V vocabulary, G ids generated before, M merged image tokens.
@@ -154,20 +154,20 @@ class Device:
     heads = (text.num_layers, self.rows, text.num_kv_heads)
 
     def of(*shape):
-      place = None
+      placed = None
       if self._mesh is not None:
-        place = sharding.sharding_for(
+        placed = sharding.sharding_for(
           ROWS, (*heads, *shape), self._mesh, self._rules, label="rollout KV pool")
-      return jax.ShapeDtypeStruct((*heads, *shape), self._dtype, sharding=place)
+      return jax.ShapeDtypeStruct((*heads, *shape), self._dtype, sharding=placed)
 
     return Pool(of(text.head_dim, self._length), of(self._length, text.head_dim))
 
   def abstract_params(self, params: nnx.State) -> nnx.State:
     """Shapes and shardings of the engine's copy of (abstract) parameters."""
-    def own(leaf, place):
+    def own(leaf, placed):
       value = leaf.get_value()
       return leaf.replace(jax.ShapeDtypeStruct(value.shape, self._dtype_of(leaf, value),
-                                               sharding=place.get_value()))
+                                               sharding=placed.get_value()))
 
     return jax.tree.map(own, params, sharding.param_shardings(params, self._mesh, self._rules),
                         is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
@@ -314,7 +314,7 @@ def _programs(
 def _decode_block(model, cache, inputs, block):
   """Steps until `block` tokens are drawn or every row has stopped.
 
-  A row that has stopped goes on, but nothing that it draws is counted or kept.
+  A row that has stopped still takes part in every step; what it draws is neither counted nor kept.
   """
   vocab = model.config.text.vocab_size
   params, batch = inputs.sampling, len(inputs.row_B)

@@ -1,21 +1,25 @@
 """The engine that samples in this process, on the devices that also train.
 
-Requests become sequences, one a seed, in a queue. One pump task, alive only while there is work,
-repeats: admit waiting sequences (wave by wave, see `prefix_pool.plan_wave`), decode one block for all
-that run, resolve the finished ones, and let the event loop run, so that episodes which just
-finished a turn run their tools and submit the next one before the next admission.
+A request becomes one sequence for each of its seeds. All sequences wait in one queue. One task, the
+pump, runs while there is work:
 
-Device calls block the event loop: simple and deterministic. Which sequences share a batch depends
-on the order of submissions only, never on time; what a sequence draws does not depend on its batch
-at all, up to the rounding of the model's matmuls.
+  admit      start waiting sequences, wave by wave (`prefix_pool.plan_wave`)
+  decode     one block of tokens for every running sequence
+  resolve    answer the sequences that have finished
+  yield      let the event loop run: an episode whose turn has just ended runs its tools and submits
+             its next turn before the next admission
 
-A sequence never outgrows its row: a prompt that does not fit is refused when it is submitted, one
-that reaches the row's end finishes with "length".
+Device calls block the event loop, which is simple and deterministic. Which sequences share a batch
+depends on the order of submission and never on time. What a sequence draws does not depend on its
+batch, up to the rounding of the model's matrix products.
 
-Failures. A sequence is in the queue until its wave has been started, and then among the running: no
-failure can miss it, and every future is answered. What can be refused is refused by `generate`. If
-starting a wave fails, its requests are started again one by one, and the one that fails alone is
-failed. A failed block fails what runs, whose cache is lost. The reason is logged once.
+A sequence never outgrows its row of the KV pool. `generate` refuses a prompt that does not fit, and a
+sequence that reaches the end of its row finishes with "length".
+
+Failures. An unanswered sequence is always in exactly one list, the queue or the running ones, so every
+future is answered. `generate` refuses what it can see to be wrong. If a wave cannot start, its requests
+start again one by one, and only the request that fails alone is failed. If a block fails, every running
+sequence fails with it, because the call has destroyed their cache. Each reason is logged once.
 """
 
 from __future__ import annotations
@@ -156,14 +160,15 @@ class EmbeddedEngine:
   def _wake(self) -> None:
     loop = asyncio.get_running_loop()
     if self._pump is not None and self._pump.get_loop() is not loop:
-      # A loop that was left in the middle of work: nobody can wait there any more.
+      # The old loop was left in the middle of work, so no caller can wait in it any more.
       self._drop(lambda sequence: sequence.future.get_loop() is not loop)
       self._pump = None
     if self._pump is None or self._pump.done():
       self._pump = loop.create_task(self._run())
 
   async def _run(self) -> None:
-    """The pump. No await stands between its last look at the queues and its end."""
+    """The pump. There is no await between its last check of the queues and its return, so no
+    submission can be missed."""
     try:
       await self._let_others_run()
       while self._queue or self._running or self._updates:
@@ -175,7 +180,7 @@ class EmbeddedEngine:
     except asyncio.CancelledError as error:  # the loop ends; the pool is in order at an await
       self._fail_all(error)
       raise
-    except Exception as error:  # a waiter must never hang on a dead pump
+    except Exception as error:  # without an answer its callers would wait for ever
       self._report("the embedded engine failed", error)
       self._fail_all(error)
       self._reset_pool()
@@ -203,7 +208,7 @@ class EmbeddedEngine:
         sequence.future.set_exception(error)
 
   def _reset_pool(self) -> None:
-    """All that was cached is given up; without a pool the engine takes no more work."""
+    """Forgets everything cached and allocates the pool anew. Without a pool the engine is broken."""
     if self._closed:
       return
     self._pool.clear()
@@ -215,7 +220,7 @@ class EmbeddedEngine:
       self._fail_all(error)
 
   def _report(self, what: str, error: Exception) -> None:
-    """Logs a failure where a person looks: with its traceback, and once for each reason."""
+    """Logs a failure with its traceback, once for each reason."""
     reason = _reason(error)
     if reason not in self._reported:
       self._reported.add(reason)
@@ -246,7 +251,7 @@ class EmbeddedEngine:
         done.set_result(None)
 
   def _admit(self) -> None:
-    """Starts waiting sequences, wave by wave, while there are rows and places."""
+    """Starts waiting sequences, wave by wave, while rows are free and fewer than `max_running` run."""
     while self._queue and not self._updates:
       candidates = self._candidates()
       waiting = [Waiting(s.prompt.keys_T, id(s.prompt)) for s in candidates]
@@ -266,7 +271,7 @@ class EmbeddedEngine:
       self._running += [sequence for sequence, _ in wave]
 
   def _candidates(self) -> list[TokenSequence]:
-    """Who may be in the next wave: all that wait, or those of one suspect request alone."""
+    """Sequences for the next wave: all that wait, or only those of one suspect request."""
     self._suspects &= {sequence.prompt for sequence in self._queue}
     suspect = next((s.prompt for s in self._queue if s.prompt in self._suspects), None)
     return [s for s in self._queue if suspect is None or s.prompt is suspect]
@@ -286,21 +291,21 @@ class EmbeddedEngine:
       self._suspects |= requests
 
   def _start(self, wave: Sequence[tuple[TokenSequence, Move]]) -> None:
-    """Computes the prompts; what it changes besides rows of its own is changed at the end."""
+    """Computes the prompts. It changes shared state only at the end, when nothing can fail any more."""
     jobs = [(sequence.prompt, move) for sequence, move in wave]
-    vision, place = wave_images(jobs, self._model, self.config.patch_lengths, self._device.shards)
+    vision, first_token = wave_images(jobs, self._model, self.config.patch_lengths, self._device.shards)
     features = None if vision is None else self._device.encode(vision)
     layout, sizes = self._pool.layout, self._sizes
     for batch in copy_batches(jobs, sizes.copy, sizes.slots, layout):
       self._device.copy(*batch)
     for inputs, slots in prefill_batches(
-      jobs, place, sizes.batch, sizes.tokens, sizes.slots,
+      jobs, first_token, sizes.batch, sizes.tokens, sizes.slots,
       layout=layout, most_tokens=self.config.prefill_tokens,
     ):  # fmt: skip
       shown = None if inputs.image_index_BxT is None else features
       self._device.prefill(inputs, shown, slots)
     self._pool.commit((move, prompt.length - 1) for prompt, move in jobs)
-    self._stats.images_encoded += len(place)
+    self._stats.images_encoded += len(first_token)
     for sequence, move in wave:
       sequence.row, sequence.cached = move.row, move.cached
       self._stats.prompt_tokens += sequence.prompt.length
@@ -308,7 +313,7 @@ class EmbeddedEngine:
       self._stats.prefill_tokens_computed += sequence.prompt.length - 1 - move.cached
 
   def _decode(self) -> None:
-    """One block for all that run. If it fails they fail: the call takes their cache with it."""
+    """One block for all running sequences. If it fails they all fail: their cache is lost."""
     if not self._running:
       return
     try:
@@ -330,12 +335,12 @@ class EmbeddedEngine:
     out = self._device.decode(inputs, slots=slots, block=block)
     ids_BxT, logprobs_BxT = out.tokens_TxB.T.tolist(), out.logprobs_TxB.T.tolist()
     counts = out.count_B.tolist()
-    place_of = {row: place for place, row in enumerate(inputs.row_B.tolist())}
+    index_of = {row: index for index, row in enumerate(inputs.row_B.tolist())}
     still = []
     for sequence in self._running:
-      place = place_of[sequence.row]
-      count = counts[place]
-      self._take(sequence, ids_BxT[place][:count], logprobs_BxT[place][:count])
+      index = index_of[sequence.row]
+      count = counts[index]
+      self._take(sequence, ids_BxT[index][:count], logprobs_BxT[index][:count])
       if not self._resolve_if_finished(sequence):
         still.append(sequence)
     self._running = still

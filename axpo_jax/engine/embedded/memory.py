@@ -108,7 +108,7 @@ def _decode(model: ModelConfig, running: int, shards: int, tensor: int) -> float
 
 
 def free_bytes(mesh: jax.sharding.Mesh) -> float | None:
-  """What each of the mesh's devices in this process has left; None where nobody says.
+  """Free bytes of each of the mesh's devices in this process; None if the device does not report them.
 
   The devices of a CPU share what the machine has.
   """
@@ -130,7 +130,7 @@ def _available_memory() -> float | None:
 
 
 def check(need: EngineBytes, training: float, free: float | None, config: EmbeddedConfig) -> None:
-  """Compares what is needed with what is there; where nobody says what is there, all is well.
+  """Compares needed with free bytes; passes where free bytes are unknown.
 
   Args:
     training: bytes of a device that the trainer holds meanwhile.

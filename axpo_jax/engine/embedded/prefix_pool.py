@@ -1,13 +1,13 @@
-"""The host's ledger of the KV rows: who runs in which row, what it holds, who may be evicted.
+"""The prefix cache, on the host: which sequence runs in which KV row, what a row holds, what to evict.
 
-A row is at once a running slot and a cache entry. A new sequence takes over the longest prefix that
-any row holds: in place when that row is finished and wholly a prefix of the sequence, else by a copy
-into the row that was used longest ago. Nothing here touches a device; the engine carries out the
-moves. All decisions are functions of the order of calls, never of the clock on the wall.
+A row is a running slot and a cache entry at once. A new sequence reuses the longest prefix that any row
+holds. If that row is idle and holds nothing but the prefix, the sequence continues in it. Else the
+prefix is copied into the least recently used idle row. This module plans the moves and the engine
+carries them out. Decisions depend on the order of calls and never on time.
 
-A sequence is compared by its content keys: the token id for text, a hash of the image for image
-tokens (see `content_keys`), so that equal ids with different pictures never match. A match may
-end anywhere: attention is causal, so every prefix of a row is valid on its own.
+Sequences are compared by content keys (see `content_keys`): a text token's id, or a hash of the image for
+an image token. So equal ids with different images never match. A match may end at any token, because
+attention is causal and every prefix of a row is valid.
 
 Legend: R rows, S slots in a row, T tokens of a sequence.
 """
@@ -90,9 +90,11 @@ def common_prefix(a_T: np.ndarray, b_T: np.ndarray) -> int:
 class PrefixPool:
   """Rows of cached tokens. A row's first `valid` slots hold computed keys and values.
 
-  Life of a row: `acquire` (busy, only the source's prefix is valid in place, nothing after a copy),
-  `commit` (the prompt has been computed), `extend` (tokens have been decoded), `release` (finished:
-  kept as a cache entry until evicted).
+  A row's life:
+
+    acquire ──▶ commit ──▶ extend … extend ──▶ release ──▶ (a cache entry) ──▶ acquire
+    busy        prompt     tokens              idle        until evicted
+                computed   decoded
   """
 
   def __init__(self, rows: int, length: int, shards: int = 1, most_busy: int | None = None):
@@ -177,14 +179,14 @@ class PrefixPool:
     return int(self._busy_R[self._shard_R == self._shard_R[row]].sum())
 
   def _evictable(self, wanted: Collection[int], source: int) -> int | None:
-    """Shards take turns: a call lasts as long as that of the shard with the most rows. Among equals a
-    copy within the source's shard is cheapest."""
+    """The idle row to use: one of the shard with the fewest running sequences, since a call lasts as long
+    as its fullest shard. Among equals one of the source's shard, which needs no copy between devices."""
     running_S = np.bincount(self._shard_R[self._busy_R], minlength=self.layout.shards)
-    home = self._shard_R[source] if source >= 0 else -1
+    near = self._shard_R[source] if source >= 0 else -1
     idle = [row for row in np.flatnonzero(~self._busy_R).tolist() if row not in self._pinned
             and running_S[self._shard_R[row]] < self._most_busy]
     return min(idle, default=None, key=lambda row: (
-      row in wanted, running_S[self._shard_R[row]], self._shard_R[row] != home, self._used_R[row], row))
+      row in wanted, running_S[self._shard_R[row]], self._shard_R[row] != near, self._used_R[row], row))
 
   def _touch(self, row: int) -> None:
     self._used_R[row] = self._clock
@@ -197,7 +199,7 @@ class PrefixPool:
       self._valid_R[move.row] = valid
 
   def abandon(self, moves: Iterable[Move]) -> None:
-    """The wave's moves failed: nobody runs in their rows, and nothing is known of what these hold."""
+    """The wave's moves failed: their rows are idle, and what they hold is unknown."""
     self._pinned.clear()
     for move in moves:
       self._busy_R[move.row] = False
@@ -237,11 +239,11 @@ class Waiting:
 def plan_wave(
   queue: Sequence[Waiting], pool: PrefixPool, *, capacity: int, defer_gain: int
 ) -> list[tuple[int, Move]]:
-  """Who starts now: (index in the queue, move) in queue order.
+  """The sequences to start now: (index in the queue, move), in the queue's order.
 
-  A sequence waits for the next wave when a member of this one is about to compute more of its prefix
-  than the cache holds: at least `defer_gain` tokens more, or all that it lacks. So a prefix that
-  several share is computed once, and short accidental overlaps do not make waves of one.
+  A sequence waits for the next wave if a member of this one computes more of its prefix than the cache
+  holds: at least `defer_gain` tokens more, or all that it lacks. So a shared prefix is computed once,
+  and short accidental overlaps do not shrink waves to one sequence.
 
   Args:
     capacity: most sequences to start.
@@ -261,7 +263,7 @@ def plan_wave(
     if _gains_by_waiting(waiting, match.length, leaders, defer_gain):
       continue
     if match.row >= 0 and pool.valid(match.row) < match.length:
-      continue  # its source was evicted by this wave: look again in the next
+      continue  # this wave evicted its source; the next wave matches it again
     move = pool.acquire(waiting.keys_T, match, wanted)
     if move is None:
       break

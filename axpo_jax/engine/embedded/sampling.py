@@ -10,7 +10,7 @@ distribution (vLLM and transformers take top-p of what top-k left, which keeps f
 
 The draw is a two-level Gumbel-max: a block of ids first (by its total mass), then an id in it. Same
 distribution as one Gumbel per id, with about 2*sqrt(V) instead of V random numbers per row. The key
-is fold_in(seed, index of the drawn token): a row's draws know nothing of its place in the batch or
+is fold_in(seed, index of the drawn token): a row's draws do not depend on its index in the batch or
 of its company.
 
 Legend: B rows, V vocabulary, G blocks of W ids (G * W >= V), R ranks, N ids listed.

@@ -1,21 +1,25 @@
 """The engine whose samples come from SGLang servers.
 
-In: sample requests and, now and then, the trainer's weights. Out: samples drawn by servers that
-hold exactly these weights. Starting and restarting servers is somebody else's work (see sidecar.py):
-here a server is a base URL.
+In: sample requests and, once a step, the trainer's weights. Out: samples drawn by servers that hold
+exactly these weights. A server is a base URL here; `server.supervisor` starts and restarts them.
 
-What goes wrong with one server is not the caller's business: the request is asked again elsewhere,
-a few times and within a deadline. What cannot be mended is a typed error: `RequestError` for a request
-that no server can serve, `ServerError` when several tries failed, `NoServer` when there was nobody to
-ask. A sample that was returned was counted as we count and drawn from one known version.
+Errors. A request that fails at one server is retried at another, `attempts` times and within a deadline.
+What remains is a typed error: `RequestError` for a request that no server can serve, `ServerError` if all
+attempts failed, `NoServer` if no server was healthy. Every returned sample has the token counts that we
+expect and comes from one known version of the weights.
 
 Seeds: each sample is a request with its own `sampling_seed`, which SGLang heeds only with
 --enable-deterministic-inference. Without it samples differ from run to run.
 
-Shared prompts: requests with one prompt that arrive together (the rollouts of a question, the
-resamples of a prefix) would each compute it, since none has left it in the cache yet. The first of
-them lets the server prefill the prompt, then all are sent. `cached_tokens` of the first tells what
-that prefill found in the cache, so sums over samples are what was really saved.
+Shared prompts. Requests with the same prompt that arrive together (the rollouts of a question, the
+resamples of a prefix) would each compute it, because the cache does not hold it yet. So the first one has
+the server prefill the prompt, and then all are sent:
+
+  request 1   prefill ──▶ sample ─────────▶
+  request 2   (waits)     sample ──────▶
+  request 3   (waits)     sample ────────▶
+
+`cached_tokens` of the first one is what that prefill found in the cache, so sums over samples are exact.
 """
 
 from __future__ import annotations
@@ -53,9 +57,9 @@ _CONTROL_S = 60.0  # limit of calls that do next to nothing
 class SGLangEngine:
   """See the module docstring. Implements `engine.protocol.Engine`; use it from any event loop.
 
-  Nothing can be sampled before the first `update_weights`: whatever checkpoint a server was
-  started with, only weights that the trainer pushed count. Servers belong to one run: two engines
-  would take turns in putting their own weights back.
+  Sampling needs a first `update_weights`: only weights that the trainer has pushed count, not the
+  checkpoint that a server started with. Servers belong to one run: two engines would replace each
+  other's weights for ever.
 
   Args:
     urls: base URLs of the servers; they may come up later.
@@ -139,11 +143,11 @@ class SGLangEngine:
       self._images.close()
 
   def gauges(self) -> dict[str, float]:
-    """Servers in; since the start, how often one went out, requests asked again, and those too slow; of
-    the last push, its seconds and its bytes."""
+    """Healthy servers; since the start: failures of servers, retries and requests that were too slow; the
+    last push's seconds and bytes."""
     found = {
-      "servers_in": float(sum(map(self._fleet.is_in, self._fleet.members))),
-      "servers_lost": float(self._fleet.times_out),
+      "servers_healthy": float(sum(map(self._fleet.is_ready, self._fleet.members))),
+      "servers_lost": float(self._fleet.failures),
       "retries": float(self.retries),
       "too_slow": float(self.too_slow),
     }
@@ -181,24 +185,24 @@ class SGLangEngine:
       raise
 
   async def _sample(self, request: SampleRequest, seed: int, images: Sequence[str]) -> Sample:
-    """One sample, from whichever server gives a sound one."""
-    failed: list[Member] = []  # at which, as often as it did
+    """One sample, from the first server that gives a valid one."""
+    failed: list[Member] = []  # one entry a failed attempt
     while True:
       async with self._fleet.lease(request.session, failed) as member:
         try:
           return await self._draw(member, self._push, request, seed, images)
         except NotAsked:
-          continue  # another request's failure, not ours
+          continue  # no attempt was made
         except ServerError as error:
           self.retries += 1
           if isinstance(error, wire.Aborted) and not self._fleet.gate_is_open:
-            continue  # weights change, and what took too long for that was aborted by us
+            continue  # an update aborted it, which is not a failure
           failed.append(member)
           if len(failed) >= self.config.attempts:
             self.retries -= 1
             raise
       if self._router is None:
-        await self._fleet.doubt(member)
+        await self._fleet.check(member)
       else:  # nobody knows which server it was; the router finds out
         await asyncio.sleep(self.config.fleet.probe_s)
 
@@ -213,7 +217,7 @@ class SGLangEngine:
     return sample
 
   async def _ask(self, member: Member, payload: dict[str, Any]) -> dict[str, Any]:
-    """The answer to one request. One that takes too long is ended where it runs, by itself."""
+    """The answer to one request. If it takes too long it is aborted at its server."""
     server, rid = self._router or member.server, secrets.token_hex(16)
     try:
       return await member.call(server.generate(payload | {"rid": rid}, self.config.request_s))
@@ -227,9 +231,9 @@ class SGLangEngine:
 
   async def _share_prefill(self, member: Member, push: Push, request: SampleRequest,
                            images: Sequence[str]) -> int | None:
-    """Waits for the prefill of a prompt that other requests bring at this moment.
+    """Prefills a prompt once for all requests that have it at this moment, and waits for that.
 
-    Returns what was cached before it to the request that led, None to all others.
+    Returns to the first of them what was cached before, to the others None.
     """
     key = (request.ids, tuple(image.key for image in request.images))
     group = member.prefills.get(key)
@@ -281,8 +285,8 @@ class SGLangEngine:
       self._check.next_push(push)
 
   async def _install(self, member: Member) -> None:
-    """Loads the current push into a server and verifies it. A server that fails stays paused: it
-    answers nobody until it holds weights that we know."""
+    """Loads the current push into a server and verifies it. A server that fails stays paused: it must not
+    answer while its weights are unknown."""
     async with self._locks[member]:
       push, server = self._push, member.server
       held, member.tag = member.tag, None

@@ -1,17 +1,22 @@
-"""Which servers are in, who serves whom, and when a server that failed comes back.
+"""Health of the servers, and which server a request goes to.
 
-In: servers, the weights they must hold, and sessions that ask for one. Out: leases on a server that
-is up and holds those weights. Everything runs on one event loop.
+In: servers, the weights they must hold, and sessions that ask for one. Out: leases on a healthy server
+that holds those weights. Everything runs on one event loop.
 
-A server is *in* while it answers health checks and its weights were verified by us. Two failed checks
-in a row take it out, and nothing else does: a request that fails or is slow only has the server checked
-at once. When a server goes out, calls that it owes an answer are ended, so that a frozen process delays a
-request by seconds and not by its whole time limit. Its watcher then checks every `probe_s` whether it is
-back (whoever restarted it), gives it the current weights and lets it in.
+Health. One watcher a server checks it every `probe_s` seconds:
 
-Routing is sticky: a session stays where its first request went, since there its prefix is cached;
-new sessions go to the server with the fewest sessions at work. The episode's session is its
-question, so all rollouts of a question and all resamples of their prefixes meet one cache.
+                 `misses` failed checks in a row, or it holds other weights
+      healthy ───────────────────────────────────────────────────────────▶ unhealthy
+         ▲                                                                      │
+         └──────── it answers, is given the current weights, which are verified ┘
+
+A request that fails or is slow does not make its server unhealthy; it only has the server checked at
+once. When a server becomes unhealthy, its open calls end, so a frozen process delays a request by
+seconds and not by the whole time limit.
+
+Affinity. A session stays at the server of its first request, whose cache holds its prefix. A new session
+goes to the server with the fewest requests. The session of an episode is its question, so all
+rollouts of a question and all resamples of their prefixes use one cache.
 """
 
 from __future__ import annotations
@@ -32,46 +37,51 @@ _RECHECK_S = 0.5  # between two checks of a server while requests wait for what 
 
 
 class NotAsked(ServerError):
-  """The server went out before it was asked."""
+  """The server became unhealthy before the request was sent."""
 
 
 class NoServer(RuntimeError):
-  """No server was in within the deadline; the message says why each of them is out."""
+  """No server was healthy within the deadline; the message says what is wrong with each."""
 
 
 class Member:
   """One server as the fleet sees it.
 
   Attributes:
-    tag: of the weights that we verified on it; None when we cannot be sure what it holds.
-    why_out: what took it out; None while it is in.
-    load: requests that run or wait here. homes: sessions that belong here.
+    tag: of the weights that were verified on it; None if unknown.
+    fault: why it is unhealthy; None while it is healthy.
+    load: requests that run or wait here. sessions: how many have their affinity here.
   """
 
   def __init__(self, server: Server, slots: int):
     self.server = server
     self.tag: str | None = None
-    self.why_out: str | None = "not seen yet"
+    self.fault: str | None = "not checked yet"
     self.slots = asyncio.Semaphore(slots)
     self.calls: set[asyncio.Task] = set()
-    self.load = self.homes = 0
-    self.look = asyncio.Event()  # its watcher should look now
-    self.doubted: asyncio.Future | None = None  # done when its watcher knows how it is
+    self.load = self.sessions = 0
+    self.check_now = asyncio.Event()  # ends its watcher's wait
+    self.checked: asyncio.Future | None = None  # done when a check that was asked for has an outcome
     self.prefills: dict[Any, Any] = {}  # prompts that several requests are about to share
 
   async def call(self, coroutine: Coroutine) -> Any:
-    """Awaits a call to this server; ServerError when it goes out meanwhile, NotAsked when it is out."""
-    if self.why_out is not None:
+    """Awaits a call to this server.
+
+    Raises:
+      NotAsked: it is unhealthy, and was not asked.
+      ServerError: it became unhealthy meanwhile, or the call failed.
+    """
+    if self.fault is not None:
       coroutine.close()
-      raise NotAsked(f"{self.server.url} is out: {self.why_out}")
+      raise NotAsked(f"{self.server.url} is unhealthy: {self.fault}")
     task = asyncio.ensure_future(coroutine)
     self.calls.add(task)
     try:
       return await asyncio.shield(task)
     except asyncio.CancelledError:
-      # By `Fleet.take_out`, unless our caller gives up.
+      # Cancelled by `Fleet.mark_unhealthy`, unless our caller gave up.
       if task.cancelled() and not asyncio.current_task().cancelling():
-        raise ServerError(f"{self.server.url} went out: {self.why_out}") from None
+        raise ServerError(f"{self.server.url} became unhealthy: {self.fault}") from None
       task.cancel()
       raise
     finally:
@@ -94,41 +104,42 @@ class Fleet:
       raise ValueError("no servers: give at least one base URL")
     self.config = config
     self.members = [Member(server, config.max_concurrent) for server in servers]
-    self.times_out = 0
+    self.failures = 0
     self._install, self._wanted = install, wanted
-    self._homes: collections.OrderedDict[str, Member] = collections.OrderedDict()
+    self._affinity: collections.OrderedDict[str, Member] = collections.OrderedDict()
     self._leases = 0
     self._idle = asyncio.Event()  # set while there is no lease
     self._idle.set()
     self._open = asyncio.Event()  # cleared while weights change
-    self._changed = asyncio.Event()  # set, and replaced by another, when a server may be in
+    self._changed = asyncio.Event()  # set, and replaced by another, when a server may be ready
     self._watchers: list[asyncio.Task] = []  # the loop itself keeps weak references only
 
   def watch(self) -> None:
     """Starts the watchers; they end with the loop's tasks."""
     self._watchers = [asyncio.create_task(self._watch(member)) for member in self.members]
 
-  def is_in(self, member: Member) -> bool:
+  def is_ready(self, member: Member) -> bool:
+    """Whether it is healthy and holds the current weights."""
     wanted = self._wanted()
-    return member.why_out is None and wanted is not None and member.tag == wanted
+    return member.fault is None and wanted is not None and member.tag == wanted
 
-  def take_out(self, member: Member, error: Exception) -> None:
-    """The member gets no more requests until its watcher lets it in again."""
-    if member.why_out is None:
-      member.why_out = str(error)
-      self.times_out += 1
-      logging.warning("server %s is out: %s", member.server.url, error)
-    if isinstance(error, Unreachable):  # else the answers to others may be sound
+  def mark_unhealthy(self, member: Member, error: Exception) -> None:
+    """The member gets no more requests until its watcher finds it healthy again."""
+    if member.fault is None:
+      member.fault = str(error)
+      self.failures += 1
+      logging.warning("server %s is unhealthy: %s", member.server.url, error)
+    if isinstance(error, Unreachable):  # else its answers to other requests may be valid
       for task in member.calls:
         task.cancel()
 
-  def let_in(self, member: Member) -> None:
-    member.why_out = None
-    self._tell()
+  def mark_healthy(self, member: Member) -> None:
+    member.fault = None
+    self._notify()
 
-  def _tell(self) -> None:
-    """Wakes who waits for a server. No condition: its lock can be lost for ever where waiters are
-    cancelled at the same moment, and with it every server."""
+  def _notify(self) -> None:
+    """Wakes the requests that wait for a server. Not an asyncio.Condition: if waiters are cancelled at
+    that moment its lock can stay taken for ever, and no request would be served again."""
     self._changed.set()
     self._changed = asyncio.Event()
 
@@ -136,12 +147,12 @@ class Fleet:
 
   @contextlib.asynccontextmanager
   async def lease(self, session: str, avoid: Collection[Member] = ()) -> AsyncIterator[Member]:
-    """A place at the server of `session`; at one of `avoid` only if no other is in.
+    """A slot at the server of `session`; at one of `avoid` only if no other is ready.
 
     Raises:
-      NoServer: none was in within deadline_s. (Waiting for the gate does not count.)
+      NoServer: none was ready within deadline_s. (Waiting for the gate does not count.)
     """
-    member = await self._take_place(session, avoid)
+    member = await self._acquire(session, avoid)
     self._leases += 1
     try:
       yield member
@@ -152,7 +163,7 @@ class Fleet:
       member.load -= 1
       member.slots.release()
 
-  async def _take_place(self, session: str, avoid: Collection[Member]) -> Member:
+  async def _acquire(self, session: str, avoid: Collection[Member]) -> Member:
     while True:
       await self._open.wait()
       member = self._choose(session, avoid)
@@ -165,46 +176,46 @@ class Fleet:
       except BaseException:
         member.load -= 1
         raise
-      # While we waited for the place, the weights or the server may have gone.
-      if self._open.is_set() and self.is_in(member):
+      # While this request waited for the slot, the server may have failed or the gate closed.
+      if self._open.is_set() and self.is_ready(member):
         self._idle.clear()
         return member
       member.load -= 1
       member.slots.release()
 
   def _choose(self, session: str, avoid: Collection[Member]) -> Member | None:
-    ready = [member for member in self.members if self.is_in(member)]
+    ready = [member for member in self.members if self.is_ready(member)]
     ready = [member for member in ready if member not in avoid] or ready
     if not ready:
       return None
-    home = self._homes.get(session)
-    if home in ready:
-      self._homes.move_to_end(session)
-      return home
-    chosen = min(ready, key=lambda member: (member.load, member.homes))
+    usual = self._affinity.get(session)
+    if usual in ready:
+      self._affinity.move_to_end(session)
+      return usual
+    chosen = min(ready, key=lambda member: (member.load, member.sessions))
     if session:
       self._move(session, chosen)
     return chosen
 
   def _move(self, session: str, member: Member) -> None:
-    if session in self._homes:
-      self._homes.pop(session).homes -= 1
-    self._homes[session] = member
-    member.homes += 1
-    if len(self._homes) > _SESSIONS_KEPT:
-      self._homes.popitem(last=False)[1].homes -= 1
+    if session in self._affinity:
+      self._affinity.pop(session).sessions -= 1
+    self._affinity[session] = member
+    member.sessions += 1
+    if len(self._affinity) > _SESSIONS_KEPT:
+      self._affinity.popitem(last=False)[1].sessions -= 1
 
   async def _wait_for_any(self) -> None:
     try:
       async with asyncio.timeout(self.config.deadline_s):
-        while not any(map(self.is_in, self.members)):
+        while not any(map(self.is_ready, self.members)):
           await self._changed.wait()
     except TimeoutError:
-      raise NoServer(self._all_out()) from None
+      raise NoServer(self._faults()) from None
 
-  def _all_out(self) -> str:
-    reasons = "; ".join(f"{m.server.url}: {m.why_out or 'weights not loaded'}" for m in self.members)
-    return (f"none of {len(self.members)} servers was in for {self.config.deadline_s:g} s "
+  def _faults(self) -> str:
+    reasons = "; ".join(f"{m.server.url}: {m.fault or 'weights not loaded'}" for m in self.members)
+    return (f"none of {len(self.members)} servers was healthy for {self.config.deadline_s:g} s "
             f"(deadline_s): {reasons}")
 
   # ---- changing the weights ----
@@ -215,7 +226,7 @@ class Fleet:
 
   def open_gate(self) -> None:
     self._open.set()
-    self._tell()
+    self._notify()
 
   @property
   def gate_is_open(self) -> bool:
@@ -228,24 +239,24 @@ class Fleet:
         await self._idle.wait()
 
   async def install_all(self) -> None:
-    """Gives every member that is in the current weights; those that fail go out.
+    """Gives every healthy member the current weights; those that fail become unhealthy.
 
     Raises:
       NoServer: no member took them within deadline_s.
     """
     for member in self.members:
-      if member.why_out is not None:
-        member.look.set()
+      if member.fault is not None:
+        member.check_now.set()
     await asyncio.gather(*map(self._try_install, self.members))
     await self._wait_for_any()
 
   async def _try_install(self, member: Member) -> None:
-    if member.why_out is not None:
-      return  # its watcher's business
+    if member.fault is not None:
+      return  # its watcher gives them to it
     try:
       await self._install(member)
     except ServerError as error:
-      self.take_out(member, error)
+      self.mark_unhealthy(member, error)
 
   # ---- watching ----
 
@@ -265,58 +276,58 @@ class Fleet:
     finally:
       task.cancel()
 
-  async def doubt(self, member: Member) -> None:
-    """Has a server checked that failed a request; returns when it is known to be well, or is out."""
-    if member.why_out is not None:
+  async def check(self, member: Member) -> None:
+    """Has a server checked that failed a request; returns when the check has an outcome."""
+    if member.fault is not None:
       return
-    if member.doubted is None:
-      member.doubted = asyncio.get_running_loop().create_future()
-      member.look.set()
-    await asyncio.shield(member.doubted)
+    if member.checked is None:
+      member.checked = asyncio.get_running_loop().create_future()
+      member.check_now.set()
+    await asyncio.shield(member.checked)
 
   async def _watch(self, member: Member) -> None:
-    misses, doubts = 0, []
+    misses, waiting = 0, []
     while True:
-      if member.doubted is not None:
-        doubts.append(member.doubted)
-        member.doubted = None  # who doubts from now on wants a later check
+      if member.checked is not None:
+        waiting.append(member.checked)
+        member.checked = None  # a request that fails from now on needs a later check
       try:
-        if member.why_out is not None:
-          await self._try_revive(member)
+        if member.fault is not None:
+          await self._revive(member)
           misses = 0
-        elif self.is_in(member):
-          misses = 0 if await self._looks_well(member) else misses + 1
+        elif self.is_ready(member):
+          misses = 0 if await self._passes(member) else misses + 1
         elif self.gate_is_open and self._wanted() is not None:
-          await self._try_revive(member)  # an update was cancelled before it came to this one
-      except Exception as error:  # a watcher must outlive whatever its server does
+          await self._revive(member)  # an update was cancelled before this server had the new weights
+      except Exception as error:  # the watcher goes on whatever its server does
         logging.exception("watcher of %s", member.server.url)
-        self.take_out(member, error)
+        self.mark_unhealthy(member, error)
       if misses >= self.config.misses:
-        self.take_out(member, Unreachable(f"{misses} health checks failed"))
-      if not misses or member.why_out is not None:
-        for doubted in doubts:
-          doubted.set_result(None)
-        doubts = []
+        self.mark_unhealthy(member, Unreachable(f"{misses} health checks failed"))
+      if not misses or member.fault is not None:
+        for checked in waiting:
+          checked.set_result(None)
+        waiting = []
       with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(min(self.config.probe_s, _RECHECK_S) if doubts
+        async with asyncio.timeout(min(self.config.probe_s, _RECHECK_S) if waiting
                                    else self.config.probe_s):
-          await member.look.wait()
-      member.look.clear()
+          await member.check_now.wait()
+      member.check_now.clear()
 
-  async def _looks_well(self, member: Member) -> bool:
-    """Whether it answers and holds what we gave it. A restarted server that lost it goes out."""
+  async def _passes(self, member: Member) -> bool:
+    """Whether it answers. A server that holds other weights than ours was restarted: it is unhealthy."""
     server, limit, wanted = member.server, self.config.probe_timeout_s, self._wanted()
     try:
       tag = await server.weight_tag(limit) if await server.healthy(limit) else None
     except ServerError:
       tag = None
-    if not self.is_in(member):
-      return True  # weights began to load meanwhile: a paused server does not answer
+    if not self.is_ready(member):
+      return True  # its weights are being changed: a paused server does not answer
     if tag is not None and tag != wanted == member.tag:
-      self.take_out(member, ServerError("it was restarted and lost its weights"))
+      self.mark_unhealthy(member, ServerError("it was restarted and lost its weights"))
     return tag is not None
 
-  async def _try_revive(self, member: Member) -> None:
+  async def _revive(self, member: Member) -> None:
     try:
       tag = await member.server.weight_tag(self.config.probe_timeout_s)
       wanted = self._wanted()
@@ -326,9 +337,9 @@ class Fleet:
       elif not await member.server.healthy(self.config.probe_timeout_s):
         return
     except ServerError as error:
-      member.why_out = str(error)
+      member.fault = str(error)
       return
     if wanted == self._wanted():
       if wanted is not None:
-        logging.info("server %s is in with weights %s", member.server.url, wanted)
-      self.let_in(member)
+        logging.info("server %s is healthy with weights %s", member.server.url, wanted)
+      self.mark_healthy(member)

@@ -63,7 +63,7 @@ class Push:
 
 
 class PushFolder:
-  """Writes pushes, and removes those that nobody needs any more.
+  """Writes pushes, and removes old ones.
 
   Args:
     config: see PushConfig.
@@ -147,27 +147,27 @@ class PushFolder:
 
   def _write_shards(self, leaves: dict, staging: pathlib.Path) -> list[_Shard]:
     """Writes this process's shards; what they hold. An error comes last, behind all gathering."""
-    places = threading.Semaphore(self.config.writers)  # shards in host memory
+    slots = threading.Semaphore(self.config.writers)  # shards in host memory
     with concurrent.futures.ThreadPoolExecutor(self.config.writers) as pool:
       jobs = []
       for number, (file, entries) in enumerate(self._shards.items()):
         mine = number % jax.process_count() == jax.process_index()
         if mine:
-          places.acquire()
+          slots.acquire()
         values = [_fetch(leaves[entry.path], entry.layer, self.config.dtype, mine)
                   for entry in entries]
         if mine:
           job = pool.submit(self._write_shard, staging / file, entries, values)
-          job.add_done_callback(lambda _: places.release())
+          job.add_done_callback(lambda _: slots.release())
           jobs.append(job)
         del values
       return [job.result() for job in jobs]
 
   def _write_shard(self, file: pathlib.Path, entries: list[hf.Entry], values: list) -> _Shard:
     tensors, shard = {}, _Shard(file.name)
-    for place, entry in enumerate(entries):
-      tensors[entry.name] = tensor = entry.to_hf(values[place])
-      values[place] = None  # the shard's memory moves over, tensor by tensor
+    for index, entry in enumerate(entries):
+      tensors[entry.name] = tensor = entry.to_hf(values[index])
+      values[index] = None  # the shard's memory moves over, tensor by tensor
       shard.sums[entry.name] = zlib.crc32(np.ascontiguousarray(tensor).view(np.uint8))
       shard.bytes += tensor.nbytes
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -187,8 +187,8 @@ def sample(request: SampleRequest, reply: Reply, cached: int, version: int) -> S
 
 def images_to_encode(request: SampleRequest, cached: int, image_token_id: int) -> int:
   """Images of the request that `cached` prompt tokens do not cover: the vision tower must run."""
-  place, missing, images = 0, 0, iter(request.images)
+  position, missing, images = 0, 0, iter(request.images)
   for token in request.ids:
-    place += next(images).num_tokens if token == image_token_id else 1
-    missing += token == image_token_id and place > cached
+    position += next(images).num_tokens if token == image_token_id else 1
+    missing += token == image_token_id and position > cached
   return missing

@@ -54,7 +54,7 @@ def find_python(device: str) -> str:
   return str(folder / "bin" / "python")
 
 
-def install(device: str, tell=print) -> str:
+def install(device: str, report=print) -> str:
   """Makes the environment unless it is there. Returns its Python.
 
   Two processes may call this at once; one waits. A broken attempt is removed and made anew.
@@ -65,14 +65,14 @@ def install(device: str, tell=print) -> str:
   with open(f"{folder}.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     if not (folder / _DONE).exists():
-      tell(f"making {folder} (minutes, and gigabytes)")
+      report(f"making {folder} (minutes, and gigabytes)")
       shutil.rmtree(folder, ignore_errors=True)
-      _make(folder, device, tell)
+      _make(folder, device, report)
       (folder / _DONE).touch()
   return str(folder / "bin" / "python")
 
 
-def _make(folder: pathlib.Path, device: str, tell) -> None:
+def _make(folder: pathlib.Path, device: str, report) -> None:
   python = str(folder / "bin" / "python")
   wanted = str(requirements(device))
   pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
@@ -85,7 +85,7 @@ def _make(folder: pathlib.Path, device: str, tell) -> None:
   env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
   env |= {"SGLANG_USE_CPU_ENGINE": "1"} if device == "cpu" else {}
   for step in steps:
-    tell(" ".join(step))
+    report(" ".join(step))
     done = subprocess.run(step, env=env, capture_output=True, text=True)
     if done.returncode:
       raise SidecarError(f"`{' '.join(step)}` failed:\n{(done.stdout + done.stderr)[-4000:]}")

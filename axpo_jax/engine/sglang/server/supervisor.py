@@ -7,8 +7,7 @@ again before using it.
   with Sidecar(SidecarSpec(model="checkpoint", device="cpu", port=0), "logs") as sidecar:
     sidecar.urls            # ["http://127.0.0.1:41234"], healthy
 
-One thread a server owns its process. It must be that thread which starts the process and that outlives
-it: Linux sends the parent-death signal (serve.py asks for it) when the *thread* that started a process
+One thread per server owns its process. The same thread must start the process and outlive it: Linux sends the parent-death signal (serve.py asks for it) when the *thread* that started a process
 ends. So no server survives the process that supervises it, even after kill -9.
 """
 
@@ -150,7 +149,7 @@ class Keeper(threading.Thread):
       _LOG.exception("%s is not kept any more", self.program.name)
 
   def _keep(self) -> str:
-    """Life after life, until told to end or the first one fails; the state to end in."""
+    """Life after life, until asked to end or the first one fails; the state to end in."""
     wait, served_once = self._spec.backoff, False
     while not self._ending.is_set():
       served = self._live()
@@ -230,10 +229,10 @@ class Keeper(threading.Thread):
         return ""
       if time.monotonic() > deadline:
         return f"was not healthy within start_timeout={self._spec.start_timeout:.0f} s"
-    return "was told to end"
+    return "was asked to end"
 
   def _until_bad(self) -> str:
-    """Watches a serving process until it ends, hangs, or is told to end; says which."""
+    """Watches a serving process until it ends, hangs, or is asked to end; says which."""
     spec, key = self._spec, self._spec.api_key
     patience = min(10.0, spec.hang_after)
     health_url = self.program.address + self.program.health
@@ -255,7 +254,7 @@ class Keeper(threading.Thread):
         return f"gave no answer for {probed - answered:.0f} s"
       if probed - generated > spec.pause_limit:
         return f"generated nothing for {probed - generated:.0f} s"
-    return "was told to end"
+    return "was asked to end"
 
   def _ended(self) -> str:
     code = self._process.poll()
@@ -267,8 +266,8 @@ class Keeper(threading.Thread):
 class Sidecar:
   """Servers of one spec. `start` and `stop` may be called once each; a context manager calls both.
 
-  report: is told, from any thread, in one line, what a person should know (progress of the start,
-    restarts). Default: a warning in the log.
+  report: is called from any thread with one line for the user (progress of the start, restarts).
+    Default: a warning in the log.
   """
 
   def __init__(self, spec: SidecarSpec, log_folder: str | os.PathLike,
@@ -357,14 +356,14 @@ class Sidecar:
     """Starts them; returns when all serve."""
     for keeper in keepers:
       keeper.start()
-    began = told = time.monotonic()
+    began = reported = time.monotonic()
     while any(keeper.state != "serving" for keeper in keepers):
       for keeper in keepers:
         if not keeper.is_alive():
           raise SidecarError(f"{keeper.program.name} {keeper.reason}. The end of "
                              f"{keeper.program.log}:\n{keeper.tail()}")
-      if time.monotonic() - told > 10:
-        told = time.monotonic()
+      if time.monotonic() - reported > 10:
+        reported = time.monotonic()
         ready = sum(keeper.state == "serving" for keeper in keepers)
-        self._report(f"{ready} of {len(keepers)} healthy after {told - began:.0f} s ({self._folder})")
+        self._report(f"{ready} of {len(keepers)} healthy after {reported - began:.0f} s ({self._folder})")
       time.sleep(0.1)
