@@ -43,13 +43,13 @@ from axpo_jax.train.optimizer_config import OptimizerConfig
 
 STAGES = ("teach", "sft", "screen", "rl", "eval")
 TEACHERS = ("scripted", "policy", "openai")
-SFT_SOURCES = ("jsonl", "shards", "teacher")
+SFT_SOURCES = ("jsonl", "shards", "conversations", "teacher")
 # The paper's nine, by their names in eval.benchmarks.
 BENCHMARKS = ("mathvision", "dynamath", "mathvr", "vstar", "visualprobe_bench", "hrbench_4k",
               "hrbench_8k", "hr_mmsearch", "mmsearch")
 # Public training sets, by their names in data.adapters; benchmarks are read by name too.
 PUBLIC_SETS = ("virl39k", "fvqa", "pyvision", "mmfinereason", "deepeyes", "visualprobe")
-FILE_SOURCES = ("jsonl", "parquet", *PUBLIC_SETS, *BENCHMARKS)
+FILE_SOURCES = ("jsonl", "parquet", "datasets", *PUBLIC_SETS, *BENCHMARKS)
 DATA_SOURCES = ("miniworld", *FILE_SOURCES)
 OLD_LOGPROBS = ("current", "trainer")
 TOOLS = ("image_zoom_in", "python", "tavily-search", "image_search")
@@ -200,7 +200,8 @@ def _lora() -> ConfigDict:
 
 def _data() -> ConfigDict:
   return ConfigDict(dict(
-    # jsonl, parquet, miniworld, or a public data set as it was downloaded: PUBLIC_SETS, BENCHMARKS.
+    # jsonl, parquet, datasets (a folder of save_to_disk), miniworld, or a public data set as it was
+    # downloaded: PUBLIC_SETS, BENCHMARKS.
     source="jsonl",
     path="",                  # file of training questions; of a public set a folder too
     eval_source="",           # like source, of the held-out questions; "" = the same
@@ -412,10 +413,11 @@ def _screen() -> ConfigDict:
 
 def _sft() -> ConfigDict:
   return ConfigDict(dict(
-    # Trajectories of one rollout dump ("jsonl"), of sampled "shards", or of the scripted "teacher",
-    # made as they are needed.
+    # Trajectories of one rollout dump ("jsonl"), of sampled "shards", of "conversations" (OpenAI chat, ATIF,
+    # ShareGPT: docs/data.md), or of the scripted "teacher", made as they are needed.
     source="jsonl",
-    path="",                  # the dump, or the shards' folder; "" = the shards of this run's "teach"
+    # The dump, the shards' folder ("" = those of this run's "teach"), or the conversations' file or folder.
+    path="",
     steps=1500,               # optimizer steps; 3 epochs [paper] of 64,274 trajectories
     examples=128,             # trajectories a step
     max_length=20_480,        # longer trajectories are dropped whole [paper]

@@ -234,6 +234,8 @@ def _validate_stages(config: ConfigDict) -> None:
       raise ConfigError(f"config.sft.source={sft.source!r}; choose one of {SFT_SOURCES}")
     if sft.source == "jsonl":
       _require_file("config.sft.path", sft.path)
+    if sft.source == "conversations" and not paths.parse(sft.path or "?", "config.sft.path").is_dir():
+      _require_file("config.sft.path", sft.path)
     if sft.source == "shards" and not sft.path and "teach" not in stages[:stages.index("sft")]:
       raise ConfigError("config.sft.path is empty: set it to a folder of sampled shards (the "
                         "teach/shards of another run), or put 'teach' before 'sft' in config.stages")

@@ -37,7 +37,7 @@ ALLOWED = {
   "rollouts": {"rollouts", "eval.scoring", "agent", "engine", "data", "model", "rl", "errors", "paths", "seeds"},
   "train": {"train", "rollouts.collect", "agent", "model", "rl", "errors", "paths", "processes"},
   "diagnose": {"diagnose", "markdown", "rollouts", "agent", "rl"},
-  "stages": {"stages", "markdown", "rollouts", "train", "eval", "miniworld", "agent", "engine", "model", "data", "rl",
+  "stages": {"stages", "markdown", "diagnose", "rollouts", "train", "eval", "miniworld", "agent", "engine", "model", "data", "rl",
              "config", "errors", "paths", "processes", "seeds"},
   "plan": {"plan", "stages", "train", "engine", "model", "rl", "config", "errors"},
   "report": {"report", "stages.metrics", "stages.summary", "diagnose", "rollouts", "eval", "agent", "data", "paths"},

@@ -1,8 +1,9 @@
-"""Files of records: JSON lines, JSON, tab-separated values and parquet, read piece by piece.
+"""Files of records: JSON lines, JSON, tab-separated values, parquet and Arrow, read piece by piece.
 
 In: paths of files or folders. Out: rows, counted from 1, with their record, or with a RecordError
 where a single row could not be read. Only JSON that is not in lines is held in memory as a whole.
-The files may lie on an object store.
+A folder that `datasets` saved (`save_to_disk`) is its Arrow files in their order. The files may be on an
+object store.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from axpo_jax import paths as paths_lib
 
 # In a folder the files of the first type that it has are read: data sets keep previews and
 # annotations beside their records.
-TYPES = (".parquet", ".jsonl", ".tsv", ".json")
+TYPES = (".parquet", ".arrow", ".jsonl", ".tsv", ".json")
+# What `datasets.save_to_disk` leaves in the folder of a data set, and of several splits.
+_STATE, _SPLITS = "state.json", "dataset_dict.json"
 _ROWS = 16  # of parquet at a time: with an image of 20 MB each that is much already
 _BUFFER = 1 << 20  # bytes of a column read ahead; without it a whole row group is
-_LONGEST = 1 << 28  # bytes of a JSON line
+LONGEST = 1 << 28  # bytes of a JSON line
 
 
 class ReaderError(ValueError):
@@ -47,12 +50,49 @@ def expand(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[epath
     if not path.is_dir():
       files.append(path)
       continue
+    if saved := _saved(path):
+      files += saved
+      continue
     below = paths_lib.files_below(path)
     found = [[file for file in below if file.suffix == suffix] for suffix in TYPES]
     if not any(found):
       raise ReaderError(f"{path} holds no file of type {', '.join(TYPES)}")
     files += next(group for group in found if group)
   return files
+
+
+def _saved(folder: epath.Path) -> list[epath.Path]:
+  """The Arrow files of a folder that `datasets` saved, in their order; none of any other folder.
+
+  Raises:
+    ReaderError: it holds several splits, or a selection that was never written out.
+  """
+  try:
+    if (folder / _SPLITS).exists():
+      splits = json.loads((folder / _SPLITS).read_text())["splits"]
+      if len(splits) != 1:
+        raise ReaderError(f"{folder} holds the splits {splits}: name the folder of one, {folder / str(splits[0])}")
+      folder = paths_lib.within(folder, splits[0])
+    if not (folder / _STATE).exists():
+      return []
+    state = json.loads((folder / _STATE).read_text())
+    if state.get("_indices_data_files") or state.get("_indices_files"):
+      raise ReaderError(f"{folder} is a selection of a data set: save it with flatten_indices() first")
+    return [paths_lib.within(folder, part["filename"]) for part in state["_data_files"]]
+  except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OSError) as error:
+    if isinstance(error, ReaderError):
+      raise
+    raise ReaderError(f"{folder} is no data set that datasets.load_from_disk reads: {error!r}") from error
+
+
+def line_starts(path: epath.Path) -> list[int]:
+  """The byte at which each line begins."""
+  starts, at = [], 0
+  with paths_lib.local(path).open("rb") as lines:
+    for line in lines:
+      starts.append(at)
+      at += len(line)
+  return starts
 
 
 def records(path: epath.Path, choose_columns: Callable[[Sequence[str]], Sequence[str]],
@@ -71,8 +111,8 @@ def records(path: epath.Path, choose_columns: Callable[[Sequence[str]], Sequence
     raise ReaderError(f"{path} is not a file")
   if path.suffix not in types:
     raise ReaderError(f"{path}: unknown type {path.suffix!r}; use {' or '.join(types)}")
-  if path.suffix == ".parquet":
-    return _parquet(path, choose_columns)
+  if path.suffix in (".parquet", ".arrow"):
+    return (_parquet if path.suffix == ".parquet" else _arrow)(path, choose_columns)
   return {".jsonl": _json_lines, ".json": _json, ".tsv": _tab_separated}[path.suffix](path)
 
 
@@ -81,14 +121,14 @@ def _json_lines(path: epath.Path) -> Iterator[tuple[int, Any]]:
   # readline knows no limit.
   with path.open("rb") as opened, io.BufferedReader(opened) as file:
     row = 0
-    while line := file.readline(_LONGEST):
+    while line := file.readline(LONGEST):
       row += 1
       if row == 1:
         line = line.removeprefix(codecs.BOM_UTF8)
-      if len(line) == _LONGEST and not line.endswith(b"\n"):
-        while len(line) == _LONGEST and not line.endswith(b"\n"):
-          line = file.readline(_LONGEST)
-        yield row, RecordError(f"a line of more than {_LONGEST >> 20} MB")
+      if len(line) == LONGEST and not line.endswith(b"\n"):
+        while len(line) == LONGEST and not line.endswith(b"\n"):
+          line = file.readline(LONGEST)
+        yield row, RecordError(f"a line of more than {LONGEST >> 20} MB")
       elif line.strip():
         yield row, _parsed(line)
 
@@ -142,6 +182,25 @@ def _parquet(path: epath.Path,
           yield row, record
   except (pa.ArrowException, OSError) as error:
     raise ReaderError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def _arrow(path: epath.Path,
+           choose_columns: Callable[[Sequence[str]], Sequence[str]]) -> Iterator[tuple[int, Any]]:
+  import pyarrow as pa
+
+  try:
+    with path.open("rb") as opened, pa.ipc.open_stream(opened) as stream:
+      columns = list(choose_columns(stream.schema.names))
+      row = 0
+      for batch in stream:
+        batch.validate(full=True)  # offsets of a damaged file lead outside of it
+        chosen = batch.select(columns)
+        for at in range(0, chosen.num_rows, _ROWS):
+          for record in _rows(chosen.slice(at, _ROWS)):
+            row += 1
+            yield row, record
+  except (pa.ArrowException, OSError) as error:
+    raise ReaderError(f"{path} cannot be read as an Arrow stream: {error}") from error
 
 
 def _rows(batch) -> list[Any]:

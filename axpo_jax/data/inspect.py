@@ -26,7 +26,7 @@ from axpo_jax.data import adapters, readers
 from axpo_jax.data.contact_sheet import contact_sheet
 from axpo_jax.data.question import Question, image_size
 
-_OWN = ("jsonl", "parquet")
+_OWN = ("jsonl", "parquet", "datasets")
 _ROWS = 12  # of a table; what is rarer is summed up
 _SMALL = 32  # pixels: images with a shorter side must be enlarged for the policy
 _DESCRIPTION = """Shows what is in a data set before a run reads it: how many questions of which kind,

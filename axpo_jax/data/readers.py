@@ -162,7 +162,7 @@ class ReadReport:
 def read_questions(
     paths: str | os.PathLike | Iterable[str | os.PathLike], config: ReaderConfig | None = None,
     report: ReadReport | None = None, layout: Layout = OWN,
-    types: Sequence[str] = (".jsonl", ".parquet")) -> Iterator[Question]:
+    types: Sequence[str] = (".jsonl", ".parquet", ".arrow")) -> Iterator[Question]:
   """Streams the questions of one or more files.
 
   Args:

@@ -64,6 +64,10 @@ _MOST_WAITING = 128
 class Walk:
   """Goes through messages in order and joins calls with their results.
 
+  Args:
+    messages: as written.
+    named_images: events also list images that are only named by a path.
+
   Attributes:
     events: what happened so far.
     asked: one digest a message of the user, of those before the agent's first turn; if the agent
@@ -72,7 +76,8 @@ class Walk:
     spoke: there is a turn of the agent.
   """
 
-  def __init__(self, messages: Sequence[Any]):
+  def __init__(self, messages: Sequence[Any], named_images: bool = False):
+    self._named = named_images
     self.events: list[Event] = []
     self.asked: list[str] = []
     self.orphans = 0
@@ -192,7 +197,7 @@ class Walk:
       self._agent_speaks = False
       if not self._answered_user:
         self.asked.append(_digest(said))
-      self.events.append(Event(USER, text, images=notations.images_of(said)))
+      self.events.append(Event(USER, text, images=notations.images_of(said, self._named)))
 
   # ---- calls and results ----
 
@@ -250,7 +255,7 @@ class Walk:
              lambda call: call.key is None or explicit is None]
     call = next((call for test in tests for call in self._waiting if test(call)), None)
     self._agent_speaks = False
-    self.events.append(Event(RESULT, text, images=notations.images_of(content)))
+    self.events.append(Event(RESULT, text, images=notations.images_of(content, self._named)))
     if call is None:
       self.orphans += 1
       return

@@ -105,16 +105,20 @@ def text_of(content: Any) -> str:
   return "\n".join(text for text in texts if isinstance(text, str) and text)
 
 
-def images_of(content: Any) -> list[str]:
-  """The pictures that travel in a message's content, as base64 texts or data URIs. What is only named,
-  by a path or an address, is not opened: a log may name any file of this machine."""
+def images_of(content: Any, named: bool = False) -> list[str]:
+  """The pictures in a message's content, as base64 texts or data URIs.
+
+  Args:
+    named: also those that a path names. Whoever opens them must check where they are: a log may name any
+      file of this machine.
+  """
   found = []
   for part in content if isinstance(content, list) else [content]:
     if isinstance(part, Mapping) and "image" in str(part.get("type")):
       # {"image_url": {"url": ...}} or {"image_url": ...}, {"source": {"data": ...}}, {"data": ...}.
       inner = first(part, ("image_url", "source", "image", "data"))
-      text = first(inner, ("url", "data")) if isinstance(inner, Mapping) else inner
-      if isinstance(text, str) and (text.startswith("data:image/") or _BASE64.fullmatch(text)):
+      text = first(inner, ("url", "data", "path")) if isinstance(inner, Mapping) else inner
+      if isinstance(text, str) and (named or text.startswith("data:image/") or _BASE64.fullmatch(text)):
         found.append(text)
   return found
 

@@ -15,6 +15,7 @@ no special token comes of it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -148,12 +149,36 @@ class Chat:
     """
     if not observations:
       raise ChatError("observation_ids needs at least one observation, got none")
+    return self._after_turn([
+      {"role": "tool", "content": _observation_items(self._guard(text), num_images)}
+      for text, num_images in observations], sum(num_images for _, num_images in observations))
+
+  def follow_up_ids(self, text: str, num_images: int = 0) -> list[int]:
+    """`observation_ids` for a further message of the user."""
+    return self._after_turn([{"role": "user", "content": _question_items(self._guard(text), num_images)}],
+                            num_images)
+
+  def turn_ids(self, thinking: str, text: str, calls: Sequence[tuple[str, Any] | str] = ()) -> list[int]:
+    """Ids of an assistant's turn that somebody else wrote: from behind the prompt's `<think>` and newline up
+    to `<|im_end|>`, as the policy would sample it.
+
+    Args:
+      calls: the name and the arguments of each, or the text of one that is no call.
+    """
+    parts = [self._guard(thinking.strip()), "\n</think>\n\n", self._guard(text.strip())]
+    for number, call in enumerate(calls):
+      inside = call if isinstance(call, str) else json.dumps(
+        {"name": call[0], "arguments": call[1]}, ensure_ascii=False)
+      parts += ["\n" if number or text.strip() else "", "<tool_call>\n", self._guard(inside.strip()),
+                "\n</tool_call>"]
+    return self._encode_guarded("".join(parts) + SPECIAL_TOKENS["im_end_id"])
+
+  def _after_turn(self, given: Sequence[dict], num_images: int) -> list[int]:
+    """Ids that the template puts between the end of an assistant's turn and the next one, if these messages
+    come in between."""
     messages = [
       {"role": "user", "content": "?"},
-      {"role": "assistant", "content": _TURN, "reasoning_content": "."},
-      *({"role": "tool", "content": _observation_items(self._guard(text), num_images)}
-        for text, num_images in observations),
-    ]
+      {"role": "assistant", "content": _TURN, "reasoning_content": "."}, *given]
     turn_end = _TURN + SPECIAL_TOKENS["im_end_id"]
     _, found, delta = self._render(messages, ()).partition(turn_end)
     if not found:
@@ -162,7 +187,7 @@ class Chat:
         f"{SPECIAL_TOKENS['im_end_id']} right after its text"
       )
     ids = self._encode_guarded(delta)
-    self.check_images(ids, sum(num_images for _, num_images in observations))
+    self.check_images(ids, num_images)
     return ids
 
   def check_images(self, ids: Sequence[int], num_images: int) -> None:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from axpo_jax import paths, seeds
 from axpo_jax.agent.rollout import FAILED_STOPS, Rollout
+from axpo_jax.data import files
 from axpo_jax.data.filters import Counts
 from axpo_jax.data.question import IMAGE_MARK, Question
 from axpo_jax.errors import RunStopped
@@ -161,11 +162,11 @@ class Trajectories:
     self._places: list[tuple[epath.Path, int]] = []  # file, byte
     path = epath.Path(path)
     if path.is_file():
-      self._places = [(path, start) for start in _line_starts(path)]
+      self._places = [(path, start) for start in files.line_starts(path)]
       return
     for file in paths.glob(path, "records_*.jsonl"):
       rollouts, numbers = _rollouts_of(file), itertools.count()
-      starts = _line_starts(rollouts)
+      starts = files.line_starts(rollouts)
       for record in _read(file):
         own = [next(numbers) for _ in record.stats]
         wanted = range(len(own)) if choose is None else choose(record)
@@ -185,15 +186,6 @@ class Trajectories:
 
 def _rollouts_of(records_file: epath.Path) -> epath.Path:
   return records_file.with_name(records_file.name.replace("records_", "rollouts_"))
-
-
-def _line_starts(path: epath.Path) -> list[int]:
-  starts, at = [], 0
-  with paths.local(path).open("rb") as lines:
-    for line in lines:
-      starts.append(at)
-      at += len(line)
-  return starts
 
 
 async def sample(folder: epath.Path, questions: Iterable[Question],

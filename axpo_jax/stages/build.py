@@ -45,6 +45,7 @@ from axpo_jax.model.images import ImageLimits, ImageProcessor
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.rollouts.collect import Actor
 from axpo_jax.stages import distributed, plugins, sections, selection, toolbox
+from axpo_jax.stages.conversations import Conversations, Prompts
 from axpo_jax.stages.sections import computed_as
 from axpo_jax.train import adapters as lora
 from axpo_jax.train import examples
@@ -406,17 +407,32 @@ class SftBatches:
 
 
 def sft_batches(config: ConfigDict, bench: Workbench) -> SftBatches:
-  """Trajectories of the scripted teacher, made as they are needed, or those of a dump or of shards."""
+  """Trajectories of the scripted teacher, made as they are needed, or those of a dump, of shards or of
+  conversations."""
   sft, tally = config.sft, None
   if sft.source == "teacher":
     source = MiniWorldSource(config.data.miniworld.train_size, config.data.miniworld.seed,
                              "train", sections.world_config(config, sft.kinds))
     transform = _teacher(config, bench)
+  elif sft.source == "conversations":
+    source, transform = conversations(config, bench), _filter(config, bench)
   else:
     source, tally = selection.trajectories(config.sft, bench.processor, bench.folder)
     transform = _filter(config, bench)
   return SftBatches(pipeline.example_stream(source, seed=config.seed, transform=transform),
                     sft.examples, tally)
+
+
+def conversations(config: ConfigDict, bench: Workbench) -> Conversations:
+  """The conversations of config.sft.path in the policy's chat format, with this run's prompt where they have
+  none."""
+  images, agent = config.images, config.agent
+  tools = toolbox.toolbox(config, bench.chat, bench.processor.factor, folder=bench.folder)
+  return Conversations(config.sft.path, Prompts(
+    bench.chat, bench.processor, ImageLimits(images.min_pixels, images.max_pixels),
+    ImageLimits(images.zoom_min_pixels, images.zoom_max_pixels),
+    _PROMPTS.get(agent.system_prompt, agent.system_prompt), tools.schemas(), agent.max_images,
+    bench.model_config.text.vocab_size))
 
 
 def _filter(config: ConfigDict, bench: Workbench) -> Callable[[Rollout], list[Example]]:

@@ -100,6 +100,8 @@ def _check_trajectories(config: ConfigDict, bench: build.Workbench) -> None:
   sft = config.sft
   if sft.source == "shards":
     _check_shards("config.sft.path", sft.path)
+  if sft.source == "conversations":
+    build.conversations(config, bench)
   if sft.source != "jsonl":
     return
   try:
