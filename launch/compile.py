@@ -4,11 +4,11 @@
   python launch/compile.py --config=configs/axpo_8b.py --config.model.preset=8b --topology=v5p:4x4x4
   python launch/compile.py --config=configs/axpo_8b.py --config.model.preset=8b --topology=h100:8
 
-It prints the memory of a chip by kind against its limit, FLOPs, and collectives by kind with the bytes that a
-chip sends; collectives that should be others; and in the last line whether the run fits, or what would
-make it fit. Sizes come from --config.model.preset or from a checkpoint's config.json; no parameters are
-made. The mesh is config.mesh over the chips, the micro-batch is config.batch at its fullest, and the
-functions are those that a run of the config jits: of the step, and of the embedded engine if that samples.
+It prints one table, with a column for each function that a run of the config jits: of the train step, and
+of the embedded engine if that samples. Rows are the memory of a chip by kind against its limit, FLOPs, seconds
+at the chips' peak, and seconds to compile. The last line says whether the run fits. Sizes come from
+--config.model.preset or from a checkpoint's config.json; no parameters are made. The mesh is config.mesh
+over the chips, and the micro-batch is config.batch without padding.
 """
 
 import os
@@ -25,17 +25,17 @@ from launch import command
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Config file, such as configs/axpo_8b.py.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string(
-  "topology", None, "Chips: a slice such as v5p:4x4x4 (that is v5p-128), v5e:8x16, v6e:8x8; or GPUs of a "
-  "host, h100:8, and hosts x GPUs, h100:4x8; also a100, h200, b200.")
+  "topology", None, "A slice of TPUs such as v5p:4x4x4 (Google's v5p-128), v5e:8x16, v6e:8x8; GPUs of one "
+  "host, h100:8; or hosts x GPUs, h100:4x8; also a100, h200, b200.")
 _LAYERS = flags.DEFINE_integer(
-  "layers", 0, "Text layers, if fewer than the model's: to see what does not depend on them.")
+  "layers", 0, "Compile only so many text layers; 0: all.")
 _IMAGES = flags.DEFINE_float(
-  "image_share", 0.25, "Share of the tokens that show an image.", lower_bound=0, upper_bound=1)
+  "image_share", 0.25, "Share of image tokens in a micro-batch.", lower_bound=0, upper_bound=1)
 _LARGEST = flags.DEFINE_bool(
-  "largest_image", False, "With a crop of config.images.zoom_max_pixels in every row of the vision tower.")
+  "largest_image", False, "Every row of the vision tower holds an image of config.images.zoom_max_pixels.")
 _FUNCTIONS = flags.DEFINE_list(
   "functions", ["score", "accumulate", "apply", "prefill", "decode"],
-  "Which of the run's functions to compile; the last two are the embedded engine's.")
+  "Which functions to compile; the last two are the embedded engine's.")
 flags.mark_flags_as_required(["config", "topology"])
 
 

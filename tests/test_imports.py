@@ -39,7 +39,7 @@ ALLOWED = {
   "diagnose": {"diagnose", "markdown", "rollouts", "agent", "rl"},
   "stages": {"stages", "markdown", "diagnose", "rollouts", "train", "eval", "miniworld", "agent", "engine", "model", "data", "rl",
              "config", "errors", "paths", "processes", "seeds"},
-  "plan": {"plan", "stages", "train", "engine", "model", "rl", "config", "errors"},
+  "plan": {"plan", "markdown", "stages", "train", "engine", "model", "rl", "config", "errors"},
   "report": {"report", "stages.metrics", "stages.summary", "diagnose", "rollouts", "eval", "agent", "data", "paths"},
 }
 # Modules that agents, tools and planning are made of: they load in a moment, on any machine.

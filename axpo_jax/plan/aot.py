@@ -1,8 +1,8 @@
-"""A run's programs for chips that are not here: compiled ahead of time, then measured.
+"""Compiles a run's programs for chips that are not here, and measures them.
 
 In: a Learner over a mesh of `chips.slice_mesh`, or the embedded engine's sizes. Out: a Program for each
-function of the train step and of the engine, with the memory of a chip, the FLOPs and the
-collectives. Nothing is allocated.
+function of the train step and of the engine: memory of a chip, FLOPs, seconds to compile. Nothing is
+allocated.
 
   mesh = slice_mesh("v5p:4x4x4", {"fsdp": -1})
   programs = compile_step(Learner(..., mesh), abstract_batch(...))
@@ -29,51 +29,49 @@ from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.model.vision_inputs import VisionInputs
 from axpo_jax.plan import flops
-from axpo_jax.plan.hlo import Collective, collectives
 from axpo_jax.train.batch import Batch, shardings
 from axpo_jax.train.step import Learner
 
-# The functions of a step, and what of the memory that lasts each of them takes as arguments.
+# The functions of a train step, each with those kinds of `held_bytes` that are its arguments.
 FUNCTIONS = {
   "score": ("parameters", "batch"),
   "accumulate": ("parameters", "gradients", "batch"),
   "apply": ("parameters", "optimizer", "gradients"),
 }
-# Of the embedded engine.
+# The functions of the embedded engine.
 SAMPLER = ("prefill", "decode")
 _GIB = 2.0**30
+# How libtpu reports a program that exceeds the chip.
 _USED = re.compile(r"Used ([\d.]+)([GMK]) of [\d.]+[GMK] hbm")
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """One function, compiled. Bytes are of one chip.
+  """One compiled function.
 
   Attributes:
-    temporaries: bytes besides the arguments: activations above all, outputs that replace no argument,
-      and the program's own text.
+    temporaries: bytes of a chip besides the arguments: activations above all, outputs that replace no
+      argument, and the machine code.
     flops: matrix products, all chips together.
-    collectives: None if the function alone exceeds the chip: then the compiler tells only by how much.
-    seconds: of one core, to compile.
-    chips: that run it together.
+    seconds: core seconds to compile.
+    chips: how many run it together.
   """
 
   temporaries: float
   flops: float
-  collectives: Sequence[Collective] | None
   seconds: float
   chips: int = 1
 
 
 def abstract_batch(mesh: jax.sharding.Mesh, options: Mapping[str, Any], *, image_share: float,
                    scored: bool, largest: bool = False, rules: sharding.Rules | None = None) -> Batch:
-  """The shapes of the fullest micro-batch: every place is a token and is scored once.
+  """The shapes of a full micro-batch: no padding, and every token is a target.
 
   Args:
-    options: of `pack`, see `build.pack_options`.
-    image_share: of the tokens that show an image; decides how many vision rows there are.
-    scored: with the reference's log-probabilities.
-    largest: with an image of the largest size among the others; it decides the length of a vision row.
+    options: arguments of `pack`, see `build.pack_options`.
+    image_share: share of image tokens; it decides how many rows the vision tower has.
+    scored: the batch has the reference policy's log-probabilities.
+    largest: one image has the largest size, which decides the length of a row of the vision tower.
   """
   multiple, vision = options["image_rows_multiple_of"], options["vision_config"]
   rows = -(-options["rows"] // options["rows_multiple_of"]) * options["rows_multiple_of"]
@@ -113,8 +111,10 @@ def compile_step(learner: Learner, batch: Batch, names: Sequence[str] = FUNCTION
 
 def compile_sampler(model: ModelConfig, engine: EmbeddedConfig, mesh: jax.sharding.Mesh,
                     names: Sequence[str] = SAMPLER) -> tuple[dict[str, float], dict[str, Program]]:
-  """Compiles the named functions of the embedded engine, each at its largest: prompts that fill a row,
-  computed for as many rows as `prefill_tokens` allows, and a block of all running sequences with full rows.
+  """Compiles the named functions of the embedded engine, each at its largest shape.
+
+  A prefill computes prompts that fill their row, as many as `prefill_tokens` allows. A decode runs all
+  `max_running` sequences with full rows.
 
   Returns: bytes of a chip that the engine keeps, by kind; and the programs.
   """
@@ -141,7 +141,7 @@ def compile_sampler(model: ModelConfig, engine: EmbeddedConfig, mesh: jax.shardi
 
 
 def held_bytes(learner: Learner, batch: Batch) -> dict[str, float]:
-  """Bytes of a chip that stay between the functions of a step, by kind."""
+  """Bytes of a chip that exist before and after a function of a step, by kind."""
   state = learner.abstract_state()
   trained = learner.optimizer.split(state.params)[0]
   return {"parameters": sharding.local_bytes(state.params), "optimizer": sharding.local_bytes(state.opt_state),
@@ -152,17 +152,20 @@ def _compile(traced: jax.stages.Traced, chips: int, arguments: float, rounds: in
              ) -> Program:
   """
   Args:
-    rounds: of loops that end when the data says so.
+    arguments: bytes of a chip.
+    rounds: iterations of loops whose length depends on data.
   """
+  # Not `cost_analysis()`: it counts a loop's body once, and the layers are a loop; for GPUs that are not
+  # here it returns None.
   work, start = flops.count(traced.jaxpr, rounds), time.process_time()
   try:
-    compiled = traced.lower().compile()
+    memory = traced.lower().compile().memory_analysis()
   except jax.errors.JaxRuntimeError as error:
+    # libtpu refuses a program that alone exceeds the chip, and says how large it is.
     if not (used := _USED.search(str(error))):
       raise
-    bytes_used = float(used[1]) * _GIB / 1024 ** "GMK".index(used[2])
-    return Program(bytes_used - arguments, work, None, time.process_time() - start, chips)
-  seconds, memory = time.process_time() - start, compiled.memory_analysis()
-  temporaries = (memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-                 + memory.output_size_in_bytes - memory.alias_size_in_bytes)
-  return Program(temporaries, work, collectives(compiled.as_text(), rounds or 1), seconds, chips)
+    temporaries = float(used[1]) * _GIB / 1024 ** "GMK".index(used[2]) - arguments
+  else:
+    temporaries = (memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+                   + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+  return Program(temporaries, work, time.process_time() - start, chips)

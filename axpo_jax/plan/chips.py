@@ -1,7 +1,7 @@
-"""TPU slices and GPU servers that are not here: their chips, and a mesh to compile for.
+"""TPU slices and GPU servers to compile for, on a machine that has none.
 
-In: a topology such as "v5p:4x4x4" or "h100:8". Out: its Chip, and a Mesh of abstract devices whose
-compiler is real: it comes with the package libtpu, or with jax's CUDA plugin. No chip is needed.
+In: a topology such as "v5p:4x4x4" or "h100:8". Out: its Chip, and a Mesh of abstract devices. The compiler
+is the real one, from the package libtpu or from jax's CUDA plugin.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _GIB = 2.0**30
 
 
 class TopologyError(ValueError):
-  """A slice or servers that do not exist, or that cannot be compiled for here."""
+  """The topology does not exist, or its compiler is not installed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,41 +31,39 @@ class Chip:
 
   Attributes:
     memory: bytes that a program may use.
-    flops: bfloat16, dense, a second.
-    link: bytes a second out of one chip to its neighbours, all links together, one direction.
+    flops: peak FLOPs a second, dense, in bfloat16.
     gpu: fields of XLA's description of a GPU; None for a TPU.
   """
 
   memory: float
   flops: float
-  link: float
   gpu: Mapping[str, object] | None = None
 
 
-def _gpu(name: str, flops: float, link: float, memory: int, **fields: object) -> Chip:
+def _gpu(name: str, flops: float, memory: int, **fields: object) -> Chip:
   fields |= {"name": name, "device_memory_size": memory}
-  return Chip(GPU_SHARE * memory, flops, link, fields)
+  return Chip(GPU_SHARE * memory, flops, fields)
 
 
 _HOPPER = dict(core_count=132, fpus_per_core=128, shared_memory_per_core=233_472,
                shared_memory_per_block_optin=232_448, l2_cache_size=52_428_800, clock_rate_ghz=1.98,
                capability="major: 9 feature_extension: ACCELERATED_FEATURES")
-# TPUs: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}, read in November 2026 (the interconnect's figures
-# there count both directions); usable memory is what libtpu's compiler says when a program exceeds it.
-# GPUs: XLA's own descriptions (xla/backends/gpu/target_config/specs); FLOPs and NVLink are NVIDIA's.
+# TPUs: docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}, read in November 2026; usable memory is what libtpu's
+# compiler reports when a program exceeds it.
+# GPUs: XLA's own descriptions (xla/backends/gpu/target_config/specs); FLOPs are NVIDIA's.
 CHIPS = {
-  "v5e": Chip(15.75 * _GIB, 197e12, 100e9),
-  "v5p": Chip(95.74 * _GIB, 459e12, 300e9),
-  "v6e": Chip(31.25 * _GIB, 918e12, 200e9),
-  "a100": _gpu("NVIDIA A100-SXM4-80GB", 312e12, 300e9, 85_100_068_864,
+  "v5e": Chip(15.75 * _GIB, 197e12),
+  "v5p": Chip(95.74 * _GIB, 459e12),
+  "v6e": Chip(31.25 * _GIB, 918e12),
+  "a100": _gpu("NVIDIA A100-SXM4-80GB", 312e12, 85_100_068_864,
                core_count=108, fpus_per_core=64, shared_memory_per_core=167_936,
                shared_memory_per_block_optin=166_912, l2_cache_size=41_943_040,
                clock_rate_ghz=1.41, memory_bandwidth=2_039_040_000_000, capability="major: 8"),
-  "h100": _gpu("NVIDIA H100 80GB HBM3", 989e12, 450e9, 84_942_979_072,
+  "h100": _gpu("NVIDIA H100 80GB HBM3", 989e12, 84_942_979_072,
                memory_bandwidth=3_352_320_000_000, **_HOPPER),
-  "h200": _gpu("NVIDIA H200 141GB HBM3e", 989e12, 450e9, 151_397_597_184,
+  "h200": _gpu("NVIDIA H200 141GB HBM3e", 989e12, 151_397_597_184,
                memory_bandwidth=4_800_000_000_000, **_HOPPER),
-  "b200": _gpu("NVIDIA B200", 2250e12, 900e9, 191_514_411_008,
+  "b200": _gpu("NVIDIA B200", 2250e12, 191_514_411_008,
                core_count=148, fpus_per_core=128, shared_memory_per_core=233_472,
                shared_memory_per_block_optin=232_448, l2_cache_size=132_644_864,
                clock_rate_ghz=1.965, memory_bandwidth=7_672_320_000_000,
@@ -88,7 +86,7 @@ platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_descripti
 
 
 def parse(topology: str) -> tuple[str, int, int]:
-  """(kind, hosts, GPUs of one host); the last two are 0 for a slice of TPUs.
+  """(kind of chip, hosts, GPUs of one host); the last two are 0 for a slice of TPUs.
 
   Raises:
     TopologyError: an unknown kind of chip, or GPUs that are not written as a number.
@@ -106,12 +104,12 @@ def parse(topology: str) -> tuple[str, int, int]:
 
 
 def slice_mesh(topology: str, shape: Mapping[str, int]) -> jax.sharding.Mesh:
-  """The mesh over a slice's or some servers' chips. v5p:4x4x4 is what Google Cloud calls v5p-128: 64
-  chips of two cores each.
+  """The mesh over all chips of a slice or of GPU servers. Google Cloud calls v5p:4x4x4 v5p-128: it counts
+  the two cores of each of the 64 chips.
 
   Raises:
-    TopologyError: no compiler, or no such slice.
-    ShardingError: the chips are not as many as the mesh needs.
+    TopologyError: no compiler is installed, or there is no such slice.
+    ShardingError: the mesh does not fit the number of chips.
   """
   kind, hosts, gpus = parse(topology)
   devices = _gpus(kind, hosts, gpus) if gpus else _tpus(topology)
@@ -119,22 +117,22 @@ def slice_mesh(topology: str, shape: Mapping[str, int]) -> jax.sharding.Mesh:
 
 
 def better_mesh(mesh: jax.sharding.Mesh) -> dict[str, int] | None:
-  """Axis sizes whose programs gather weights by all-gathers where those of `mesh` use all-reduces, see
-  `sharding.torus_side`; None if nothing is known to help."""
+  """Axis sizes to use where `fsdp` alone spans all three dimensions of a torus, else None. libtpu gathers
+  weights by all-reduces there, at twice the bytes: see `sharding.torus_side`."""
   side = sharding.torus_side([*mesh.devices.flat])
-  if side == 1 or mesh.shape["fsdp"] % side or mesh.shape["data"] > 1:
+  if side == 1 or mesh.shape["fsdp"] < mesh.size:
     return None
-  return {"data": side, "fsdp": mesh.shape["fsdp"] // side}
+  return {"data": side, "fsdp": mesh.size // side}
 
 
-# Else libtpu asks the cloud's metadata server who it is, and refuses a second process.
+# Without these libtpu queries the cloud's metadata server, and refuses a second process.
 _ALONE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5p-8",
           "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
 
 
 def _tpus(topology: str) -> list[jax.Device]:
   try:
-    import libtpu  # noqa: F401 (jax finds it by itself, and says nothing useful if it cannot)
+    import libtpu  # noqa: F401 (jax imports it by itself; its error does not name the package)
   except ImportError as error:
     raise TopologyError("compiling for TPUs needs the package libtpu: "
                         "pip install -e '.[aot]'") from error

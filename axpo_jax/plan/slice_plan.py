@@ -1,4 +1,7 @@
-"""From a config and a topology to what `launch/compile.py` prints."""
+"""A run's shapes and programs on a slice of TPUs or on GPU servers, for `launch/compile.py`.
+
+In: a config and a topology. Out: a description (mesh, micro-batch, sampler) and a `slice_report.Report`.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,11 @@ class Plan:
   """A config's run on a slice of TPUs or on GPU servers.
 
   Attributes:
-    topology: of the trainer's chips.
-    rows: of a micro-batch: config.batch.rows, rounded up to a row for each shard, as packing does.
-    image_share, largest: of the tokens that show an image, and whether a crop is of the largest size.
-    servers: SGLang servers that the run starts on the host's other GPUs.
+    topology: the trainer's chips.
+    mesh: over these chips.
+    rows: rows of a micro-batch: config.batch.rows, rounded up to a multiple of the shards as in packing.
+    image_share, largest: see `aot.abstract_batch`.
+    servers: how many SGLang servers the run starts on the host's other GPUs.
   """
 
   config: ConfigDict
@@ -46,7 +50,15 @@ class Plan:
   @classmethod
   def from_config(cls, config: ConfigDict, topology: str, *, layers: int = 0,
                   image_share: float = 0.25, largest: bool = False) -> Plan:
-    """Raises ConfigError or TopologyError."""
+    """
+    Args:
+      topology: all chips, those of the run's own servers included.
+      layers: text layers, if fewer than the model's; 0: all.
+
+    Raises:
+      ConfigError: no model is named, a value is wrong, or the mesh does not fit the chips.
+      TopologyError: see `chips`.
+    """
     kind, hosts, gpus = chips.parse(topology)
     model, servers = _model_config(config, layers), 0
     sections.check(config)
@@ -64,18 +76,27 @@ class Plan:
                -(-config.batch.rows // shards) * shards, image_share, largest, servers)
 
   def describe(self) -> str:
+    """Chips, mesh, micro-batch and sampler, one line each.
+
+    Raises:
+      ConfigError: the GPUs of one SGLang server cannot hold the longest episode.
+    """
     mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
     tokens = self.rows * self.config.batch.length
     text = (f"{self.mesh.size} chips as {self.topology}, mesh {mesh}; {self.model.text.num_layers} "
             f"layers; micro-batches of {self.rows} rows x {self.config.batch.length:,} = "
             f"{tokens:,} tokens, {tokens // self.mesh.size:,} a chip")
+    if better := chips.better_mesh(self.mesh):
+      flags = " ".join(f"--config.mesh.{axis}={size}" for axis, size in better.items())
+      text += (f"\nfsdp spans all three dimensions of the slice, where libtpu gathers weights at twice the "
+               f"bytes: try {flags}")
     if sampling_stages(self.config):
       sampler = self._servers() if self.config.rollout.engine == "sglang" else self._engine()
       text += f"\nsampling: {sampler}"
     return text
 
   def _engine(self) -> str:
-    """How many programs the embedded engine can meet."""
+    """How many programs the embedded engine can need."""
     config, mesh = self.config, self._sampler_mesh()
     shards = sharding.parts("batch", mesh, kv_pool.engine_rules(None))
     penalised = tuple(
@@ -88,7 +109,7 @@ class Plan:
             "is compiled when a call first has it")
 
   def _servers(self) -> str:
-    """What the SGLang servers that sample for the run need."""
+    """What one SGLang server holds."""
     section, kind = self.config.rollout.sidecar, chips.parse(self.topology)[0]
     gpu = kind if chips.CHIPS[kind].gpu else "h100"
     gigabytes = chips.CHIPS[gpu].gpu["device_memory_size"] / 1e9
@@ -119,13 +140,11 @@ class Plan:
       kept, found = aot.compile_sampler(*sampler, self._sampler_mesh(),
                                         [name for name in functions if name in aot.SAMPLER])
       held, programs = held | kept, programs | found
-    return slice_report.Report(
-      chips.CHIPS[chips.parse(self.topology)[0]], self.mesh.size, held, programs,
-      self.config.rl.reference_offload, self.model.remat, self.config.optimizer.mu_dtype, self.model.param_dtype,
-      self.rows // batch_shards(self.mesh), self.mesh.shape["data"], chips.better_mesh(self.mesh))
+    return slice_report.Report(chips.CHIPS[chips.parse(self.topology)[0]], held, programs,
+                               self.config.rl.reference_offload)
 
   def _sampler_mesh(self) -> jax.sharding.Mesh:
-    """Of a run of several processes the main one samples, on its own chips."""
+    """The main process's chips: in a run of several processes it alone samples."""
     if len({device.process_index for device in self.mesh.devices.flat}) == 1:
       return self.mesh
     return sharding.make_mesh(
@@ -149,7 +168,8 @@ class Plan:
 
   @property
   def _frozen_dtype(self) -> str:
-    """Of what is not trained, as `build.frozen_dtype`; a preset's checkpoint is Qwen's."""
+    """The dtype of parameters that are not trained, as in `build.frozen_dtype`. Qwen's checkpoints, which
+    the presets describe, are bfloat16."""
     checkpoint = self.config.model.checkpoint
     return (hf.stored_dtype(checkpoint) or self.model.param_dtype) if checkpoint else "bfloat16"
 
