@@ -182,7 +182,8 @@ def _holder(default: Any, hint: Any) -> Any:
 def _model() -> ConfigDict:
   return _section(
     ModelConfig, "dtype", "param_dtype", "attention", "attention_chunk",
-    checkpoint="",            # folder in Hugging Face layout (config.json, *.safetensors, tokenizer)
+    # Folder in Hugging Face layout (config.json, *.safetensors, tokenizer), or its name on the hub.
+    checkpoint="",
     preset="",                # sizes for random initialisation, only where checkpoint is empty
     tokenizer="",             # tokenizer folder; empty = the checkpoint's
     remat="full",             # what the backward pass recomputes of a layer: none, dots or full
@@ -203,9 +204,9 @@ def _data() -> ConfigDict:
     # jsonl, parquet, datasets (a folder of save_to_disk), miniworld, or a public data set as it was
     # downloaded: PUBLIC_SETS, BENCHMARKS.
     source="jsonl",
-    path="",                  # file of training questions; of a public set a folder too
+    path="",                  # file or folder of training questions, or a data set's name on the hub
     eval_source="",           # like source, of the held-out questions; "" = the same
-    eval_path="",             # file of held-out questions
+    eval_path="",             # the same, of held-out questions
     image_folder="",          # where image paths start, and stay; "" = the folder of the file
     image_anywhere=False,     # image paths may leave that folder: only for files that you trust
     image_cache="",           # folder to keep images in that come as bytes; "" = in memory
@@ -448,8 +449,8 @@ def _judge() -> ConfigDict:
 
 def _eval() -> ConfigDict:
   return ConfigDict(dict(
-    # Benchmarks of the stage "eval" (BENCHMARKS), each in a folder of its name in `folder`; none:
-    # held-out questions, which RL measures too.
+    # Benchmarks of the stage "eval" (BENCHMARKS, and yours as "module:name": docs/extending.md), each in a
+    # folder of its name in `folder`; none: held-out questions, which RL measures too.
     benchmarks=(),
     folder="",                # that holds the benchmarks
     # Decides on benchmarks where no rule does; no url = nobody does.

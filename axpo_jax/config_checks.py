@@ -10,7 +10,7 @@ import os
 
 from ml_collections import ConfigDict
 
-from axpo_jax import paths
+from axpo_jax import hub, paths
 from axpo_jax.config import (
   BENCHMARKS,
   DATA_SOURCES,
@@ -71,18 +71,20 @@ _NOT_BELOW = (  # (the smaller, the greater)
 
 
 def validate(config: ConfigDict) -> None:
-  """Sets what config.rl.recipe names, and checks a whole config, so that a run fails in its first seconds.
+  """Sets what config.rl.recipe names, downloads what is named on the hub, and checks the whole config, so that
+  a run fails in its first seconds.
 
   Raises:
     ConfigError: names the field and says what to set it to.
   """
   apply_recipe(config)
   _validate_values(config)
+  hub.fetch_named(config)
   model = config.model
   if bool(model.checkpoint) == bool(model.preset):
     raise ConfigError(
-      "set config.model.checkpoint to a Qwen3-VL folder in Hugging Face layout "
-      "(--config.model.checkpoint=/path/to/Qwen3-VL-8B-Thinking), or config.model.preset for "
+      "set config.model.checkpoint to a Qwen3-VL folder in Hugging Face layout or its name on the hub "
+      "(--config.model.checkpoint=Qwen/Qwen3-VL-8B-Thinking), or config.model.preset for "
       f"random parameters; now checkpoint={model.checkpoint!r}, preset={model.preset!r}")
   _require_folder("config.model.checkpoint", model.checkpoint)
   if model.preset and not model.tokenizer:
@@ -198,15 +200,15 @@ def _validate_data(config: ConfigDict) -> None:
     raise ConfigError(f"config.data.eval_source={data.eval_source!r}; choose one of {FILE_SOURCES}, or "
                       "leave it empty for that of config.data.source")
   if {"teach", "screen", "rl"} & stages:
-    _require_data("config.data.path", data.path, data.source)
+    _require_data("config.data.path", data.path)
   if reads_held_out(config):
-    _require_data("config.data.eval_path", data.eval_path, data.eval_source or data.source)
+    _require_data("config.data.eval_path", data.eval_path)
   _require_folder("config.data.image_folder", data.image_folder)
 
 
-def _require_data(field: str, path: str, source: str) -> None:
-  """A file; of a public data set, the folder it was downloaded to will do."""
-  if source in ("jsonl", "parquet") or not paths.parse(path or "?", field).is_dir():
+def _require_data(field: str, path: str) -> None:
+  """A file, or a folder of files."""
+  if not paths.parse(path or "?", field).is_dir():
     _require_file(field, path)
 
 
@@ -248,16 +250,28 @@ def _validate_stages(config: ConfigDict) -> None:
 
 
 def _validate_benchmarks(section: ConfigDict) -> None:
-  if unknown := sorted(set(section.benchmarks) - set(BENCHMARKS)):
-    raise ConfigError(f"config.eval.benchmarks names {unknown}; there are {BENCHMARKS}")
+  if unknown := sorted(name for name in section.benchmarks if name not in BENCHMARKS and ":" not in name):
+    raise ConfigError(f"config.eval.benchmarks names {unknown}; there are {BENCHMARKS}, and your own as "
+                      "'module:name'")
   if section.benchmarks and not section.folder:
     raise ConfigError("config.eval.folder is empty: set it to the folder that holds one folder for "
                       f"each of config.eval.benchmarks={tuple(section.benchmarks)}")
-  for name in section.benchmarks:
+  for name in map(_benchmark_name, section.benchmarks):
     if not (paths.parse(section.folder, "config.eval.folder") / name).is_dir():
       raise ConfigError(f"config.eval.folder={section.folder!r} has no folder {name!r}: put that "
                         "benchmark's files there (docs/data.md), or leave it out of "
                         "config.eval.benchmarks")
+
+
+def _benchmark_name(name: str) -> str:
+  """The name of a benchmark's folder; one that is yours is imported for it."""
+  if ":" not in name:
+    return name
+  from axpo_jax.eval import benchmarks  # loads math-verify, which other runs do not need here
+  try:
+    return benchmarks.named(name).name
+  except ValueError as error:
+    raise ConfigError(f"config.eval.benchmarks: {error}") from error
 
 
 def _validate_tools(config: ConfigDict) -> None:

@@ -1,4 +1,4 @@
-"""The paper's nine benchmarks: how each is read and scored.
+"""The paper's nine benchmarks, and those of others: how each is read and scored.
 
 In: the name of a benchmark, and the files of its public release. Out: `Question`s that carry what the
 official scoring needs, `Score`s of answers to them, and the numbers a benchmark reports beyond
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import importlib
 import math
 import re
 from collections import defaultdict
@@ -26,9 +27,9 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from axpo_jax.agent.judge import Judge, JudgeError
-from axpo_jax.data import adapters
+from axpo_jax.data import adapters, files
 from axpo_jax.data.question import Question
-from axpo_jax.data.readers import ReaderConfig, ReadReport
+from axpo_jax.data.readers import Layout, ReaderConfig, ReadReport, read_questions
 from axpo_jax.eval import scoring
 from axpo_jax.eval.scoring import Score
 
@@ -42,27 +43,32 @@ class Benchmark:
   """One benchmark.
 
   Attributes:
-    name: its key in BENCHMARKS and in metric names; also the adapter that reads it.
+    name: its key in BENCHMARKS, in metric names and of its folder.
     title: as the paper's tables head its column.
     category: "reasoning", "perception" or "search", as the paper groups them.
-    size: records of the public release, all variants counted; another number deserves a warning.
+    size: records of the public release, all variants counted; another number deserves a warning. 0: not
+      known.
     judged: a judge may decide where no rule matches.
     reports_f1: token F1 is part of its official scoring; without a judge it is the value.
     variants: metric name of "right in all variants of a question"; "" where there are none.
+    layout: of its files; None takes the one of its name in `data.adapters`.
   """
 
   name: str
   title: str
   category: str
-  size: int
+  size: int = 0
   judged: bool = False
   reports_f1: bool = False
   variants: str = ""
+  layout: Layout | None = None
 
   def read(self, paths: str | Path | Iterable[str | Path], config: ReaderConfig | None = None,
            report: ReadReport | None = None) -> Iterator[Question]:
     """Streams its questions; see `data.adapters.read`."""
-    return adapters.read(self.name, paths, config, report)
+    if self.layout is None:
+      return adapters.read(self.name, paths, config, report)
+    return read_questions(paths, config, report, self.layout, files.TYPES)
 
   async def score(self, question: Question, answer: str | None, judge: Judge | None = None) -> Score:
     """Scores one answer (the text inside \\boxed{}; None where a response gave none)."""
@@ -107,6 +113,26 @@ class Benchmark:
       out[f"{prefix}/judged_share"] = len(asked) / len(every)
       out[f"{prefix}/judge_failed"] = float(asked.count(scoring.JUDGE_FAILED))
     return out
+
+
+def named(name: str) -> Benchmark:
+  """The benchmark of a config: one of BENCHMARKS, or "module:name", which is imported.
+
+  Raises:
+    ValueError: there is none, or what is there is no Benchmark.
+  """
+  module, colon, attribute = name.partition(":")
+  if not colon:
+    if name not in BENCHMARKS:
+      raise ValueError(f"there is no benchmark {name!r}; there are {sorted(BENCHMARKS)}, and your own as 'module:name'")
+    return BENCHMARKS[name]
+  try:
+    found = getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise ValueError(f"{name!r} cannot be imported: {error}") from error
+  if not isinstance(found, Benchmark):
+    raise ValueError(f"{name!r} is a {type(found).__name__}, not an axpo_jax.eval.benchmarks.Benchmark")
+  return found
 
 
 def group(question: Question) -> Hashable:

@@ -76,10 +76,11 @@ def _check_questions(config: ConfigDict, field: str, path: str, source: str, lea
 
 
 def _check_benchmark(config: ConfigDict, name: str) -> None:
-  folder = paths.parse(config.eval.folder, "config.eval.folder") / name
+  benchmark = benchmarks.named(name)
+  folder = paths.parse(config.eval.folder, "config.eval.folder") / benchmark.name
   how = readers.ReaderConfig(image_check="none", max_bad_share=config.data.max_bad_share)
   report = readers.ReadReport(quiet=True)
-  _read_some(f"config.eval.folder: {name}", benchmarks.BENCHMARKS[name].read(folder, how, report), report)
+  _read_some(f"config.eval.folder: {name}", benchmark.read(folder, how, report), report)
 
 
 def _read_some(where: str, stream: Iterator[Question], report: readers.ReadReport) -> int | None:

@@ -79,8 +79,8 @@ def evaluation(config: ConfigDict, bench: build.Workbench, policy: str, root: ep
   """The benchmarks, or the held-out questions where none is named; results.json at the end. With
   `eval.forced` all of them again, with a call forced (`eval.forced`)."""
   section, folder = config.eval, root / "eval"
-  jobs = [Job(name, folder / name, functools.partial(_benchmark_questions, config, name), section,
-              benchmarks.BENCHMARKS[name]) for name in section.benchmarks]
+  jobs = [Job(one.name, folder / one.name, functools.partial(_benchmark_questions, config, one), section, one)
+          for one in map(benchmarks.named, section.benchmarks)]
   if not jobs:
     jobs = [Job(shards.HELD_OUT, folder / shards.HELD_OUT, lambda: build.eval_questions(config), section)]
   forcing = [dataclasses.replace(job, folder=job.folder / shards.FORCED, forces=job.folder)
@@ -107,15 +107,15 @@ def evaluation(config: ConfigDict, bench: build.Workbench, policy: str, root: ep
   return policy
 
 
-def _benchmark_questions(config: ConfigDict, name: str) -> Iterator[Question]:
-  benchmark, count = benchmarks.BENCHMARKS[name], 0
+def _benchmark_questions(config: ConfigDict, benchmark: benchmarks.Benchmark) -> Iterator[Question]:
+  name, count = benchmark.name, 0
   # Pictures of 8K: what is broken in them shows when they are asked about, and is counted.
   reader = ReaderConfig(image_check="none", max_bad_share=config.data.max_bad_share)
   for question in benchmark.read(paths.parse(config.eval.folder, "config.eval.folder") / name, reader):
     count += 1
     yield question
-  if count != benchmark.size:
-    logging.warning("%s has %d questions here; the paper's release has %d", name, count,
+  if count != benchmark.size and benchmark.size:
+    logging.warning("%s has %d questions here; the public release has %d", name, count,
                     benchmark.size)
 
 
