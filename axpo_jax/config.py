@@ -35,10 +35,11 @@ from axpo_jax.miniworld.habits import TeacherConfig
 from axpo_jax.miniworld.perception import PerceptionConfig
 from axpo_jax.miniworld.reasoning import ReasoningConfig
 from axpo_jax.model.config import LoraConfig, ModelConfig
+from axpo_jax.rl import recipes
 from axpo_jax.rl.credit import CreditConfig
 from axpo_jax.rl.loss_config import LossConfig
-from axpo_jax.rl.recipes import RECIPES, ShapingConfig
-from axpo_jax.rl.resample import ResampleConfig
+from axpo_jax.rl.resample import DynamicConfig, ResampleConfig
+from axpo_jax.rl.shaping import ShapingConfig
 from axpo_jax.train.optimizer_config import OptimizerConfig
 
 STAGES = ("teach", "sft", "screen", "rl", "eval")
@@ -116,9 +117,10 @@ def fields(config: ConfigDict, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def apply_recipe(config: ConfigDict) -> None:
   """Sets the fields of `config.rl` that its recipe names, whatever a config file says of them."""
-  if config.rl.recipe not in RECIPES:
-    raise ConfigError(f"config.rl.recipe={config.rl.recipe!r}; choose one of {tuple(RECIPES)}")
-  config.rl.update_from_flattened_dict(RECIPES[config.rl.recipe])
+  try:
+    config.rl.update_from_flattened_dict(recipes.overrides(config.rl.recipe))
+  except ValueError as error:
+    raise ConfigError(f"config.rl.recipe={error}") from error
 
 
 def limits(config: ConfigDict, stage: str) -> ConfigDict:
@@ -367,6 +369,8 @@ def _rl() -> ConfigDict:
     )),
     # Rewards of neighbouring recipes, off in the paper's.
     shaping=_section(ShapingConfig),
+    # Sampling more questions until enough can teach something (DAPO), off in the paper's.
+    dynamic=_section(DynamicConfig),
   ))
 
 

@@ -41,13 +41,13 @@ from axpo_jax.model import attention, sharding
 from axpo_jax.model.config import PRESETS, ModelConfig
 from axpo_jax.model.images import PatchFormat, ProcessedImage
 from axpo_jax.model.vision_inputs import mrope_positions
-from axpo_jax.rl.credit import Branch, CreditConfig, GroupOutcome, assign_credit
+from axpo_jax.rl.algorithm import assign_credit
+from axpo_jax.rl.credit import Branch, CreditConfig, GroupOutcome
 from axpo_jax.rl.loss_config import LossConfig
 from axpo_jax.rl.resample import ResampleConfig, prefix_budget
 from axpo_jax.train.batch import Batch, packing_metrics, place, targets
-from axpo_jax.train.optimizer_config import OptimizerConfig
 from axpo_jax.train.packing import Example, pack
-from axpo_jax.train.state import init_params, make_optimizer
+from axpo_jax.train.state import OptimizerConfig, init_params, make_optimizer
 from axpo_jax.train.step import Learner, policy_objective
 
 N, K, RATIO = 8, 4, 0.25
@@ -125,7 +125,7 @@ def step_examples(questions: int, tool_rate: float, config: ModelConfig) -> list
     if tools[q] and served:
       served, branches = served - 1, [Branch(0, np.eye(K)[0])]
     continuations = [[*rollouts[0][:3], *_act(rng, config), _words(rng, ANSWER)] for _ in range(K)]
-    credits = assign_credit([GroupOutcome(rewards, np.arange(N) < tools[q], branches)],
+    credits = assign_credit([GroupOutcome(rewards, branches)],
                             CreditConfig())
     made += [_example((rollouts if c.branch is None else continuations)[c.rollout], c, rng, config)
              for c in credits]

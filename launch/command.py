@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from axpo_jax.config import fields
 from axpo_jax.errors import ConfigError, RunStopped
-from axpo_jax.rl.recipes import RECIPES
+from axpo_jax.rl import recipes
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -75,7 +75,11 @@ def check_config_flags(arguments: Sequence[str]) -> None:
 def _check_recipe(arguments: Sequence[str]) -> None:
   """Raises ConfigError for a field that is given beside a recipe that sets it otherwise."""
   rl = read_config(arguments).rl
-  for name, wanted in RECIPES.get(rl.recipe, {}).items():
+  try:
+    wanted_by_name = recipes.overrides(rl.recipe)
+  except ValueError:
+    return  # `apply_recipe` says so, with the list
+  for name, wanted in wanted_by_name.items():
     value = dict(fields(rl))[name]
     if value != wanted and any(re.match(rf"--?config\.rl\.{re.escape(name)}\b", text) for text in arguments):
       raise ConfigError(f"--config.rl.{name}={value!r}: config.rl.recipe={rl.recipe!r} sets it to {wanted!r}; "

@@ -62,8 +62,11 @@ def standardise(
   ddof: int = 1,
   eps: float = 1e-6,
   normalise_std: bool = True,
+  leave_one_out: bool = False,
 ) -> float | np.ndarray:
   """(value - mean(reference)) / (std(reference) + eps); zero when the reference is constant.
+
+  `leave_one_out` (RLOO) compares the value, which is one of the reference, with the mean of the others.
 
   A constant reference carries no comparison. Without the rule, eps alone would turn the rounding
   error of its mean into an advantage.
@@ -73,6 +76,8 @@ def standardise(
     return np.zeros_like(np.asarray(value, dtype=np.float64))[()]
   mean, std = mean_and_std(reference, ddof)
   centred = np.asarray(value, dtype=np.float64) - mean
+  if leave_one_out:  # v - (n mean - v) / (n - 1)
+    centred = centred * (len(reference) / (len(reference) - 1))
   return (centred / (std + eps) if normalise_std else centred)[()]
 
 
@@ -82,6 +87,7 @@ def group_advantages(
   ddof: int = 1,
   eps: float = 1e-6,
   normalise_std: bool = True,
+  leave_one_out: bool = False,
 ) -> np.ndarray:
   """A_i = (r_i - mean(r)) / (std(r) + eps) for one group.
 
@@ -90,6 +96,7 @@ def group_advantages(
     ddof: 1 for the unbiased standard deviation (default), 0 for the population's.
     eps: added to the standard deviation.
     normalise_std: False leaves out the division (Dr.GRPO, arXiv 2503.20783).
+    leave_one_out: True takes the mean of the other rollouts (RLOO, arXiv 2402.14740).
 
   Returns:
     Advantages, float64 [N]; all zero when the rewards are all equal.
@@ -98,4 +105,5 @@ def group_advantages(
     ValueError: rewards are empty or not finite.
   """
   rewards_N = reward_vector(rewards_N)
-  return standardise(rewards_N, rewards_N, ddof=ddof, eps=eps, normalise_std=normalise_std)
+  return standardise(rewards_N, rewards_N, ddof=ddof, eps=eps, normalise_std=normalise_std,
+                     leave_one_out=leave_one_out)

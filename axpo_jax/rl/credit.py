@@ -1,7 +1,6 @@
-"""Who learns from which tokens with which advantage (arXiv 2605.28774, section 3).
+"""The details of credit: its switches, its records, and the advantage of a prefix.
 
-In: per question the N rewards and the branches (a source rollout, its K continuations' rewards).
-Out: one `Credit` per sequence to train on. A group without branches is plain GRPO, by the same code.
+`algorithm.assign_credit` puts them together (arXiv 2605.28774, section 3).
 
 Legend: N rollouts of one question, K continuations of one prefix.
 """
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from axpo_jax.rl.advantages import group_advantages, mean_and_std, reward_vector, standardise
+from axpo_jax.rl.advantages import mean_and_std, reward_vector, standardise
 
 PREFIX_CREDITS = ("any", "mean", "excess", "none")
 ALL, PREFIX, CONTINUATION = "all", "prefix", "continuation"
@@ -31,6 +30,8 @@ class CreditConfig:
     ddof: ours; 1 is the unbiased standard deviation, 0 the population's.
     eps: ours; added to every standard deviation.
     normalise_std: False only centres the rewards (Dr.GRPO).
+    leave_one_out: True compares a reward with the mean of the *others* of its group (RLOO,
+      arXiv 2402.14740); needs normalise_std=False.
   """
 
   prefix_credit: str = "any"
@@ -38,6 +39,7 @@ class CreditConfig:
   ddof: int = 1
   eps: float = 1e-6
   normalise_std: bool = True
+  leave_one_out: bool = False
 
   def __post_init__(self):
     if self.prefix_credit not in PREFIX_CREDITS:
@@ -48,19 +50,29 @@ class CreditConfig:
       raise ValueError(f"credit.ddof={self.ddof}; choose 0 or 1.")
     if not self.eps >= 0:
       raise ValueError(f"credit.eps={self.eps}; it must be >= 0.")
+    if self.leave_one_out and self.normalise_std:
+      raise ValueError("credit.leave_one_out=True needs credit.normalise_std=False.")
 
   @property
   def scale(self) -> dict:
     """Keyword arguments of `advantages.standardise`."""
-    return {"ddof": self.ddof, "eps": self.eps, "normalise_std": self.normalise_std}
+    return {name: getattr(self, name) for name in ("ddof", "eps", "normalise_std", "leave_one_out")}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Branch:
-  """K continuations of the prefix of rollout `source` (its position in the group)."""
+  """K continuations of one prefix.
+
+  Attributes:
+    source: position in the group of the rollout whose prefix it is.
+    rewards_K: as judged.
+    num_calls_K, lengths_K: tool calls, and response tokens; only shaping reads them.
+  """
 
   source: int
   rewards_K: np.ndarray
+  num_calls_K: np.ndarray | None = None
+  lengths_K: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,15 +80,15 @@ class GroupOutcome:
   """One question after rollouts and resampling.
 
   Attributes:
-    rewards_N: rewards of the N rollouts (shaped, if a recipe shapes them).
-    used_tool_N: whether each rollout opened a tool call. The rule does not need it; it is here so
-      that a group's outcome is complete.
+    rewards_N: as judged.
     branches: at most one per source.
+    num_calls_N, lengths_N: tool calls, and response tokens; only shaping reads them.
   """
 
   rewards_N: np.ndarray
-  used_tool_N: np.ndarray
   branches: Sequence[Branch] = ()
+  num_calls_N: np.ndarray | None = None
+  lengths_N: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,83 +147,9 @@ def _excess_advantage(others: np.ndarray, rewards_K: np.ndarray, config: CreditC
   return excess / (mean_and_std(pooled, config.ddof)[1] + config.eps)
 
 
-def assign_credit(groups: Sequence[GroupOutcome], config: CreditConfig) -> list[Credit]:
-  """Advantage and region of every sequence of the step.
-
-  Order: the N rollouts of a question, then its branches' continuations, question by question.
-  Sequences with zero advantage stay: their KL counts, and so do their tokens in the one token mean
-  over every unmasked token of the step. Dropping them would make the step's size depend on luck.
-
-  Raises:
-    ValueError: a branch names a source that is not there or already has a branch, or rewards are
-      empty or not finite.
-  """
-  credits = []
-  for number, group in enumerate(groups):
-    _check_branches(number, group)
-    plain_N, resampled_MxK = _advantages(group, config)
-    prefix_by_source = {
-      branch.source: prefix_advantage(group.rewards_N, branch.source, branch.rewards_K, config)
-      for branch in group.branches
-      if config.prefix_credit != "none"
-    }
-    for rollout, plain in enumerate(plain_N):
-      if rollout in prefix_by_source:
-        credits.append(Credit(number, rollout, None, PREFIX, prefix_by_source[rollout]))
-      else:
-        credits.append(Credit(number, rollout, None, ALL, float(plain)))
-    for branch, resampled_K in enumerate(resampled_MxK):
-      credits += [
-        Credit(number, k, branch, CONTINUATION, float(a)) for k, a in enumerate(resampled_K)
-      ]
-  return credits
-
-
-def loss_mask(sampled_T: np.ndarray, region: str, prefix_end: int | None = None) -> np.ndarray:
-  """Which tokens of a sequence carry loss: the sampled ones of a region, no prompt, no observation.
-
-  Args:
-    sampled_T: whether the policy sampled the token. For a continuation: of its whole sequence, the
-      copied prefix included.
-    region: Credit.region.
-    prefix_end: tokens of the sequence before the cut, in the same form (collapsed or expanded) as
-      `sampled_T`; needed for "prefix" and "continuation". The opening tag is the prefix's last.
-
-  Returns:
-    bool [T]. "prefix" and "continuation" split "all" without overlap.
-
-  Raises:
-    ValueError: an unknown region, or a prefix_end that is missing or outside the sequence.
-  """
-  sampled_T = np.asarray(sampled_T, dtype=bool)
-  if region == ALL:
-    return sampled_T.copy()
-  if region not in (PREFIX, CONTINUATION):
-    raise ValueError(f"region={region!r}; choose 'all', 'prefix' or 'continuation'.")
-  if prefix_end is None or not 0 < prefix_end <= len(sampled_T):
-    raise ValueError(f"prefix_end={prefix_end} must lie in 1..{len(sampled_T)} for {region!r}.")
-  before_T = np.arange(len(sampled_T)) < prefix_end
-  return sampled_T & (before_T if region == PREFIX else ~before_T)
-
-
-def _advantages(group: GroupOutcome, config: CreditConfig) -> tuple[np.ndarray, list[np.ndarray]]:
-  """Plain advantages of the N rollouts, and those of each branch's K continuations."""
-  if not (config.merge_resamples and group.branches):
-    return group_advantages(group.rewards_N, **config.scale), [
-      group_advantages(branch.rewards_K, **config.scale) for branch in group.branches
-    ]
-  merged = np.concatenate([group.rewards_N, *(branch.rewards_K for branch in group.branches)])
-  sizes = [len(group.rewards_N), *(len(branch.rewards_K) for branch in group.branches)]
-  plain_N, *resampled = np.split(group_advantages(merged, **config.scale), np.cumsum(sizes)[:-1])
-  return plain_N, resampled
-
-
-def _check_branches(number: int, group: GroupOutcome) -> None:
+def check_branches(number: int, group: GroupOutcome) -> None:
+  """Raises ValueError for a branch whose source is no rollout of group `number`, or has a branch already."""
   sources = [branch.source for branch in group.branches]
-  if len(group.used_tool_N) != len(group.rewards_N):
-    raise ValueError(
-      f"group {number}: {len(group.rewards_N)} rewards but {len(group.used_tool_N)} tool flags."
-    )
   if any(not 0 <= source < len(group.rewards_N) for source in sources):
     raise ValueError(
       f"group {number}: branch sources {sources} must be positions below {len(group.rewards_N)}."

@@ -1,8 +1,8 @@
-"""The clipped policy loss with KL to a fixed reference (arXiv 2605.28774, section 2).
+"""The policy loss: a surrogate, the KL to a fixed reference, and an entropy bonus (arXiv 2605.28774, section 2).
 
-GRPO and AXPO share it: they differ in advantages and masks alone (`credit.assign_credit`). All
+GRPO and AXPO share it: they differ in advantages and masks alone (`algorithm.assign_credit`). All
 results are *sums* over tokens, so that micro-batches add up; the caller divides once by the step's
-divisor (`weights.sequence_weights`). Everything is computed in float32.
+divisor (`algorithm.weigh`). Everything is computed in float32.
 
 Legend: B rows, T tokens of a row.
 """
@@ -14,10 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from axpo_jax.rl.loss_config import LossConfig
-
-# exp(20) = 4.9e8: far beyond any clip or cap, far below float32's overflow.
-_MAX_LOG_RATIO = 20.0
-
+from axpo_jax.rl.surrogates import (
+  BY_SEQUENCE,
+  MAX_LOG_RATIO,
+  SURROGATES,
+  Tokens,
+  mean_by_sequence,
+  sampler_weight,
+)
 
 
 def policy_loss(
@@ -30,6 +34,7 @@ def policy_loss(
   config: LossConfig,
   entropy: jax.Array | None = None,
   *,
+  sequence: jax.Array | None = None,
   lag: jax.Array | None = None,
   max_lag: int = 0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -49,6 +54,8 @@ def policy_loss(
       arrays hold there (NaN included).
     config: see LossConfig.
     entropy: policy entropy of each token in nats; needed if entropy_coef is not 0, else logged.
+    sequence: int, a number a token; neighbours of one number in a row are one sequence. Needed by the
+      surrogates of whole sequences.
     lag: int, versions by which the weights that drew the token were behind those being trained.
     max_lag: the gap to the sampler is also logged for every lag from 0 to this, if it is not 0.
 
@@ -59,7 +66,7 @@ def policy_loss(
   Raises:
     ValueError: an array that the config needs is None.
   """
-  _check_inputs(config, ref_logp, entropy)
+  _check_inputs(config, ref_logp, entropy, sequence)
   weights = weights.astype(jnp.float32)
   mask = weights != 0
 
@@ -69,10 +76,13 @@ def policy_loss(
   logp, advantages = clean(logp), clean(advantages)
   old_logp = jax.lax.stop_gradient(logp if old_logp is None else clean(old_logp))
   behaviour_logp = clean(behaviour_logp)
-  ratio = jnp.exp(jnp.clip(logp - old_logp, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
-  surrogate, clipped = _SURROGATES[config.variant](ratio, logp, advantages, config)
+  log_ratio = jnp.clip(logp - old_logp, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+  ratio = jnp.exp(log_ratio)
+  surrogate, clipped = SURROGATES[config.variant](
+    Tokens(log_ratio, ratio, logp, old_logp, advantages,
+           lambda x: mean_by_sequence(x, mask, sequence)), config)
   gap = jnp.where(mask, old_logp - behaviour_logp, 0.0)
-  tis, corrected = _sampler_correction(gap, config)
+  tis, corrected = sampler_weight(gap, config)
   sampler_metrics = _gap_metrics(old_logp, behaviour_logp, corrected, mask)
   for k in range(max_lag + 1) if max_lag else ():
     of_lag = _gap_metrics(old_logp, behaviour_logp, corrected, mask & (lag == k))
@@ -105,45 +115,8 @@ def k3(logp: jax.Array, ref_logp: jax.Array, cap: float) -> jax.Array:
   through logp directly; where the cap holds it is zero.
   """
   # The outer bound only keeps exp from overflowing: an infinite slope times zero would be NaN.
-  d = jnp.clip(ref_logp - logp, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+  d = jnp.clip(ref_logp - logp, -MAX_LOG_RATIO, MAX_LOG_RATIO)
   return jnp.minimum(jnp.expm1(d) - d, cap)
-
-
-def _clipped_surrogate(ratio, logp, advantages, config):
-  """min(rho A, clip(rho, 1 - eps_low, 1 + eps_high) A), and which tokens the clip silenced."""
-  del logp
-  bounded = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
-  surrogate = jnp.minimum(ratio * advantages, bounded * advantages)
-  metrics = {
-    "clip_low": (ratio < 1 - config.clip_low) & (advantages < 0),
-    "clip_high": (ratio > 1 + config.clip_high) & (advantages > 0),
-  }
-  if config.dual_clip is not None:
-    floor = config.dual_clip * advantages
-    metrics["clip_dual"] = (advantages < 0) & (surrogate < floor)
-    surrogate = jnp.where(advantages < 0, jnp.maximum(surrogate, floor), surrogate)
-  return surrogate, metrics
-
-
-def _cispo_surrogate(ratio, logp, advantages, config):
-  """sg(clip(rho)) * A * logp: no token is silenced, only its weight is bounded."""
-  bounded = jnp.clip(ratio, config.cispo_min_ratio, config.cispo_max_ratio)
-  metrics = {
-    "clip_low": ratio < config.cispo_min_ratio,
-    "clip_high": ratio > config.cispo_max_ratio,
-  }
-  return jax.lax.stop_gradient(bounded) * advantages * logp, metrics
-
-
-_SURROGATES = {"grpo": _clipped_surrogate, "cispo": _cispo_surrogate}
-
-
-def _sampler_correction(gap, config):
-  """Importance weight trainer / sampler, capped by token; and what to count of it."""
-  raw = jnp.exp(jnp.clip(gap, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
-  cap = jnp.inf if config.tis_cap is None else config.tis_cap
-  tis = jnp.ones_like(raw) if config.tis_cap is None else jnp.minimum(raw, cap)
-  return jax.lax.stop_gradient(tis), {"tis_capped": raw > cap, "tis_weight": tis}
 
 
 def _gap_metrics(old_logp, behaviour_logp, corrected, mask):
@@ -172,7 +145,9 @@ def _masked_sums(totals, mask):
   return {name: jnp.sum(jnp.where(mask, x, 0), dtype=jnp.float32) for name, x in totals.items()}
 
 
-def _check_inputs(config, ref_logp, entropy):
+def _check_inputs(config, ref_logp, entropy, sequence):
+  if config.variant in BY_SEQUENCE and sequence is None:
+    raise ValueError(f"loss.variant={config.variant!r} needs to know which tokens are one sequence; pass it.")
   if config.kl_coef and ref_logp is None:
     raise ValueError(f"loss.kl_coef={config.kl_coef} needs ref_logp; pass it or set kl_coef=0.")
   if config.entropy_coef and entropy is None:

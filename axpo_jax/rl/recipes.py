@@ -1,65 +1,99 @@
-"""Recipes and ablations as config switches, and the rewards that two of them shape.
+"""Recipes: AXPO, its ablations, the paper's neighbours and ours, each as settings of the RL section's switches.
 
-`RECIPES` maps a name to overrides of the RL config, dotted as in `--config.rl.<name>=...`; a
-`ConfigDict` takes them with `config.rl.update_from_flattened_dict(RECIPES[name])`.
-
-Legend: N rollouts of one question.
+A name maps to overrides of `config.rl`, dotted as in `--config.rl.<field>=...`. `--config.rl.recipe=<name>` applies
+them; `axpo+<name>` applies them and keeps AXPO's resampling. docs/algorithm.md has a line and a paper for each.
 """
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from axpo_jax.rl.advantages import is_right, reward_vector
 from axpo_jax.rl.credit import CreditConfig
-from axpo_jax.rl.resample import ResampleConfig
+from axpo_jax.rl.loss_config import LossConfig
+from axpo_jax.rl.resample import DynamicConfig, ResampleConfig
+from axpo_jax.rl.shaping import ShapingConfig
+
+_PLAIN = {"resample.ratio": 0.0}  # without AXPO's resampling
 
 RECIPES: Mapping[str, Mapping[str, Any]] = {
   "axpo": {},
-  "grpo": {"resample.ratio": 0.0},
+  "grpo": _PLAIN,
   # The paper's ablations of AXPO.
   "no_prefix_fix": {"resample.prefix": "question", "credit.prefix_credit": "none"},
   "resample_no_tool": {"resample.subgroup": "no_tool"},
   "random_prefix": {"resample.choice": "random"},
   "no_prefix_credit": {"credit.prefix_credit": "none"},
   "merged_group": {"credit.merge_resamples": True},
-  # The paper's other recipes, all without resampling.
-  "grpo_x2": {"resample.ratio": 0.0, "num_rollouts": 16},
-  "tool_bonus": {"resample.ratio": 0.0, "shaping.tool_bonus": 0.2},
-  "tool_penalty": {"resample.ratio": 0.0, "shaping.tool_penalty": "otc"},
-  "cispo": {"resample.ratio": 0.0, "loss.variant": "cispo"},
+  # The paper's other recipes.
+  "grpo_x2": {**_PLAIN, "num_rollouts": 16},
+  "tool_bonus": {**_PLAIN, "shaping.tool_bonus": 0.2},
+  "tool_penalty": {**_PLAIN, "shaping.tool_penalty": "otc"},
+  "cispo": {**_PLAIN, "loss.variant": "cispo"},
+  # Surrogates, each with the bounds of its paper.
+  "gspo": {**_PLAIN, "loss.variant": "gspo", "loss.clip_low": 3e-4, "loss.clip_high": 4e-4,
+           "loss.aggregation": "sequence_mean"},
+  "gmpo": {**_PLAIN, "loss.variant": "gmpo", "loss.clip_low": 0.4, "loss.aggregation": "sequence_mean"},
+  "sapo": {**_PLAIN, "loss.variant": "sapo", "loss.aggregation": "sequence_mean"},
+  "dppo": {**_PLAIN, "loss.variant": "dppo", "loss.clip_low": 0.15, "loss.clip_high": 0.15},
+  "icepop": {**_PLAIN, "loss.tis_rule": "mask", "loss.tis_floor": 0.5, "loss.tis_cap": 5.0},
+  # Advantages and normalisation.
+  "rloo": {**_PLAIN, "credit.normalise_std": False, "credit.leave_one_out": True},
+  "dr_grpo": {**_PLAIN, "credit.normalise_std": False, "loss.aggregation": "sequence_sum", "loss.sum_length": 0.0},
+  "dr_grpo_scale": {**_PLAIN, "credit.normalise_std": False},
+  "sequence_sum": {**_PLAIN, "loss.aggregation": "sequence_sum"},
+  "dapo": {**_PLAIN, "loss.clip_high": 0.28, "loss.kl_coef": 0.0, "dynamic.rounds": 9,
+           "shaping.overlong_share": 0.2},
   # Beyond the paper.
   "mean_credit": {"credit.prefix_credit": "mean"},
   "excess_credit": {"credit.prefix_credit": "excess"},
-  "dr_grpo_scale": {"resample.ratio": 0.0, "credit.normalise_std": False},
+  "any_cut": {"resample.cut": "uncertain"},
+  "early_stop": {"resample.early_stop": True},
+  "recoverable_prefix": {"resample.choice": "recoverable"},
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class ShapingConfig:
-  """Reward shaping before the advantages; off by default (AXPO has none).
+def overrides(name: str) -> dict[str, Any]:
+  """What a recipe sets: one of RECIPES, or "axpo+<name>", which leaves the resampling of AXPO on.
 
-  Attributes:
-    tool_bonus: added to the reward of a tool-using rollout, in units of reward.
-    tool_bonus_needs_right: True pays the bonus to right rollouts only (as DeepEyes does).
-    tool_penalty: "none", or "otc" (arXiv 2504.14870, the GRPO form): a right answer is worth less
-      the more calls it took beyond the fewest that were enough in its group.
-    otc_smoothing: c of that rule; larger is milder where no call is needed.
+  Raises:
+    ValueError: there is no such recipe.
   """
+  first, plus, other = name.partition("+")
+  if (other if plus else first) not in RECIPES or (plus and first != "axpo"):
+    raise ValueError(f"{name!r}; choose one of {', '.join(RECIPES)}, or axpo+<one of them>")
+  return {field: value for field, value in RECIPES[other or first].items()
+          if not (plus and field == "resample.ratio")}
 
-  tool_bonus: float = 0.0
-  tool_bonus_needs_right: bool = True
-  tool_penalty: str = "none"
-  otc_smoothing: float = 3.0
 
-  def __post_init__(self):
-    if self.tool_penalty not in ("none", "otc"):
-      raise ValueError(f"shaping.tool_penalty={self.tool_penalty!r}; choose 'none' or 'otc'.")
-    if not self.otc_smoothing > 0:
-      raise ValueError(f"shaping.otc_smoothing={self.otc_smoothing}; it must be > 0.")
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """The RL section of a config as the records that the mathematics takes."""
+
+  resample: ResampleConfig
+  credit: CreditConfig
+  loss: LossConfig
+  shaping: ShapingConfig
+  dynamic: DynamicConfig
+
+  @classmethod
+  def from_config(cls, rl: Mapping[str, Any], response_limit: int = 0) -> "Recipe":
+    """The records of a section.
+
+    Args:
+      rl: the section, a mapping of mappings.
+      response_limit: tokens that a response may have; taken where `loss.sum_length` or
+        `shaping.overlong_limit` is 0.
+
+    Raises:
+      ValueError: values or combinations that cannot work.
+    """
+    loss, shaping = dict(rl["loss"]), dict(rl["shaping"])
+    loss["sum_length"] = loss["sum_length"] or float(response_limit)
+    shaping["overlong_limit"] = shaping["overlong_limit"] or response_limit
+    recipe = cls(ResampleConfig(**rl["resample"]), CreditConfig(**rl["credit"]), LossConfig(**loss),
+                 ShapingConfig(**shaping), DynamicConfig(**rl["dynamic"]))
+    check(recipe.resample, recipe.credit)
+    return recipe
 
 
 def check(resample: ResampleConfig, credit: CreditConfig) -> None:
@@ -69,48 +103,8 @@ def check(resample: ResampleConfig, credit: CreditConfig) -> None:
       f"resample.prefix='question' freezes no prefix, so credit.prefix_credit="
       f"{credit.prefix_credit!r} has nothing to credit; set credit.prefix_credit='none'."
     )
-
-
-def shape_rewards(
-  rewards_N: Sequence[float] | np.ndarray,
-  num_calls_N: Sequence[int] | np.ndarray,
-  config: ShapingConfig,
-) -> np.ndarray:
-  """Rewards for the advantages; trigger and census keep using the judged ones.
-
-  Args:
-    rewards_N: binary rewards of one group.
-    num_calls_N: tool calls of each rollout.
-
-  Returns:
-    float64 [N]; equal to the input under the default config.
-  """
-  rewards_N, num_calls_N = reward_vector(rewards_N), np.asarray(num_calls_N, dtype=np.int64)
-  if rewards_N.shape != num_calls_N.shape:
-    raise ValueError(f"{rewards_N.size} rewards but {num_calls_N.size} call counts.")
-  right_N = is_right(rewards_N)
-  if config.tool_penalty == "otc":
-    rewards_N = rewards_N * otc_factors(right_N, num_calls_N, config.otc_smoothing)
-  if config.tool_bonus:
-    paid_N = (num_calls_N > 0) & (right_N | (not config.tool_bonus_needs_right))
-    rewards_N = rewards_N + config.tool_bonus * paid_N
-  return rewards_N
-
-
-def otc_factors(right_N: np.ndarray, num_calls_N: np.ndarray, smoothing: float) -> np.ndarray:
-  """OTC-GRPO's factor in [0, 1]; n is the fewest calls of a right rollout, m this rollout's.
-
-  n = 0: cos(m pi / (2m + c)), which is 1 at m = 0. n > 0: sin(f pi / 2n) with f = 2nm / (m + n),
-  which is 1 at m = n. Without a right rollout the factor is 1: there is nothing to scale.
-  """
-  if not right_N.any():
-    return np.ones(len(right_N))
-  fewest = int(num_calls_N[right_N].min())
-  return np.array([_otc_factor(int(m), fewest, smoothing) for m in num_calls_N])
-
-
-def _otc_factor(calls: int, fewest: int, smoothing: float) -> float:
-  if fewest == 0:
-    return math.cos(calls * math.pi / (2 * calls + smoothing))
-  matched = 2 * fewest * calls / (calls + fewest)
-  return math.sin(matched * math.pi / (2 * fewest))
+  if resample.cut != "first" and (resample.prefix == "question" or resample.subgroup == "no_tool"):
+    raise ValueError(
+      f"resample.cut={resample.cut!r} chooses among tool calls, but resample.prefix={resample.prefix!r} and "
+      f"resample.subgroup={resample.subgroup!r} cut elsewhere; set resample.cut='first'."
+    )

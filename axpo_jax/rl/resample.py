@@ -1,8 +1,6 @@
-"""Which thinking prefixes get their tool call sampled again (arXiv 2605.28774, section 3).
+"""The details of resampling: its switches, confidence of a call, budget, order of a question's rollouts.
 
-In: per question the rewards, who used a tool, who can be cut, and how confident the sampler was.
-Out: at most floor(r * B * N / K) selections. Pure and stateless: nothing carries over to the next
-step, and the plan does not depend on the order of questions or rollouts.
+`algorithm.plan_resamples` puts them together (arXiv 2605.28774, section 3).
 
 Legend: B questions, N rollouts of one question, K continuations of one prefix, C tokens of a call.
 """
@@ -11,13 +9,15 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 
-from axpo_jax.rl.advantages import is_right, reward_vector
+from axpo_jax.rl.recovery import Recovery
 
 _CHOICES = {
-  "choice": ("uncertain", "random"),
+  "choice": ("uncertain", "random", "recoverable"),
+  "cut": ("first", "last", "uncertain"),
   "subgroup": ("tool", "no_tool"),
   "prefix": ("thinking", "question"),
   "round_order": ("confidence", "index"),
@@ -32,7 +32,13 @@ class ResampleConfig:
   Attributes:
     ratio: r, extra continuations per ordinary rollout of the step (paper: 0.25). 0 is plain GRPO.
     k: K, continuations per selected prefix (paper: 4).
-    choice: "uncertain" takes the lowest confidence first (paper); "random" is the ablation.
+    choice: "uncertain" takes the lowest confidence first (paper); "random" is the ablation;
+      "recoverable", beyond the paper, the prefix that was most often recovered when one of its family and
+      confidence was tried earlier in the run (`recovery`).
+    cut: beyond the paper; at which call a rollout is cut, among those whose tools ran: "first" (paper), "last",
+      or "uncertain", the least certain one (the second hop of a search is where it often fails).
+    early_stop: beyond the paper; True samples a prefix's continuations two, then one at a time, and stops
+      at the first right and wrong pair. At most K; what is saved is not spent elsewhere.
     subgroup: whose failure triggers and who is resampled: "tool" (paper), or "no_tool"
       (ablation: the no-tool rollouts of a question where all of them fail).
     prefix: "thinking" freezes the thinking up to and including the opening tool-call tag (paper);
@@ -48,6 +54,8 @@ class ResampleConfig:
   ratio: float = 0.25
   k: int = 4
   choice: str = "uncertain"
+  cut: str = "first"
+  early_stop: bool = False
   subgroup: str = "tool"
   prefix: str = "thinking"
   breadth_first: bool = True
@@ -64,6 +72,27 @@ class ResampleConfig:
       raise ValueError(f"resample.k={self.k}; a group of continuations needs at least 2.")
 
 
+@dataclasses.dataclass(frozen=True)
+class DynamicConfig:
+  """Dynamic sampling (DAPO, arXiv 2503.14476): only questions that can teach something fill a step.
+
+  Attributes:
+    rounds: at most so many times more questions are sampled until B of a step can teach something; 0 is off,
+      and every question counts, as AXPO's paper has it.
+    oversample: questions sampled at once, as a multiple of those that are missing; more of them end sooner
+      and leave more over. At least 1.
+  """
+
+  rounds: int = 0
+  oversample: float = 1.0
+
+  def __post_init__(self):
+    if self.rounds < 0:
+      raise ValueError(f"dynamic.rounds={self.rounds}; it must be >= 0 (0 is off).")
+    if not (math.isfinite(self.oversample) and self.oversample >= 1):
+      raise ValueError(f"dynamic.oversample={self.oversample}; it must be >= 1.")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class GroupView:
   """What the plan sees of one question.
@@ -76,9 +105,10 @@ class GroupView:
     confidence_N: mean sampling probability of the tokens behind the cut (see `confidence`); NaN
       where the rollout is no candidate.
     index: the question's number within the step; comes back as Selection.group. Unique.
-    key_N: a number that identifies the rollout wherever it stands (its seed). Breaks ties and
+    key_N: a number that identifies the rollout in any order (its seed). Breaks ties and
       draws the random choice, so that permuting rollouts changes nothing. Non-negative, unique in
       the group; None means the position, the one case in which a tie depends on order.
+    family: kind of question, for choice="recoverable".
   """
 
   rewards_N: np.ndarray
@@ -87,6 +117,7 @@ class GroupView:
   confidence_N: np.ndarray
   index: int
   key_N: Sequence[int] | None = None
+  family: str = ""
 
   def __post_init__(self):
     lengths = {
@@ -103,6 +134,13 @@ class GroupView:
   @property
   def keys(self) -> tuple[int, ...]:
     return tuple(range(len(self.rewards_N))) if self.key_N is None else tuple(map(int, self.key_N))
+
+
+class Cut(NamedTuple):
+  """Where a rollout can be cut: `end` of its tokens are frozen; `confidence` of what followed them."""
+
+  end: int
+  confidence: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,16 +182,6 @@ def subgroup_mask(used_tool_N: np.ndarray, subgroup: str = "tool") -> np.ndarray
   return used_tool_N if subgroup == "tool" else ~used_tool_N
 
 
-def triggered(rewards_N: np.ndarray, used_tool_N: np.ndarray, *, subgroup: str = "tool") -> bool:
-  """The subgroup is not empty and every member of it is wrong.
-
-  The other subgroup may be right: what AXPO repairs is that the *tool call* never sees a
-  positive advantage.
-  """
-  member_N = subgroup_mask(used_tool_N, subgroup)
-  return bool(member_N.any() and not is_right(reward_vector(rewards_N))[member_N].any())
-
-
 def prefix_budget(num_rollouts: int, config: ResampleConfig) -> int:
   """M = floor(r * B * N / K) whole prefixes; `num_rollouts` is B * N, the step's rollouts as
   asked for: those that a fault took count too.
@@ -163,54 +191,21 @@ def prefix_budget(num_rollouts: int, config: ResampleConfig) -> int:
   return math.floor(Fraction(str(config.ratio)) * num_rollouts / config.k)
 
 
-def plan_resamples(
-  groups: Sequence[GroupView],
-  config: ResampleConfig,
-  rng_seed: int = 0,
-  *,
-  num_rollouts: int | None = None,
-) -> list[Selection]:
-  """The step's prefixes in the order they are served (Algorithm 1, selection).
-
-  Round 0 holds every triggered question's best prefix, round 1 every second best, and so on; the
-  budget cuts the queue. Ties fall to the smaller question index, then the smaller rollout key.
-
-  Args:
-    groups: all questions of the step, triggered or not.
-    config: see ResampleConfig.
-    rng_seed: used by choice="random" only; >= 0, change it every step.
-    num_rollouts: B * N as asked for, which the budget is a share of; None: the rollouts of `groups`,
-      right where none was lost to a fault.
-
-  Returns:
-    At most `prefix_budget` selections, each (group, rollout) at most once.
-
-  Raises:
-    ValueError: question indices repeat, or a candidate has no finite confidence.
-  """
+def check_indices(groups: Sequence[GroupView]) -> None:
+  """Raises ValueError if two questions of a step have one index."""
   indices = [group.index for group in groups]
   if len(set(indices)) != len(indices):
     raise ValueError(f"GroupView.index must be unique within a step, got {indices}.")
-  queue = []
-  for group in groups:
-    if not triggered(group.rewards_N, group.used_tool_N, subgroup=config.subgroup):
-      continue
-    for rank, (score, key, rollout) in enumerate(_ranked_candidates(group, config, rng_seed)):
-      served = score if config.round_order == "confidence" else 0.0
-      place = (rank if config.breadth_first else 0, served, group.index, rank, key)
-      chosen = Selection(group.index, rollout, float(group.confidence_N[rollout]))
-      queue.append((place, chosen))
-  queue.sort(key=lambda entry: entry[0])
-  if num_rollouts is None:
-    num_rollouts = sum(len(group.rewards_N) for group in groups)
-  budget = prefix_budget(num_rollouts, config)
-  return [chosen for _, chosen in queue[:budget]]
 
 
-def _ranked_candidates(
-  group: GroupView, config: ResampleConfig, rng_seed: int
+def rank_candidates(
+  group: GroupView, config: ResampleConfig, rng_seed: int, recovery: Recovery
 ) -> list[tuple[float, int, int]]:
-  """(score, key, position) of the group's candidates, best first."""
+  """(score, key, position) of the group's candidates, best first; a lower score is better.
+
+  Raises:
+    ValueError: a candidate has no finite confidence.
+  """
   eligible_N = np.asarray(group.candidate_N, dtype=bool) & subgroup_mask(
     group.used_tool_N, config.subgroup
   )
@@ -223,7 +218,9 @@ def _ranked_candidates(
         "clear its candidate flag or give the mean probability of its call."
       )
     if config.choice == "random":
-      # A draw per rollout rather than a shuffle: independent of every other rollout's place.
+      # A draw per rollout rather than a shuffle: it does not depend on the order of the others.
       score = np.random.default_rng([rng_seed, group.index, key]).random()
+    elif config.choice == "recoverable":
+      score = -recovery.chance(group.family, score)
     ranked.append((score, key, rollout))
   return sorted(ranked)

@@ -10,14 +10,16 @@ import collections
 import copy
 import dataclasses
 import itertools
+import math
 import traceback
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 
 import numpy as np
 from absl import logging
 from tqdm import tqdm
 
 from axpo_jax import seeds
+from axpo_jax.agent import parse
 from axpo_jax.agent.episode import EXACT, EpisodeLimits, continue_episode, start_transcript
 from axpo_jax.agent.reward_functions import RewardSum
 from axpo_jax.agent.rollout import Rollout
@@ -29,7 +31,12 @@ from axpo_jax.engine.protocol import Engine, SamplingParams
 from axpo_jax.model import images
 from axpo_jax.model.chat import Chat, ChatError
 from axpo_jax.model.images import ImageLimits, ImageProcessor
-from axpo_jax.rl.resample import GroupView, ResampleConfig, confidence, plan_resamples, triggered
+from axpo_jax.rl import algorithm
+from axpo_jax.rl.advantages import is_right
+from axpo_jax.rl.credit import Branch as BranchOutcome
+from axpo_jax.rl.credit import GroupOutcome
+from axpo_jax.rl.recovery import Recovery, Tried
+from axpo_jax.rl.resample import Cut, DynamicConfig, GroupView, ResampleConfig, confidence
 from axpo_jax.rollouts import census
 
 
@@ -112,6 +119,37 @@ class Group:
     return len(self.failures)
 
 
+async def sample_step(actor: Actor, questions: Iterator[Sequence[Question]], count: int, n: int, seed: int,
+                      config: ResampleConfig, dynamic: DynamicConfig, *, progress: str = ""
+                      ) -> tuple[list[Group], list[Group]]:
+  """The rollouts of one step: all that were sampled, and those of the questions that it trains on.
+
+  Args:
+    questions: batches without an end; as many are taken as are needed.
+    count: B, questions to train on.
+    n: N, rollouts a question.
+    seed: of the step.
+    config: what AXPO can repair, which `dynamic` must not leave out.
+    dynamic: off, the first B questions are trained on. Otherwise the first B that can teach something;
+      fewer if the rounds end before, and the first B of all if none can.
+  """
+  sampled, kept = [], []
+  for number in range(1 + dynamic.rounds):
+    wanted, asked = math.ceil(dynamic.oversample * (count - len(kept))), []
+    while len(asked) < wanted:
+      asked += next(questions)
+    new = await sample_groups(actor, asked, n, seeds.derive(seed, "round", number) if number else seed,
+                              progress=progress)
+    sampled += new
+    if not dynamic.rounds:
+      return sampled, sampled
+    kept += [group for group in new if group.rollouts and algorithm.informative(
+      view(0, group, [cut(rollout.transcript, config) for rollout in group.rollouts]), config)]
+    if len(kept) >= count:
+      break
+  return sampled, kept[:count] or sampled[:count]
+
+
 async def sample_groups(actor: Actor, questions: Sequence[Question], n: int, seed: int, *,
                         progress: str = "") -> list[Group]:
   """N independent rollouts of every question, all at once.
@@ -141,27 +179,43 @@ def prompt(actor: Actor, question: Question) -> Transcript | None:
 
 
 async def resample(actor: Actor, groups: Sequence[Group], config: ResampleConfig, seed: int, *,
-                   progress: str = "") -> None:
-  """Adds AXPO's branches to `groups` (section 3 of the paper)."""
-  views = [view(number, group, config) for number, group in enumerate(groups)]
+                   recovery: Recovery | None = None, progress: str = "") -> None:
+  """Adds AXPO's branches to `groups` (section 3 of the paper).
+
+  Args:
+    seed: of the step; continuation k of its prefix m draws from derive(seed, "k", m, k).
+    recovery: what earlier steps recovered, for config.choice="recoverable".
+  """
+  cuts = [[cut(rollout.transcript, config) for rollout in group.rollouts] for group in groups]
+  views = [view(number, group, own) for number, (group, own) in enumerate(zip(groups, cuts))]
   # Nothing is resampled yet: who failed was one of the N rollouts of a question.
   asked = sum(len(group.rollouts) + group.failed for group in groups)
-  chosen = plan_resamples(views, config, seed, num_rollouts=asked)
-  episodes, branches = [], []
-  for number, selection in enumerate(chosen):
+  chosen = algorithm.plan_resamples(views, config, seed, num_rollouts=asked, recovery=recovery)
+  with tqdm(total=len(chosen) * config.k, desc=progress, leave=False, disable=not progress) as bar:
+    continued = await asyncio.gather(*(
+      _continuations(actor, groups[selection.group], selection.rollout,
+                     cuts[selection.group][selection.rollout].end, config,
+                     [seeds.derive(seed, "k", number, k) for k in range(config.k)], bar)
+      for number, selection in enumerate(chosen)))
+  for selection, rollouts in zip(chosen, continued):
     group = groups[selection.group]
-    source = group.rollouts[selection.rollout].transcript
-    end = cut_point(source, config)
-    branches.append((group, Branch(selection.rollout, end, selection.confidence, [])))
-    episodes += [actor.roll(source.cut(end), group.question, seeds.derive(seed, "k", number, k))
-                 for k in range(config.k)]
-  rollouts = await _gather(episodes, progress)
-  for number, (group, branch) in enumerate(branches):
-    continued = rollouts[number * config.k:(number + 1) * config.k]
-    branch.rollouts = [rollout for rollout in continued if not rollout.failed]
-    group.failures += _failures(continued)
-    if branch.rollouts:
-      group.branches.append(branch)
+    group.failures += _failures(rollouts)
+    if kept := [rollout for rollout in rollouts if not rollout.failed]:
+      group.branches.append(Branch(selection.rollout, cuts[selection.group][selection.rollout].end,
+                                   selection.confidence, kept))
+
+
+async def _continuations(actor: Actor, group: Group, source: int, end: int, config: ResampleConfig,
+                         seeds_K: Sequence[int], bar: tqdm) -> list[Rollout]:
+  """Continuations of the first `end` tokens of a rollout; those that failed too."""
+  prefix, rollouts = group.rollouts[source].transcript.cut(end), []
+  judged: list[float] = []
+  while count := algorithm.draws(judged, len(rollouts), config):
+    new = seeds_K[len(rollouts):len(rollouts) + count]
+    rollouts += await asyncio.gather(*(
+      _counted(actor.roll(prefix, group.question, seed), bar) for seed in new))
+    judged = [rollout.reward for rollout in rollouts if not rollout.failed]
+  return rollouts
 
 
 def for_training(groups: Sequence[Group]) -> list[Group]:
@@ -199,55 +253,101 @@ def told_failures(groups: Iterable[Group], most: int = 5) -> str:
   return "; ".join(listed) + (f"; and {more} other reasons" if more else "")
 
 
-def view(number: int, group: Group, config: ResampleConfig) -> GroupView:
-  """What the resampling plan sees of a group."""
-  spans = [_judged_span(rollout.transcript, config) for rollout in group.rollouts]
+def view(number: int, group: Group, cuts: Sequence[Cut | None]) -> GroupView:
+  """What the resampling plan reads of a group, whose rollouts are cut as `cuts` says."""
   return GroupView(
     rewards_N=np.array([rollout.reward for rollout in group.rollouts]),
     used_tool_N=np.array([rollout.used_tool for rollout in group.rollouts], bool),
-    candidate_N=np.array([span is not None for span in spans], bool),
-    confidence_N=np.array([_confidence(rollout.transcript, span, config)
-                           for rollout, span in zip(group.rollouts, spans)]),
-    index=number, key_N=[rollout.seed for rollout in group.rollouts])
+    candidate_N=np.array([own is not None for own in cuts], bool),
+    confidence_N=np.array([float("nan") if own is None else own.confidence for own in cuts]),
+    index=number, key_N=[rollout.seed for rollout in group.rollouts], family=group.question.category)
 
 
-def cut_point(transcript: Transcript, config: ResampleConfig) -> int:
-  """Collapsed tokens that are frozen: up to and including the first opening tool-call tag, the
-  first turn's thinking where no-tool rollouts are resampled, or the prompt alone."""
-  if config.prefix == "question":
-    return transcript.prompt_length
-  start, _ = _judged_span(transcript, config)
-  return start + 1 if config.subgroup == "tool" else start
+def outcome(group: Group) -> GroupOutcome:
+  """What credit reads of a group."""
+  def counts(rollouts: Sequence[Rollout]) -> dict[str, np.ndarray]:
+    return {"num_calls": np.array([len(rollout.calls) for rollout in rollouts], int),
+            "lengths": np.array([response_length(rollout.transcript) for rollout in rollouts], int)}
+
+  def rewards(rollouts: Sequence[Rollout]) -> np.ndarray:
+    return np.array([rollout.reward for rollout in rollouts], np.float64)
+
+  return GroupOutcome(
+    rewards(group.rollouts),
+    [BranchOutcome(branch.source, rewards(branch.rollouts),
+                   **{f"{name}_K": x for name, x in counts(branch.rollouts).items()})
+     for branch in group.branches],
+    **{f"{name}_N": x for name, x in counts(group.rollouts).items()})
 
 
-def _judged_span(transcript: Transcript, config: ResampleConfig) -> tuple[int, int] | None:
-  """The tokens behind the thinking whose probability ranks the prefix: the first call, or, where
-  no-tool rollouts are resampled, the first turn's answer. None if there is nothing to sample."""
-  if config.subgroup == "tool":
-    return transcript.first_call_span()
+def tried(groups: Iterable[Group]) -> list[Tried]:
+  """The step's resampled prefixes, as `rl.recovery` learns from them."""
+  return [Tried(group.question.category, branch.confidence, any(is_right([r.reward for r in branch.rollouts])))
+          for group in groups for branch in group.branches]
+
+
+def response_length(transcript: Transcript) -> int:
+  """Expanded tokens after the prompt, which `EpisodeLimits.max_response_tokens` limits."""
+  after = [image.shown.num_tokens - 1 for image in transcript.images[
+    transcript.ids[:transcript.prompt_length].count(transcript.special.image_pad):]]
+  return len(transcript) - transcript.prompt_length + sum(after)
+
+
+def cut(transcript: Transcript, config: ResampleConfig) -> Cut | None:
+  """Where a rollout is cut, and how certain the policy was of what it sampled there; None if there is
+  nothing to sample again.
+
+  The collapsed tokens before the cut are frozen: up to and including the opening tag of a tool call, the
+  first turn's thinking where no-tool rollouts are resampled, or the prompt alone.
+  """
+  if config.subgroup == "no_tool":
+    found = [_cut(transcript, span, 0, config) for span in _first_answer(transcript)]
+  else:
+    found = [_cut(transcript, span, 1, config) for span in _calls(transcript, config)]
+  chosen = algorithm.choose_cut(found, config)
+  if chosen is not None and config.prefix == "question":
+    return Cut(transcript.prompt_length, chosen.confidence)
+  return chosen
+
+
+def _cut(transcript: Transcript, span: tuple[int, int], kept: int, config: ResampleConfig) -> Cut:
+  """The cut behind the first `kept` tokens of a span, whose probabilities say how certain it was."""
+  closed = transcript.ids[span[1] - 1] == transcript.special.tool_call_end
+  return Cut(span[0] + kept, confidence(transcript.logprobs[slice(*span)], span=config.confidence_span,
+                                        closed=closed))
+
+
+def _calls(transcript: Transcript, config: ResampleConfig) -> list[tuple[int, int]]:
+  """[start, stop) of the calls at which a rollout may be cut, tags included."""
+  first = transcript.first_call_span()
+  if config.cut == "first" or first is None:
+    return [] if first is None else [first]
+  # Of later calls those that ran: a continuation of the last allowed turn's would not run either.
+  later = [(turn.start + span.start, turn.start + span.stop)
+           for turn in transcript.turns[:len(transcript.outcomes)]
+           for span in parse.call_spans(transcript.ids[turn.start:turn.stop], transcript.special)]
+  return later or [first]
+
+
+def _first_answer(transcript: Transcript) -> list[tuple[int, int]]:
+  """[start, stop) of what the first turn says behind its thinking, if it says anything."""
   first = transcript.turns[0] if transcript.turns else None
   if first is None:
-    return None
+    return []
   answer = [i for i in range(*first) if transcript.kinds[i] == Kind.ANSWER]
-  return (answer[0], first.stop) if answer else None
-
-
-def _confidence(transcript: Transcript, span: tuple[int, int] | None, config: ResampleConfig
-                ) -> float:
-  if span is None:
-    return float("nan")
-  closed = transcript.ids[span[1] - 1] == transcript.special.tool_call_end
-  return confidence(transcript.logprobs[slice(*span)], span=config.confidence_span, closed=closed)
+  return [(answer[0], first.stop)] if answer else []
 
 
 async def _gather(episodes: Sequence[Coroutine], progress: str) -> list[Rollout]:
   """All episodes at once; a progress bar counts those that have ended."""
   with tqdm(total=len(episodes), desc=progress, leave=False, disable=not progress) as bar:
-    async def ticked(episode):
-      rollout = await episode
-      bar.update()
-      return rollout
-    return await asyncio.gather(*map(ticked, episodes))
+    return await asyncio.gather(*(_counted(episode, bar) for episode in episodes))
+
+
+async def _counted(episode: Coroutine[None, None, Rollout], bar: tqdm) -> Rollout:
+  rollout = await episode
+  bar.update()
+  return rollout
 
 
 def group_stats(groups: Sequence[Group], config: ResampleConfig, chat: Chat
@@ -263,8 +363,9 @@ def group_stats(groups: Sequence[Group], config: ResampleConfig, chat: Chat
       prefix_tokens=sum(rollout.first_prompt_tokens for rollout in branch.rollouts),
       cached_tokens=sum(rollout.first_cached_tokens for rollout in branch.rollouts))
       for branch in group.branches]
-    seen = view(0, group, config)
-    fired = triggered(seen.rewards_N, seen.used_tool_N, subgroup=config.subgroup)
+    rewards_N = np.array([rollout.reward for rollout in group.rollouts])
+    used_tool_N = np.array([rollout.used_tool for rollout in group.rollouts], bool)
+    fired = algorithm.triggered(rewards_N, used_tool_N, subgroup=config.subgroup)
     out.append(census.GroupStats([stats(r) for r in group.rollouts], branches, fired,
                                  family=group.question.category,
                                  acting=group.question.acting))

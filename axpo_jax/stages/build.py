@@ -336,7 +336,9 @@ def question_batches(config: ConfigDict, folder: epath.Path | None = None
   if records is not None:
     source = pipeline.Chosen(source, [record.place for record in records],
                              [record.id for record in records])
-  return pipeline.question_batches(source, config.rl.questions, seed=config.seed)
+  # Dynamic sampling draws as many as it needs: from batches of one.
+  size = 1 if config.rl.dynamic.rounds else config.rl.questions
+  return pipeline.question_batches(source, size, seed=config.seed)
 
 
 def training_questions(config: ConfigDict, most: int = 0) -> Iterator[Question]:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-import numpy as np
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
@@ -28,7 +27,10 @@ from axpo_jax import seeds
 from axpo_jax.errors import RunStopped
 from axpo_jax.model import programs
 from axpo_jax.model.chat import Chat
-from axpo_jax.rl import credit, recipes, weights
+from axpo_jax.rl import algorithm
+from axpo_jax.rl.credit import Credit
+from axpo_jax.rl.recipes import Recipe
+from axpo_jax.rl.recovery import Recovery
 from axpo_jax.rl.resample import prefix_budget
 from axpo_jax.rollouts import census, collect
 from axpo_jax.rollouts.acting import acting_census
@@ -37,7 +39,6 @@ from axpo_jax.rollouts.collect import Group
 from axpo_jax.rollouts.dump import dump_rollouts
 from axpo_jax.stages import build, distributed, evaluate, selection, toolbox
 from axpo_jax.stages.metrics import read_metrics
-from axpo_jax.stages.sections import Recipe
 from axpo_jax.train import adapters as lora
 from axpo_jax.train import examples, pictures, preemption
 from axpo_jax.train.batch import Batch, packing_metrics, sums_by_example, weigh
@@ -51,12 +52,15 @@ from axpo_jax.train.step import Learner, policy_objective, whole
 class Collected:
   """The rollout phase of one step.
 
+  groups: the questions that are trained on.
   position: state of the question iterator behind the step's questions.
+  recovery: what this step and those before it recovered.
   """
 
   groups: list[Group]
   metrics: dict[str, float]
   position: Any
+  recovery: Recovery
 
   def for_training(self) -> "Collected":
     """What the other processes of a run get of it."""
@@ -69,7 +73,8 @@ class Loop:
   def __init__(self, config: ConfigDict, bench: build.Workbench, policy: str,
                workdir: epath.Path, urls: Sequence[str] = ()):
     self.config, self.bench, self.workdir = config, bench, workdir
-    self.recipe = Recipe.from_config(config.rl)
+    self.recipe = Recipe.from_config(config.rl, config.agent.max_response_tokens)
+    self.recovery = Recovery()  # of the last step that was collected
     self.learner = Learner(
       bench.trained_config, build.optimizer(config.optimizer, config.rl.steps * config.rl.updates,
                                             config.model.freeze_vision, bench.lora),
@@ -117,21 +122,22 @@ class Loop:
     rl, clock, seed = self.config.rl, Clock(), seeds.derive(self.config.seed, "rl", step)
     self.engine.stats(reset=True)
     self.actor.toolbox.step = step  # for the audit log
-    questions = next(self.questions)
-    position = self.questions.get_state()
     with clock("rollout"):
-      groups = await collect.sample_groups(self.actor, questions, rl.num_rollouts, seed,
-                                           progress="rollouts")
+      sampled, groups = await collect.sample_step(
+        self.actor, self.questions, rl.questions, rl.num_rollouts, seed, self.recipe.resample,
+        self.recipe.dynamic, progress="rollouts")
+    position = self.questions.get_state()
     with clock("resample"):
-      await collect.resample(self.actor, groups, self.recipe.resample, seed,
+      await collect.resample(self.actor, groups, self.recipe.resample, seed, recovery=self.recovery,
                              progress="continuations")
-    if failed := collect.told_failures(groups):
+    self.recovery = self.recovery.after(collect.tried(groups))
+    if failed := collect.told_failures(sampled):
       logging.warning("step %d: %d rollouts failed and are left out: %s", step,
-                      sum(group.failed for group in groups), failed)
-    metrics = self.rollout_metrics(groups) | clock.metrics()
+                      sum(group.failed for group in sampled), failed)
+    metrics = self.rollout_metrics(sampled, groups) | clock.metrics()
     sampling = clock.seconds["rollout"] + clock.seconds["resample"]
     metrics["time/sampled_tokens_per_s"] = metrics["engine/decode_tokens"] / sampling
-    return Collected(groups, metrics, position)
+    return Collected(groups, metrics, position, self.recovery)
 
   async def step(self, collected: Callable[[], Awaitable[Collected]]
                  ) -> tuple[Collected, dict[str, float]]:
@@ -173,18 +179,25 @@ class Loop:
                             self.workdir / "rollouts" / f"step_{self.steps_done:06d}.jsonl",
                             self.bench.chat)
 
-  def rollout_metrics(self, groups: list[Group]) -> dict[str, float]:
-    """The census of the step, before anything is learnt from it."""
-    stats = collect.group_stats(groups, self.recipe.resample, self.bench.chat)
+  def rollout_metrics(self, sampled: list[Group], groups: list[Group]) -> dict[str, float]:
+    """The census of the step, before anything is learnt from it.
+
+    Args:
+      sampled: all questions. groups: those of them that are trained on.
+    """
+    stats = collect.group_stats(sampled, self.recipe.resample, self.bench.chat)
+    trained = stats if len(sampled) == len(groups) else collect.group_stats(
+      groups, self.recipe.resample, self.bench.chat)
     asked = len(groups) * self.config.rl.num_rollouts
     engine = dataclasses.asdict(self.engine.stats())
     # Counted since the process began, so a resumed run differs: a matter of time, not of learning.
     compiled = engine.pop("compilations")
     return {
       **census.census(stats), **census.census_by_family(stats), **acting_census(stats),
-      **census.resample_census(stats, budget=prefix_budget(asked, self.recipe.resample)),
-      **census.resample_census_by_family(stats),
-      "rollout/failed": float(sum(group.failed for group in groups)),
+      **census.resample_census(trained, budget=prefix_budget(asked, self.recipe.resample)),
+      **census.resample_census_by_family(trained),
+      "rollout/failed": float(sum(group.failed for group in sampled)),
+      **({"rollout/kept_share": len(groups) / len(sampled)} if self.recipe.dynamic.rounds else {}),
       **{f"engine/{name}": float(value) for name, value in engine.items()},
       **{f"engine/{name}": value for name, value in self.engine.gauges().items()},
       "time/engine_compilations": float(compiled),
@@ -198,7 +211,7 @@ class Loop:
     trained = examples.credited(kept, credits, self.bench.model_config.image_token_id,
                                 self.steps_done)
     metrics = census.credit_census(credits)
-    parts = _split(list(zip(trained, credits, strict=True)), config.rl.updates)
+    parts = algorithm.split_updates(list(zip(trained, credits, strict=True)), config.rl.updates)
     updates = [self._packed([example for example, _ in part]) for part in parts]
     metrics |= packing_metrics([batch for batches in updates for batch in batches], trained)
     updates = [self._annotated(batches) for batches in updates]
@@ -213,46 +226,31 @@ class Loop:
   def _packed(self, trained: list[Example]) -> list[Batch]:
     return pictures.fetched(build.pack_examples(self.config, self.bench, trained), trained)
 
-  def _weighed(self, batches: list[Batch], credits: list[credit.Credit], questions: float
+  def _weighed(self, batches: list[Batch], credits: list[Credit], questions: float
                ) -> tuple[list[Batch], float, dict[str, float]]:
     """An update's batches with the weights of the loss, its divisor, and what to log of both.
 
     Args:
       questions: of the step, times the share of its sequences that this update has.
     """
-    loss, counted = self.recipe.loss, {}
+    loss, gap_sums_S = self.recipe.loss, None
     tokens_S = sums_by_example(batches, [batch.weights_BxG for batch in batches], len(credits))
     if loss.tis_mask is not None:
       gaps = [whole(batch.old_logp_BxG) - batch.behaviour_logp_BxG for batch in batches]
-      apart_S = weights.drifted(sums_by_example(batches, gaps, len(credits)), tokens_S, loss.tis_mask)
-      counted["train/tis_masked_share"] = float(tokens_S[apart_S].sum() / max(tokens_S.sum(), 1))
-      tokens_S = np.where(apart_S, 0, tokens_S)
-    regions = [earned.region for earned in credits]
-    weights_S, divisor = weights.sequence_weights(
-      tokens_S, [region != credit.ALL for region in regions], loss, questions)
-    counted |= weights.advantage_shares(
-      weights_S, tokens_S, np.asarray([earned.advantage for earned in credits]), regions)
-    return weigh(batches, weights_S), divisor, counted
+      gap_sums_S = sums_by_example(batches, gaps, len(credits))
+    weighed = algorithm.weigh(credits, tokens_S, questions, loss, gap_sums_S)
+    return weigh(batches, weighed.weights_S), weighed.divisor, weighed.metrics
 
-  def credits(self, groups: list[Group]) -> list[credit.Credit]:
+  def credits(self, groups: list[Group]) -> list[Credit]:
     """Who learns with which advantage; groups that lost every rollout have none."""
-    return credit.assign_credit([self._outcome(group) for group in groups if group.rollouts],
-                                self.recipe.credit)
-
-  def _outcome(self, group: Group) -> credit.GroupOutcome:
-    def shaped(rollouts):
-      return recipes.shape_rewards([r.reward for r in rollouts], [len(r.calls) for r in rollouts],
-                                   self.recipe.shaping)
-    return credit.GroupOutcome(
-      shaped(group.rollouts), [rollout.used_tool for rollout in group.rollouts],
-      [credit.Branch(branch.source, shaped(branch.rollouts)) for branch in group.branches])
+    return algorithm.assign_credit([collect.outcome(group) for group in groups if group.rollouts],
+                                   self.recipe.credit, self.recipe.shaping)
 
   def _annotated(self, batches):
     """With the log-probabilities of the reference and, where the ratio needs it, of the weights
     that the step began with."""
     rl = self.config.rl
-    needs_old = (rl.updates > 1 or rl.old_logprobs == "trainer"
-                 or self.recipe.loss.tis_mask is not None)
+    needs_old = algorithm.needs_old_logprobs(self.recipe.loss, rl.updates, rl.old_logprobs)
     return self.learner.annotate(batches, old=self.state.params if needs_old else None,
                                  reference=self._reference() if rl.loss.kl_coef else None)
 
@@ -271,11 +269,6 @@ def _joined(updates: list[dict[str, float]]) -> dict[str, float]:
     largest = name.partition("/lag_")[0].endswith("_max")
     out[name] = max(values) if largest else sum(values) / len(values)
   return out
-
-
-def _split(items: list, parts: int) -> list[list]:
-  """Every `parts`-th item: consecutive ones belong to one question and go to different updates."""
-  return [items[i::parts] for i in range(parts) if items[i::parts]]
 
 
 class Clock:
@@ -314,6 +307,7 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: epath.Pat
                                      iterator=loop.questions)
       loop.state = learner.restored(restored.state, lambda: loop.state.params)
       loop.steps_done, loop.unwritten = restored.step, restored.host.get("unwritten")
+      loop.recovery = Recovery.from_json(restored.host.get("recovery", {}))
     # The line of a step whose evaluation was broken off is written again.
     resume_step = first_step + loop.steps_done - bool(loop.unwritten)
     with (preemption.held(),
@@ -334,7 +328,7 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
     writer.write(first_step, await loop.evaluate())
   trained = build.question_batches(config, loop.bench.folder)  # what a checkpoint holds: see Collected.position
   ahead = Ahead(loop.collect, loop.steps_done, config.rl.steps)
-  position, unwritten = None, loop.unwritten
+  position, recovery, unwritten = None, loop.recovery, loop.unwritten
 
   def collected():
     ahead.allow(loop.steps_done + config.rollout.staleness)
@@ -342,8 +336,8 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
 
   def save(**host: Any):
     trained.set_state(position)
-    checkpoints.save(loop.steps_done, loop.learner.stored(loop.state), host={"stage": "rl", **host},
-                     iterator=trained)
+    checkpoints.save(loop.steps_done, loop.learner.stored(loop.state),
+                     host={"stage": "rl", "recovery": recovery.to_json(), **host}, iterator=trained)
 
   with tqdm(total=config.rl.steps, initial=loop.steps_done - bool(unwritten), desc=config.rl.recipe,
             disable=not distributed.is_main()) as bar:
@@ -351,7 +345,7 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
       while unwritten or loop.steps_done < config.rl.steps:
         if not unwritten:
           batch, unwritten = await loop.step(collected)
-          position = batch.position
+          position, recovery = batch.position, batch.recovery
           if _each(loop.steps_done, config.log.dump_every) and distributed.is_main():
             await loop.dump(batch.groups)
         metrics = unwritten | await _evaluation(loop, ahead)
@@ -412,7 +406,7 @@ def _watch(metrics: dict[str, float], log: ConfigDict) -> None:
   logging.warning(message)
 
 
-def dump(groups: list[Group], credits: Sequence[credit.Credit], path: epath.Path,
+def dump(groups: list[Group], credits: Sequence[Credit], path: epath.Path,
          chat: Chat) -> None:
   """All rollouts of a step as JSON lines, readable text and images; `credits` are in their order."""
   rollouts, notes = [], []

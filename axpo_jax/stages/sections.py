@@ -24,30 +24,10 @@ from axpo_jax.model import hf
 from axpo_jax.model.config import PRESETS, ModelConfig, VisionConfig
 from axpo_jax.model.images import ImageProcessor
 from axpo_jax.model.vision_inputs import patch_lengths
-from axpo_jax.rl import credit, recipes
-from axpo_jax.rl.loss_config import LossConfig
-from axpo_jax.rl.resample import ResampleConfig
+from axpo_jax.rl.recipes import Recipe
 from axpo_jax.stages import machine
 from axpo_jax.train import adapters as lora
 from axpo_jax.train.optimizer_config import OptimizerConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-  """The RL section of a config as the records that the mathematics takes."""
-
-  resample: ResampleConfig
-  credit: credit.CreditConfig
-  loss: LossConfig
-  shaping: recipes.ShapingConfig
-
-  @classmethod
-  def from_config(cls, rl: ConfigDict) -> "Recipe":
-    """Raises ValueError for values or combinations that cannot work."""
-    recipe = cls(ResampleConfig(**rl.resample), credit.CreditConfig(**rl.credit), LossConfig(**rl.loss),
-                 recipes.ShapingConfig(**rl.shaping))
-    recipes.check(recipe.resample, recipe.credit)
-    return recipe
 
 
 def world_config(config: ConfigDict, kinds: ConfigDict) -> world.WorldConfig:
@@ -123,7 +103,7 @@ def _named(where: str, names: Container[str] = ()) -> Iterator[None]:
 
 def _records(config: ConfigDict) -> Iterator[tuple[str, Callable[[], Any]]]:
   """(prefix of an error's message, function that builds the records), the quick ones first."""
-  yield "config.rl.", lambda: Recipe.from_config(config.rl)
+  yield "config.rl.", lambda: Recipe.from_config(config.rl, config.agent.max_response_tokens)
   yield "config.model.", lambda: _model(config)
   if config.model.tokenizer or config.model.checkpoint:
     yield "config.model: ", lambda: _processor(config)

@@ -47,7 +47,7 @@ class Batch:
       None: the pass itself, so that the ratio is exactly one.
     ref_logp_BxG: float32, the same under the fixed reference; None: no KL.
     example_BxG: int32, number of the target's example in the `pack` call, -1 for padding. It stays on
-      the host.
+      the host, but for surrogates of whole sequences.
   """
 
   tokens_BxT: np.ndarray | jax.Array
@@ -67,9 +67,12 @@ class Batch:
   example_BxG: np.ndarray | None = None
 
 
-def place(batch: Batch, mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None) -> Batch:
-  """The batch on the devices, as `shardings` says. Its images become float patches here, not before."""
-  batch = dataclasses.replace(batch, example_BxG=None)
+def place(batch: Batch, mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None, *,
+          examples: bool = False) -> Batch:
+  """The batch on the devices, as `shardings` says; with `examples`, `example_BxG` too. Its images become
+  float patches here, not before."""
+  if not examples:
+    batch = dataclasses.replace(batch, example_BxG=None)
   if batch.vision is not None and isinstance(batch.vision.patches_RxPxC, LazyPatches):
     vision = dataclasses.replace(batch.vision, patches_RxPxC=np.asarray(batch.vision.patches_RxPxC))
     batch = dataclasses.replace(batch, vision=vision)

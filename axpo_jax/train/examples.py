@@ -12,7 +12,8 @@ import numpy as np
 from axpo_jax.agent.rollout import Rollout
 from axpo_jax.agent.transcript import Transcript
 from axpo_jax.model.vision_inputs import mrope_positions
-from axpo_jax.rl.credit import Credit, loss_mask
+from axpo_jax.rl.algorithm import loss_mask
+from axpo_jax.rl.credit import Credit
 from axpo_jax.rollouts.collect import Group
 from axpo_jax.train.packing import Example
 

@@ -71,10 +71,12 @@ class Objective:
     loss: (logp_BxG, entropy_BxG, batch) -> summed loss, metric sums (names ending in _max are
       maxima). Traced.
     summarise: (metric sums of the whole step, divisor) -> logged metrics. On the host.
+    by_sequence: the loss reads `Batch.example_BxG`.
   """
 
   loss: Callable[[jax.Array, jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
   summarise: Callable[[Mapping[str, float], float], dict[str, float]]
+  by_sequence: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,9 +127,9 @@ def policy_objective(config: LossConfig, max_lag: int = 0) -> Objective:
     return losses.policy_loss(
       logp_BxG, batch.old_logp_BxG, batch.ref_logp_BxG, batch.behaviour_logp_BxG,
       batch.advantages_BxG, batch.weights_BxG, config, entropy_BxG,
-      lag=batch.lag_BxG, max_lag=max_lag)
+      sequence=batch.example_BxG, lag=batch.lag_BxG, max_lag=max_lag)
 
-  return Objective(loss, losses.summarise)
+  return Objective(loss, losses.summarise, by_sequence=config.variant in losses.BY_SEQUENCE)
 
 
 class Learner:
@@ -308,7 +310,7 @@ class Learner:
     return out | self.objective.summarise(joined, result.divisor)
 
   def _place(self, batch: Batch) -> Batch:
-    return place(batch, self.mesh, self.rules)
+    return place(batch, self.mesh, self.rules, examples=self.objective.by_sequence)
 
   def _zeros_fn(self):
     trained, _ = self.optimizer.split(self._abstract_params)
@@ -361,7 +363,7 @@ class Learner:
 
 def _unscored(batch: Batch) -> Batch:
   """Without the fields that scoring does not read: they would only make for more compiled versions."""
-  return dataclasses.replace(batch, old_logp_BxG=None, ref_logp_BxG=None)
+  return dataclasses.replace(batch, old_logp_BxG=None, ref_logp_BxG=None, example_BxG=None)
 
 
 def _non_finite(step, bad, sums, applied, batches, folder: epath.Path, mesh, rules) -> NonFiniteError:

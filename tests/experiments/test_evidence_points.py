@@ -11,8 +11,8 @@ import axpo_jax
 from axpo_jax.rl import recipes
 from axpo_jax.rl.credit import CreditConfig
 from axpo_jax.rl.loss_config import LossConfig
-from axpo_jax.rl.recipes import ShapingConfig
 from axpo_jax.rl.resample import ResampleConfig, prefix_budget
+from axpo_jax.rl.shaping import ShapingConfig
 from experiments.evidence.store import _NAME
 from experiments.evidence.tables import LABELS
 

@@ -24,7 +24,8 @@ from axpo_jax.engine.protocol import Sample, SampleRequest, SamplingParams
 from axpo_jax.eval import passk
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageLimits, ImageProcessor
-from axpo_jax.rl import credit
+from axpo_jax.rl import algorithm
+from axpo_jax.rl.credit import CreditConfig
 from axpo_jax.rl.resample import ResampleConfig
 from axpo_jax.rollouts import census, collect
 from axpo_jax.stages import rl
@@ -90,10 +91,7 @@ async def _groups(actor, asked, rollouts: int, seed: int):
 
 
 def _credits(groups):
-  return credit.assign_credit([credit.GroupOutcome(
-    [r.reward for r in group.rollouts], [r.used_tool for r in group.rollouts],
-    [credit.Branch(b.source, [r.reward for r in b.rollouts]) for b in group.branches])
-    for group in groups], credit.CreditConfig())
+  return algorithm.assign_credit([collect.outcome(group) for group in groups], CreditConfig())
 
 
 def _metrics(groups, earned, chat: Chat, draw: random.Random) -> dict[str, float]:

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from axpo_jax.rl.advantages import group_advantages
-from axpo_jax.rl.credit import ALL, Branch, CreditConfig, GroupOutcome, assign_credit, loss_mask
+from axpo_jax.rl.algorithm import assign_credit, loss_mask, plan_resamples
+from axpo_jax.rl.credit import ALL, Branch, CreditConfig, GroupOutcome
 from axpo_jax.rl.loss_config import LossConfig
 from axpo_jax.rl.losses import policy_loss
-from axpo_jax.rl.resample import GroupView, ResampleConfig, plan_resamples
+from axpo_jax.rl.resample import GroupView, ResampleConfig
 from axpo_jax.rl.weights import sequence_weights
 
 TOKENS, PREFIX_END = 9, 4
@@ -35,7 +36,7 @@ def outcomes(config, seed=0):
   for chosen in plan_resamples(views, config):
     rewards_K = (rng.random(config.k) < 0.5).astype(float)
     branches[chosen.group].append(Branch(chosen.rollout, rewards_K))
-  return [GroupOutcome(r, t, b) for r, t, b in zip(rewards, tool, branches)]
+  return [GroupOutcome(r, b) for r, b in zip(rewards, branches)]
 
 
 def arrays(credits):
@@ -64,7 +65,7 @@ def test_ratio_zero_is_grpo_bit_for_bit():
   assert [c.advantage for c in axpo] == plain.tolist()
   assert {(c.region, c.branch) for c in axpo} == {("all", None)}
   grpo = assign_credit(
-    [GroupOutcome(r, np.zeros(len(r), bool)) for r in rewards],
+    [GroupOutcome(r) for r in rewards],
     CreditConfig(prefix_credit="none", merge_resamples=True),
   )
   for a, b in zip(loss_and_grad(axpo), loss_and_grad(grpo)):

@@ -6,21 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from axpo_jax.rl.advantages import group_advantages
-from axpo_jax.rl.credit import (
-  Branch,
-  Credit,
-  CreditConfig,
-  GroupOutcome,
-  assign_credit,
-  loss_mask,
-  prefix_advantage,
-)
+from axpo_jax.rl.algorithm import assign_credit, loss_mask
+from axpo_jax.rl.credit import Branch, Credit, CreditConfig, GroupOutcome, prefix_advantage
 
 PAPER = CreditConfig()
 
 
 def outcome(rewards, *branches):
-  return GroupOutcome(np.array(rewards, float), np.ones(len(rewards), bool), branches)
+  return GroupOutcome(np.array(rewards, float), branches)
 
 
 def by_place(credits):

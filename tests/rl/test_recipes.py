@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from axpo_jax.config import base_config
 from axpo_jax.rl import recipes
 from axpo_jax.rl.credit import CreditConfig
 from axpo_jax.rl.loss_config import LossConfig
-from axpo_jax.rl.recipes import RECIPES, ShapingConfig, shape_rewards
+from axpo_jax.rl.recipes import RECIPES
 from axpo_jax.rl.resample import ResampleConfig
+from axpo_jax.rl.shaping import ShapingConfig, shape_rewards
 
 DATACLASSES = {
   "resample": ResampleConfig,
@@ -25,12 +27,21 @@ DATACLASSES = {
 def test_recipe_sets_fields_of_the_config_tree(name):
   config = base_config().rl
   config.update_from_flattened_dict(RECIPES[name])  # unknown fields and wrong types raise
-  built = {part: cls(**dict(getattr(config, part))) for part, cls in DATACLASSES.items()}
-  recipes.check(built["resample"], built["credit"])
+  built = recipes.Recipe.from_config(config, response_limit=1000)
   for dotted, value in RECIPES[name].items():
     part, _, field = dotted.rpartition(".")
-    if part:
-      assert getattr(built[part], field) == value
+    if part and dotted != "loss.sum_length":
+      assert getattr(getattr(built, part), field) == value
+  assert built.loss.sum_length == (1000 if name == "dr_grpo" else 1)
+
+
+def test_names_are_found_or_refused():
+  assert recipes.overrides("gspo") == RECIPES["gspo"]
+  with_axpo = recipes.overrides("axpo+gspo")
+  assert "resample.ratio" not in with_axpo and with_axpo["loss.variant"] == "gspo"
+  for name in ("gppo", "grpo+gspo", "axpo+gppo", ""):
+    with pytest.raises(ValueError, match=f"^{re.escape(repr(name))}; choose one of axpo, grpo,"):
+      recipes.overrides(name)
 
 
 def test_the_tree_and_the_dataclasses_agree_on_the_paper():
@@ -52,6 +63,8 @@ def test_every_switch_differs_from_axpo():
 
 
 def test_contradicting_switches_are_an_error():
+  with pytest.raises(ValueError, match="cut='first'"):
+    recipes.check(ResampleConfig(subgroup="no_tool", cut="last"), CreditConfig())
   with pytest.raises(ValueError, match="prefix_credit='none'"):
     recipes.check(ResampleConfig(prefix="question"), CreditConfig())
 
@@ -88,11 +101,22 @@ def test_otc_leaves_groups_without_a_right_answer_alone():
   )
 
 
+def test_overlong_responses_lose_reward():
+  """DAPO: nothing up to 80 of 100 tokens, then straight down to -1 at 100, and no further."""
+  config = ShapingConfig(overlong_share=0.2, overlong_limit=100)
+  got = shape_rewards([1, 1, 1, 0, 1], None, config, [0, 80, 90, 100, 140])
+  np.testing.assert_allclose(got, [1, 1, 0.5, -1, 0])
+
+
 def test_bad_shaping():
   with pytest.raises(ValueError, match="tool_penalty='atc'"):
     ShapingConfig(tool_penalty="atc")
   with pytest.raises(ValueError, match="otc_smoothing=0"):
     ShapingConfig(otc_smoothing=0.0)
+  with pytest.raises(ValueError, match="overlong_share=2"):
+    ShapingConfig(overlong_share=2.0)
+  with pytest.raises(ValueError, match="overlong_limit=0"):
+    shape_rewards([1], None, ShapingConfig(overlong_share=0.5), [3])
   with pytest.raises(ValueError, match="call counts"):
     shape_rewards([1, 0], [1], ShapingConfig())
 

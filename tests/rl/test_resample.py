@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from axpo_jax.rl import resample
-from axpo_jax.rl.resample import GroupView, ResampleConfig, Selection, plan_resamples
+from axpo_jax.rl.algorithm import plan_resamples, triggered
+from axpo_jax.rl.resample import GroupView, ResampleConfig, Selection
 
 
 def group(confidences, *, rewards=None, index=0, tool=None, keys=None):
@@ -77,13 +78,13 @@ configs = st.builds(
   ],
 )
 def test_trigger(rewards, tool, want):
-  assert resample.triggered(np.array(rewards), np.array(tool, bool)) is want
+  assert triggered(np.array(rewards), np.array(tool, bool)) is want
 
 
 def test_trigger_of_the_no_tool_ablation_looks_at_the_other_subgroup():
   rewards, tool = np.array([1, 0, 0]), np.array([True, False, False])
-  assert resample.triggered(rewards, tool, subgroup="no_tool")
-  assert not resample.triggered(rewards, tool, subgroup="tool")
+  assert triggered(rewards, tool, subgroup="no_tool")
+  assert not triggered(rewards, tool, subgroup="tool")
 
 
 # ---- confidence
@@ -147,7 +148,7 @@ def test_the_budget_is_spent_while_candidates_last(groups, config):
   eligible = sum(
     int((g.candidate_N & g.used_tool_N).sum())
     for g in groups
-    if resample.triggered(g.rewards_N, g.used_tool_N)
+    if triggered(g.rewards_N, g.used_tool_N)
   )
   budget = resample.prefix_budget(sum(len(g.rewards_N) for g in groups), config)
   assert len(plan) == min(budget, eligible)
@@ -163,7 +164,7 @@ def test_breadth_first(groups, config):
   available = {
     g.index: int((g.candidate_N & g.used_tool_N).sum())
     for g in groups
-    if resample.triggered(g.rewards_N, g.used_tool_N)
+    if triggered(g.rewards_N, g.used_tool_N)
   }
   served = collections.Counter()
   for s in plan_resamples(groups, config):

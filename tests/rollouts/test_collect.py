@@ -20,7 +20,8 @@ from axpo_jax.data.question import Question
 from axpo_jax.engine.protocol import Sample, SamplingParams
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageLimits, ImageProcessor
-from axpo_jax.rl.credit import Branch, CreditConfig, GroupOutcome, assign_credit
+from axpo_jax.rl.algorithm import assign_credit
+from axpo_jax.rl.credit import CreditConfig
 from axpo_jax.rl.resample import ResampleConfig
 from axpo_jax.rollouts import census, collect
 from axpo_jax.train import examples
@@ -168,19 +169,16 @@ def test_budget(chat, processor, ratio, prefixes):
 def test_ablations_cut_elsewhere(groups, chat):
   source = groups[0].rollouts[2].transcript
   whole = dataclasses.replace(AXPO, prefix="question")
-  assert collect.cut_point(source, whole) == source.prompt_length
+  assert collect.cut(source, whole).end == source.prompt_length
   bare = groups[0].rollouts[3].transcript
-  cut = collect.cut_point(bare, dataclasses.replace(AXPO, subgroup="no_tool"))
+  cut = collect.cut(bare, dataclasses.replace(AXPO, subgroup="no_tool")).end
   assert bare.kinds[cut - 1] == Kind.THINK
   assert bare.kinds[cut] == Kind.ANSWER
   assert bare.ids[cut - 1] == chat.think_end_id
 
 
 def _credits(groups):
-  outcomes = [GroupOutcome([r.reward for r in g.rollouts], [r.used_tool for r in g.rollouts],
-                           [Branch(b.source, [r.reward for r in b.rollouts]) for b in g.branches])
-              for g in groups]
-  return assign_credit(outcomes, CreditConfig())
+  return assign_credit([collect.outcome(group) for group in groups], CreditConfig())
 
 
 def test_advantages_are_the_worked_values(groups):
