@@ -47,15 +47,18 @@ from axpo_jax import seeds
 from axpo_jax.agent.transcript import Transcript
 from axpo_jax.config import ASSETS
 from axpo_jax.data.question import Question
-from axpo_jax.engine.protocol import EngineStats, SampleRequest
+from axpo_jax.engine.protocol import Engine, EngineStats, SampleRequest
 from axpo_jax.miniworld.engine import TeacherEngine
+from axpo_jax.miniworld.habits import TeacherConfig
 from axpo_jax.model import hf
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.images import ProcessedImage
 from axpo_jax.plan import flops
 from axpo_jax.rl.resample import prefix_budget
 from axpo_jax.rollouts import collect
-from axpo_jax.stages import build
+from axpo_jax.stages import actors, engines, learners, policies, sft
+from axpo_jax.stages.context import run_context
+from axpo_jax.stages.questions import eval_questions, question_batches
 from axpo_jax.stages.rl import Recipe
 from axpo_jax.train.batch import batch_shards, packing_metrics, targets
 from axpo_jax.train.examples import supervised
@@ -76,13 +79,13 @@ def main() -> None:
   with tempfile.TemporaryDirectory() as scratch:
     config = _perception(axpo_tiny.get_config())
     policy = _policy(config, args.policy, pathlib.Path(scratch))
-    bench = build.workbench(config)
-    params = build.load_params(bench, policy, config.seed)
+    context = run_context(config)
+    params = policies.load_params(context, policy, config.seed)
     _print_machine(config, params, args, policy)
     _print_line("median (min-max)", "ours", "compared with", "gain", "aim")
     for part in args.parts.split(","):
       row, note = _MEASURED[part](
-        config, bench, params, policy, args.repetitions)
+        config, context, params, policy, args.repetitions)
       # At once: a run that is cut short keeps what it has measured.
       _print_line(row.name, _spread(row.ours), _spread(row.theirs), _spread(row.gains, 2),
                   f">={row.aim:g}")
@@ -116,9 +119,9 @@ def _policy(config: ConfigDict, folder: str, scratch: pathlib.Path) -> pathlib.P
   if not (path / "config.json").exists():
     path, tokenizer = scratch / "policy", ASSETS / "tiny_tokenizer"
     config.model.update(checkpoint="", preset="tiny", tokenizer=str(tokenizer))
-    bench = build.workbench(config)
-    params = build.load_params(bench, "", config.seed)
-    hf.save_checkpoint_hf(path, params, bench.model_config, tokenizer_from=tokenizer)
+    context = run_context(config)
+    params = policies.load_params(context, "", config.seed)
+    hf.save_checkpoint_hf(path, params, context.model_config, tokenizer_from=tokenizer)
   config.model.update(checkpoint=str(path), preset="", tokenizer="")
   return path
 
@@ -208,24 +211,24 @@ def _print_machine(config: ConfigDict, params, args: argparse.Namespace, policy:
 # (a) Sampling ---------------------------------------------------------------------------------
 
 
-def sampling(config, bench, params, policy, repetitions) -> tuple[Row, str]:
+def sampling(config, context, params, policy, repetitions) -> tuple[Row, str]:
   """32 prompts with an image each, the same number of new tokens, nothing cached beforehand."""
-  return _sampling("sampling", PROMPTS, config, bench, params, policy, repetitions)
+  return _sampling("sampling", PROMPTS, config, context, params, policy, repetitions)
 
 
-def rollouts(config, bench, params, policy, repetitions) -> tuple[Row, str]:
+def rollouts(config, context, params, policy, repetitions) -> tuple[Row, str]:
   """The same number of prompts, of fewer questions: each is asked as often as a step of RL does."""
-  return _sampling("rollouts", PROMPTS // config.rl.num_rollouts, config, bench, params, policy,
+  return _sampling("rollouts", PROMPTS // config.rl.num_rollouts, config, context, params, policy,
                    repetitions)
 
 
-def _sampling(name, questions, config, bench, params, policy, repetitions) -> tuple[Row, str]:
+def _sampling(name, questions, config, context, params, policy, repetitions) -> tuple[Row, str]:
   with config.unlocked():
     config = ConfigDict(config)
   config.eval.questions = questions
-  with _engine(config, bench, params) as (engine, runner):
-    actor = build.actor(config, bench, engine)
-    different = [actor.start(question) for question in build.eval_questions(config)]
+  with _engine(config, context, params) as (engine, runner):
+    actor = actors.make_actor(config, context, engine)
+    different = [actor.start(question) for question in eval_questions(config)]
     starts = [start for start in different for _ in range(PROMPTS // questions)]
     shape = dataclasses.replace(actor.sampling, max_new_tokens=NEW_TOKENS, stop_ids=())
     requests = [
@@ -249,7 +252,7 @@ def _sampling(name, questions, config, bench, params, policy, repetitions) -> tu
   return row, (
     f"{name}: prompts of {min(map(_length, starts))}-{max(map(_length, starts))} tokens; time "
     f"includes images and prefill; {_calls(times, threads)}\n  "
-    + _bound(bench.model_config, different, statistics.median(times[1].later)))
+    + _bound(context.model_config, different, statistics.median(times[1].later)))
 
 
 def _bound(config: ModelConfig, starts: Sequence[Transcript], theirs: float) -> str:
@@ -303,9 +306,9 @@ def _calls(times: Sequence[Times], threads: int) -> str:
 
 
 @contextlib.contextmanager
-def _engine(config, bench, params) -> Iterator[tuple[build.Engine, asyncio.Runner]]:
+def _engine(config, context, params) -> Iterator[tuple[Engine, asyncio.Runner]]:
   with asyncio.Runner() as runner:
-    engine = build.engine(config, bench, params, (), pathlib.Path(tempfile.gettempdir()))
+    engine = engines.make_engine(config, context, params, (), pathlib.Path(tempfile.gettempdir()))
     try:
       yield engine, runner
     finally:
@@ -315,20 +318,20 @@ def _engine(config, bench, params) -> Iterator[tuple[build.Engine, asyncio.Runne
 # (b) Prefill ----------------------------------------------------------------------------------
 
 
-def prefill(config, bench, params, _policy, repetitions) -> tuple[Row, str]:
+def prefill(config, context, params, _policy, repetitions) -> tuple[Row, str]:
   """Steps of AXPO on different questions: rollouts, then the continuations of frozen prefixes.
 
   Without sharing every request computes its whole prompt but the last token, which is decode's:
   what was computed and what came from the cache, added up.
   """
-  batches = build.question_batches(config)
+  batches = question_batches(config)
   computed, whole, forced, branches = [], [], 0, 0
-  with _engine(config, bench, params) as (engine, runner):
-    actor = build.actor(config, bench, engine)
+  with _engine(config, context, params) as (engine, runner):
+    actor = actors.make_actor(config, context, engine)
     for number in range(repetitions):
       runner.run(engine.update_weights(params, number))
       engine.stats(reset=True)
-      natural, made = runner.run(_step(config, bench, actor, next(batches), number))
+      natural, made = runner.run(_step(config, context, actor, next(batches), number))
       forced, branches = forced + (not natural), branches + made
       stats: EngineStats = engine.stats()
       computed.append(stats.prefill_tokens_computed)
@@ -342,7 +345,7 @@ def prefill(config, bench, params, _policy, repetitions) -> tuple[Row, str]:
   return Row("prefill, prompt tokens/step", computed, whole, gains, aim=3), note
 
 
-async def _step(config, bench, actor: collect.Actor, questions: list[Question], number: int
+async def _step(config, context, actor: collect.Actor, questions: list[Question], number: int
                 ) -> tuple[bool, int]:
   """One step's sampling; returns whether groups triggered by themselves, and the prefixes used."""
   recipe, seed = Recipe.from_config(config.rl).resample, seeds.derive(config.seed, "rl", number)
@@ -352,19 +355,19 @@ async def _step(config, bench, actor: collect.Actor, questions: list[Question], 
     return True, made
   budget = prefix_budget(len(questions) * config.rl.num_rollouts, recipe)
   chosen = questions[:budget]
-  prefixes = [await _teacher_prefix(config, bench, actor, question) for question in chosen]
+  prefixes = [await _teacher_prefix(config, context, actor, question) for question in chosen]
   await asyncio.gather(*(
     actor.roll(prefix.copy(), question, seeds.derive(seed, "k", i, k))
     for i, (prefix, question) in enumerate(zip(prefixes, chosen)) for k in range(recipe.k)))
   return False, len(chosen)
 
 
-async def _teacher_prefix(config, bench, actor: collect.Actor, question: Question) -> Transcript:
+async def _teacher_prefix(config, context, actor: collect.Actor, question: Question) -> Transcript:
   """The teacher's transcript up to and including its first opening tool-call tag."""
   always = {"p_tool_small": 1.0, "p_tool_large": 1.0}
-  habits = build.TeacherConfig(**dict(config.sft.teacher) | always)
+  habits = TeacherConfig(**dict(config.sft.teacher) | always)
   teacher = dataclasses.replace(
-    actor, engine=TeacherEngine(bench.chat, {question.id: question}, habits))
+    actor, engine=TeacherEngine(context.chat, {question.id: question}, habits))
   rollout = await teacher.roll(teacher.start(question), question, seed=0)
   return rollout.transcript.cut(rollout.transcript.prefix_end())
 
@@ -372,36 +375,36 @@ async def _teacher_prefix(config, bench, actor: collect.Actor, question: Questio
 # (c) Training ---------------------------------------------------------------------------------
 
 
-def training(config, bench, params, policy, repetitions) -> tuple[Row, str]:
+def training(config, context, params, policy, repetitions) -> tuple[Row, str]:
   """64 trajectories of the teacher, of as many questions: they share the system prompt alone."""
   with config.unlocked():
     few = ConfigDict(config)
   few.sft.examples = TRAJECTORIES
-  examples, _ = next(iter(build.sft_batches(few, bench)))
-  return _training("training", examples, config, bench, params, policy, repetitions)
+  examples, _ = next(iter(sft.sft_batches(few, context)))
+  return _training("training", examples, config, context, params, policy, repetitions)
 
 
-def groups(config, bench, params, policy, repetitions) -> tuple[Row, str]:
+def groups(config, context, params, policy, repetitions) -> tuple[Row, str]:
   """64 trajectories of the teacher in groups, as in a step of RL: each question's share its prompt."""
-  examples = asyncio.run(_grouped_examples(config, bench))
-  return _training("groups of 8", examples, config, bench, params, policy, repetitions)
+  examples = asyncio.run(_grouped_examples(config, context))
+  return _training("groups of 8", examples, config, context, params, policy, repetitions)
 
 
-async def _grouped_examples(config, bench) -> list[Example]:
+async def _grouped_examples(config, context) -> list[Example]:
   size = config.rl.num_rollouts
-  questions = next(build.question_batches(config))[:TRAJECTORIES // size]
-  engine = TeacherEngine(bench.chat, {question.id: question for question in questions},
-                         build.TeacherConfig(**config.sft.teacher))
-  teacher = build.actor(config, bench, engine)
+  questions = next(question_batches(config))[:TRAJECTORIES // size]
+  engine = TeacherEngine(context.chat, {question.id: question for question in questions},
+                         TeacherConfig(**config.sft.teacher))
+  teacher = actors.make_actor(config, context, engine)
   rollouts = await asyncio.gather(*(
     teacher.roll(teacher.start(question), question, seeds.derive(config.seed, question.id, i))
     for question in questions for i in range(size)))
-  return [supervised(rollout, bench.model_config.image_token_id) for rollout in rollouts]
+  return [supervised(rollout, context.model_config.image_token_id) for rollout in rollouts]
 
 
-def _training(name, examples, config, bench, params, policy, repetitions) -> tuple[Row, str]:
+def _training(name, examples, config, context, params, policy, repetitions) -> tuple[Row, str]:
   """The same trajectories, the same loss, AdamW."""
-  ours, our_losses, batches = _learner_side(config, bench, params, examples)
+  ours, our_losses, batches = _learner_side(config, context, params, examples)
   theirs, their_losses = _pytorch_side(config, policy, examples)
   threads = choose_threads(theirs.run)
   times = take_turns([ours, theirs], repetitions)
@@ -420,14 +423,14 @@ def _training(name, examples, config, bench, params, policy, repetitions) -> tup
     f"{_calls(times, threads)}")
 
 
-def _learner_side(config, bench, params, examples: Sequence[Example]):
+def _learner_side(config, context, params, examples: Sequence[Example]):
   learner = Learner(
-    bench.model_config, build.optimizer(config.optimizer, 100, False), supervised_objective(),
-    bench.mesh, bench.rules, chunk=config.batch.logprob_chunk)
+    context.model_config, learners.optimizer(config.optimizer, 100, False), supervised_objective(),
+    context.mesh, context.rules, chunk=config.batch.logprob_chunk)
   batches = pack(
     examples, rows=config.batch.rows, length=config.batch.length,
-    vision_config=bench.model_config.vision,
-    rows_multiple_of=batch_shards(bench.mesh, bench.rules))
+    vision_config=context.model_config.vision,
+    rows_multiple_of=batch_shards(context.mesh, context.rules))
   # The state's buffers are donated at every step: a copy, since `params` are others' too.
   state, losses = learner.init(jax.tree.map(lambda x: x.copy(), params), config.seed), []
 

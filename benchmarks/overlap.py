@@ -37,7 +37,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from axpo_jax.agent.tools.base import EpisodeState, Observation, Tool, ToolBox
 from axpo_jax.rollouts.ahead import Ahead
 from axpo_jax.rollouts.collect import Group
-from axpo_jax.stages import build
+from axpo_jax.stages.context import run_context
+from axpo_jax.stages.questions import question_batches
 from axpo_jax.stages.rl import Collected, Loop
 from configs import axpo_tiny
 
@@ -90,8 +91,8 @@ def _loop(args: argparse.Namespace) -> Loop:
   config.optimizer.learning_rate = 0.0
   config.batch.share_prefixes = False
   config.rl.questions = args.questions
-  bench = build.workbench(config)
-  loop = Loop(config, bench, config.model.checkpoint, pathlib.Path(tempfile.gettempdir()))
+  context = run_context(config)
+  loop = Loop(config, context, config.model.checkpoint, pathlib.Path(tempfile.gettempdir()))
   slow = ToolBox(map(_slowed, loop.actor.toolbox.tools), config.agent.scopes,
                  describe=config.agent.describe_tools)
   loop.actor = dataclasses.replace(loop.actor, toolbox=slow)
@@ -162,7 +163,7 @@ def _collecting(batch: Collected) -> float:
 
 def _rewind(loop: Loop) -> None:
   """The next steps have the same questions and seeds again."""
-  loop.questions, loop.steps_done = build.question_batches(loop.config), 0
+  loop.questions, loop.steps_done = question_batches(loop.config), 0
 
 
 def _round(runner: asyncio.Runner, loop: Loop, steps: int, staleness: int) -> float:

@@ -34,7 +34,7 @@ from axpo_jax.model import sharding
 from axpo_jax.model.config import PRESETS, ModelConfig
 from axpo_jax.model.images import PatchFormat, ProcessedImage
 from axpo_jax.model.vision_inputs import mrope_positions
-from axpo_jax.stages import build
+from axpo_jax.stages import learners
 from axpo_jax.train.batch import Batch, packing_metrics, shape_of
 from axpo_jax.train.packing import Example, pack
 from configs import axpo_8b, axpo_tiny
@@ -130,7 +130,7 @@ class Counted:
 def packed(examples: Sequence[Example], config: ConfigDict, model: ModelConfig,
            mesh: jax.sharding.Mesh) -> list[Batch]:
   """The micro-batches of a step, with patches of one pixel in the place of the model's."""
-  options = build.pack_options(config, model, mesh)
+  options = learners.pack_options(config, model, mesh)
   return pack(examples, **options | {"vision_config": dataclasses.replace(model.vision, patch_size=1)})
 
 

@@ -33,7 +33,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from axpo_jax import seeds
 from axpo_jax.rollouts import collect
-from axpo_jax.stages import build
+from axpo_jax.stages import engines
+from axpo_jax.stages.context import run_context
 from axpo_jax.stages.rl import Loop
 from configs import axpo_tiny
 
@@ -51,11 +52,11 @@ def main() -> None:
         f"{os.getloadavg()[0]:.1f} at the start; policy {config.model.checkpoint}")
   with tempfile.TemporaryDirectory() as scratch:
     folder = pathlib.Path(scratch)
-    bench = build.workbench(config)
+    context = run_context(config)
     begin = time.perf_counter()
-    with build.servers(config, config.model.checkpoint, folder) as urls:
+    with engines.servers(config, config.model.checkpoint, folder) as urls:
       print(f"servers   {' '.join(urls)}, up after {time.perf_counter() - begin:.0f} s")
-      loop = Loop(config, bench, config.model.checkpoint, folder, urls)
+      loop = Loop(config, context, config.model.checkpoint, folder, urls)
       with asyncio.Runner() as runner:
         try:
           runner.run(_measure(loop, args.steps))

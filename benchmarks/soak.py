@@ -50,7 +50,7 @@ from axpo_jax.engine.protocol import Engine, Sample, SampleRequest
 from axpo_jax.engine.sglang.server import Sidecar, SidecarSpec
 from axpo_jax.model.chat import Chat
 from axpo_jax.rollouts.collect import Group
-from axpo_jax.stages import build
+from axpo_jax.stages.context import run_context
 from axpo_jax.stages.rl import Loop
 from configs import axpo_tiny
 
@@ -227,9 +227,9 @@ def _job(minutes: float, folder: pathlib.Path) -> None:
                      max_running=16, max_total_tokens=65_536, extra_env={"OMP_NUM_THREADS": "1"})
   with Sidecar(spec, folder / "sidecar", report=lambda line: print(f"sidecar    {line}")) as sidecar:
     config.rollout.urls = tuple(sidecar.urls)
-    bench = build.workbench(config, epath.Path(folder))
-    loop = Loop(config, bench, config.model.checkpoint, folder, sidecar.urls)
-    loop.actor = dataclasses.replace(loop.actor, engine=HostilePolicy(loop.actor.engine, bench.chat))
+    context = run_context(config, epath.Path(folder))
+    loop = Loop(config, context, config.model.checkpoint, folder, sidecar.urls)
+    loop.actor = dataclasses.replace(loop.actor, engine=HostilePolicy(loop.actor.engine, context.chat))
     seen = Seen()
     with asyncio.Runner() as runner:
       try:

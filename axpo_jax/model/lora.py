@@ -3,14 +3,20 @@
 In: a model and a LoraConfig. Out: the same model whose chosen linear layers compute
 x @ kernel + x @ a @ b * alpha / rank. `b` begins with zeros, so that a new adapter changes nothing.
 An adapter is a parameter of its layer like the kernel: stacked, scanned and split over the mesh with
-it. What the trainer does with adapters is in `train.adapters`.
+it. Only the learner knows adapters: samplers, exports and the reference get a plain policy (`merge`,
+`switched_off`).
 """
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from axpo_jax.model import sharding
 from axpo_jax.model.config import LoraConfig
 from axpo_jax.model.layers import Linear, Maker
 
@@ -48,3 +54,55 @@ def adapt(model: nnx.Module, config: LoraConfig, rngs: nnx.Rngs) -> None:
 def is_adapter(path: tuple, _value: object = None) -> bool:
   """An nnx filter: the parameters of adapters."""
   return ADAPTER in path
+
+
+def switched_off(params: nnx.State) -> nnx.State:
+  """The policy that the adapters were added to, as parameters of the same tree: every b is zero.
+
+  The rest stands in the buffers that it has, so a step that donates `params` ends this too.
+  """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: jnp.zeros_like(x) if _is_b(path) else x, params)
+
+
+def merge(params: nnx.State, config: LoraConfig | None, dtype: str | None = None) -> nnx.State:
+  """A policy without adapters that computes the same up to rounding: products added to kernels.
+
+  Sums are float32, then rounded to `dtype`, that of whoever takes the policy; None is the adapters'.
+  Of a frozen kernel's own dtype they are not: it may be narrower. Other parameters stand in the buffers
+  that they have. Without a config `params` themselves.
+  """
+  if config is None:
+    return params
+  flat = dict(nnx.to_flat_state(params))
+  merged = []
+  for path, variable in flat.items():
+    if is_adapter(path):
+      continue
+    inner = (*path[:-1], ADAPTER)
+    if path[-1] == "kernel" and (*inner, "a", "kernel") in flat:
+      a, b = (flat[*inner, name, "kernel"].get_value() for name in "ab")
+      variable = _merged(variable, a, b, config.alpha / config.rank, dtype or a.dtype)
+    merged.append((path, variable))
+  return nnx.from_flat_state(merged)
+
+
+def _merged(kernel: nnx.Variable, a: jax.Array, b: jax.Array, scale: float, dtype: Any
+            ) -> nnx.Variable:
+  value = kernel.get_value()
+  stacked = sharding.names_of(kernel)[0] == "layers"
+  return kernel.replace(_add_product(value, a, b, scale, stacked, value.sharding, jnp.dtype(dtype)))
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "stacked", "where", "dtype"))
+def _add_product(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float, stacked: bool,
+                 where: jax.sharding.Sharding, dtype: jnp.dtype) -> jax.Array:
+  def one(kernel, a, b):
+    product = jnp.tensordot(a, b, 1, precision=jax.lax.Precision.HIGHEST)
+    return (kernel.astype(jnp.float32) + scale * product).astype(dtype)
+
+  return jax.lax.with_sharding_constraint((jax.vmap(one) if stacked else one)(kernel, a, b), where)
+
+
+def _is_b(path: tuple) -> bool:
+  return f"/{ADAPTER}/b/" in sharding.path_name(path)

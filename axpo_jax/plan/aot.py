@@ -68,7 +68,7 @@ def abstract_batch(mesh: jax.sharding.Mesh, options: Mapping[str, Any], *, image
   """The shapes of a full micro-batch: no padding, and every token is a target.
 
   Args:
-    options: arguments of `pack`, see `build.pack_options`.
+    options: arguments of `pack`, see `stages.learners.pack_options`.
     image_share: share of image tokens; it decides how many rows the vision tower has.
     scored: the batch has the reference policy's log-probabilities.
     largest: one image has the largest size, which decides the length of a row of the vision tower.

@@ -20,8 +20,7 @@ from axpo_jax.model import hf, sharding
 from axpo_jax.model.config import PRESETS, ModelConfig
 from axpo_jax.plan import aot, chips, slice_report
 from axpo_jax.rl.loss_config import LossConfig
-from axpo_jax.stages import build, machine, sections
-from axpo_jax.train import adapters as lora
+from axpo_jax.stages import learners, machine, sections
 from axpo_jax.train.batch import Batch, batch_shards
 from axpo_jax.train.step import Learner, policy_objective, supervised_objective
 
@@ -158,17 +157,17 @@ class Plan:
     else:
       objective, steps = supervised_objective(), config.sft.steps
       section, frozen = config.sft.optimizer, config.sft.freeze_vision
-    return Learner(self.model, build.optimizer(section, steps, frozen, self.model.lora), objective,
+    return Learner(self.model, learners.optimizer(section, steps, frozen, self.model.lora), objective,
                    self.mesh, chunk=config.batch.logprob_chunk, frozen_dtype=self._frozen_dtype)
 
   def _batch(self) -> Batch:
-    options = build.pack_options(self.config, self.model, self.mesh)
+    options = learners.pack_options(self.config, self.model, self.mesh)
     return aot.abstract_batch(self.mesh, options, image_share=self.image_share, largest=self.largest,
                               scored=self._has_reference)
 
   @property
   def _frozen_dtype(self) -> str:
-    """The dtype of parameters that are not trained, as in `build.frozen_dtype`. Qwen's checkpoints, which
+    """The dtype of parameters that are not trained, as in `policies.frozen_dtype`. Qwen's checkpoints, which
     the presets describe, are bfloat16."""
     checkpoint = self.config.model.checkpoint
     return (hf.stored_dtype(checkpoint) or self.model.param_dtype) if checkpoint else "bfloat16"
@@ -194,5 +193,5 @@ def _model_config(config: ConfigDict, layers: int) -> ModelConfig:
     raise ConfigError(f"--layers={layers}: from {least}, the layers that take image features, to "
                       f"{base.text.num_layers}")
   text = dataclasses.replace(base.text, num_layers=layers or base.text.num_layers)
-  base = dataclasses.replace(base, text=text, lora=lora.from_config(config))
+  base = dataclasses.replace(base, text=text, lora=sections.lora(config))
   return sections.computed_as(base, section)

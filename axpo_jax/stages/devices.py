@@ -1,6 +1,6 @@
 """Whether the devices at hand can do what a run asks for, before anything is allocated.
 
-In: a config and its Workbench. Out: nothing, or a ConfigError with the numbers and the fields to change.
+In: a config and its RunContext. Out: nothing, or a ConfigError with the numbers and the fields to change.
 """
 
 import jax
@@ -12,11 +12,12 @@ from axpo_jax.engine.embedded import memory as embedded_memory
 from axpo_jax.errors import ConfigError
 from axpo_jax.model import sharding
 from axpo_jax.model.qwen3_vl import Qwen3VL
-from axpo_jax.stages import build, distributed, sections
+from axpo_jax.stages import distributed, learners, policies, sections
+from axpo_jax.stages.context import RunContext
 from axpo_jax.train.state import abstract_state
 
 
-def check(config: ConfigDict, bench: build.Workbench) -> None:
+def check(config: ConfigDict, context: RunContext) -> None:
   """Whether this process's devices can do what the config asks for, before anything is allocated.
 
   Raises:
@@ -25,31 +26,31 @@ def check(config: ConfigDict, bench: build.Workbench) -> None:
   stages = sampling_stages(config)
   if config.rollout.engine != "embedded" or not stages:
     return
-  if config.rollout.staleness and "rl" in stages and bench.mesh.size > 1:
+  if config.rollout.staleness and "rl" in stages and context.mesh.size > 1:
     # The sampler's thread and the update's would each start programs with collectives. Devices that
     # get two of them in different orders wait for each other for ever. And nothing is lost: sampler and
     # trainer share the devices, so there is little that one could do beside the other.
     raise ConfigError(
       f"config.rollout.staleness={config.rollout.staleness} with the embedded sampler works on one "
-      f"device; config.mesh has {bench.mesh.size}: set staleness=0, or config.rollout.engine=sglang")
+      f"device; config.mesh has {context.mesh.size}: set staleness=0, or config.rollout.engine=sglang")
   engine = sections.embedded(config)
-  mesh = bench.mesh if jax.process_count() == 1 else distributed.local_mesh()
-  need = embedded_memory.needed(bench.model_config, engine, mesh.shape, bench.rules)
-  training = _training_bytes(config, bench) if "rl" in stages else 0.0
+  mesh = context.mesh if jax.process_count() == 1 else distributed.local_mesh()
+  need = embedded_memory.needed(context.model_config, engine, mesh.shape, context.rules)
+  training = _training_bytes(config, context) if "rl" in stages else 0.0
   try:
     embedded_memory.check(need, training, embedded_memory.free_bytes(mesh), engine)
   except embedded_memory.MemoryShort as error:
     raise ConfigError(str(error)) from error
 
 
-def _training_bytes(config: ConfigDict, bench: build.Workbench) -> float:
+def _training_bytes(config: ConfigDict, context: RunContext) -> float:
   """What RL holds of a device while it samples: parameters and optimizer state, and the reference."""
-  trained = build.optimizer(config.optimizer, 1, config.model.freeze_vision, bench.lora)
-  model = nnx.eval_shape(lambda: Qwen3VL(bench.trained_config, rngs=nnx.Rngs(0)))
-  frozen = build.frozen_dtype(bench, config.model.checkpoint)
+  trained = learners.optimizer(config.optimizer, 1, config.model.freeze_vision, context.lora)
+  model = nnx.eval_shape(lambda: Qwen3VL(context.trained_config, rngs=nnx.Rngs(0)))
+  frozen = policies.frozen_dtype(context, config.model.checkpoint)
   params = trained.with_frozen_dtype(nnx.split(model)[1], frozen)
-  state = abstract_state(params, trained, bench.mesh, bench.rules)
+  state = abstract_state(params, trained, context.mesh, context.rules)
   held = sharding.local_bytes(state)
-  if bench.lora is None and config.rl.loss.kl_coef and not config.rl.reference_offload:
+  if context.lora is None and config.rl.loss.kl_coef and not config.rl.reference_offload:
     held += sharding.local_bytes(state.params, frozen)
   return held

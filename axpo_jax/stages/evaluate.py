@@ -19,7 +19,9 @@ from axpo_jax.rl.resample import ResampleConfig
 from axpo_jax.rollouts import census, collect
 from axpo_jax.rollouts.acting import acting_census
 from axpo_jax.rollouts.shards import Record
-from axpo_jax.stages import build
+from axpo_jax.stages import actors
+from axpo_jax.stages.context import RunContext
+from axpo_jax.stages.questions import eval_questions
 
 # Pass@k for these k is told beside that of all rollouts: the paper's.
 _KS = (1, 4)
@@ -30,16 +32,16 @@ def measured(lines: Iterable[Mapping], step: int) -> bool:
   return any(line["step"] == step and "eval/pass_at_1" in line for line in lines)
 
 
-async def run(config: ConfigDict, bench: build.Workbench, engine: Engine, *,
+async def run(config: ConfigDict, context: RunContext, engine: Engine, *,
               progress: bool = True) -> dict[str, float]:
   """Metrics of the policy that `engine` holds; see docs/metrics.md, eval/."""
-  actor = build.actor(config, bench, engine, "eval")
+  actor = actors.make_actor(config, context, engine, "eval")
   groups = await collect.sample_groups(
-    actor, build.eval_questions(config), config.eval.rollouts, seeds.derive(config.seed, "eval"),
+    actor, eval_questions(config), config.eval.rollouts, seeds.derive(config.seed, "eval"),
     progress="evaluation" if progress else "")
   if failed := collect.told_failures(groups):
     logging.warning("evaluation: rollouts failed and are left out: %s", failed)
-  return metrics(collect.group_stats(groups, ResampleConfig(), bench.chat), config.eval.rollouts,
+  return metrics(collect.group_stats(groups, ResampleConfig(), context.chat), config.eval.rollouts,
                  sum(group.failed for group in groups))
 
 

@@ -16,7 +16,6 @@ from axpo_jax.config import apply_recipe
 from axpo_jax.errors import ConfigError
 from axpo_jax.model import programs
 from axpo_jax.stages import (
-  build,
   claim,
   devices,
   distributed,
@@ -28,6 +27,7 @@ from axpo_jax.stages import (
   summary,
   toolbox,
 )
+from axpo_jax.stages.context import RunContext, run_context
 from axpo_jax.stages.metrics import read_metrics
 from axpo_jax.train import preemption
 
@@ -48,21 +48,21 @@ def run(config: ConfigDict, workdir: str) -> None:
   _check_folders(config, root)
   distributed.on_main(claim.check, root, config)
   programs.use_cache(config.compilation_cache)
-  bench = build.workbench(config, root)
+  context = run_context(config, root)
   # What fails up to `take` leaves the folder as it was.
-  distributed.on_main(preflight.check_files, config, bench)
-  distributed.on_main(devices.check, config, bench)
-  distributed.on_main(preflight.start_tools, config, bench)
+  distributed.on_main(preflight.check_files, config, context)
+  distributed.on_main(devices.check, config, context)
+  distributed.on_main(preflight.start_tools, config, context)
   distributed.on_main(claim.take, root, config)
   distributed.on_main(claim.reopen, root, config)
   try:
-    _run_stages(config, bench, root)
+    _run_stages(config, context, root)
   finally:
     toolbox.flush()
   distributed.on_main(report, root)
 
 
-def _run_stages(config: ConfigDict, bench: build.Workbench, root: epath.Path) -> None:
+def _run_stages(config: ConfigDict, context: RunContext, root: epath.Path) -> None:
   policy, first_step = config.model.checkpoint, 0
   for stage in config.stages:
     distributed.on_main(preemption.check)
@@ -71,7 +71,7 @@ def _run_stages(config: ConfigDict, bench: build.Workbench, root: epath.Path) ->
       _say(f"{stage}: done before, its policy is {folder}")
       policy = folder
     else:
-      policy = _STAGES[stage](config, bench, str(policy), root, first_step)
+      policy = _STAGES[stage](config, context, str(policy), root, first_step)
     first_step += config[stage].get("steps", 0)
 
 

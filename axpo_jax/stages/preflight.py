@@ -19,14 +19,15 @@ from axpo_jax.errors import ConfigError
 from axpo_jax.eval import benchmarks
 from axpo_jax.model import hf
 from axpo_jax.rollouts import shards
-from axpo_jax.stages import build, sections, toolbox
+from axpo_jax.stages import sections, sft, toolbox
+from axpo_jax.stages.context import RunContext
 
 # Questions of a file that are read, and the seconds that this may take: records may be large.
 _QUESTIONS, _SECONDS = 200, 2.0
 _SHOWN = 3  # tensors that do not fit, in the message
 
 
-def check_files(config: ConfigDict, bench: build.Workbench) -> None:
+def check_files(config: ConfigDict, context: RunContext) -> None:
   """Looks at the files that the run reads.
 
   Raises:
@@ -34,7 +35,7 @@ def check_files(config: ConfigDict, bench: build.Workbench) -> None:
   """
   stages = set(config.stages)
   if config.model.checkpoint:
-    _check_weights(config.model.checkpoint, bench)
+    _check_weights(config.model.checkpoint, context)
   if {"teach", "screen", "rl"} & stages:
     _check_questions(config, "config.data.path", config.data.path, config.data.source,
                      least=config.rl.questions if "rl" in stages else 1)
@@ -45,14 +46,14 @@ def check_files(config: ConfigDict, bench: build.Workbench) -> None:
     for name in config.eval.benchmarks:
       _check_benchmark(config, name)
   if "sft" in stages:
-    _check_trajectories(config, bench)
+    _check_trajectories(config, context)
   for name in ("policy", "teacher") if "rl" in stages else ():
     _check_shards(f"config.rl.filter.{name}", config.rl.filter[name])
 
 
-def _check_weights(path: str, bench: build.Workbench) -> None:
+def _check_weights(path: str, context: RunContext) -> None:
   try:
-    hf.check_checkpoint(paths.local(path), bench.model_config)
+    hf.check_checkpoint(paths.local(path), context.model_config)
   except (hf.CheckpointError, OSError) as error:
     lines = str(error).splitlines()
     more = f" and {len(lines) - 1 - _SHOWN} more" if len(lines) - 1 > _SHOWN else ""
@@ -97,21 +98,21 @@ def _read_some(where: str, stream: Iterator[Question], report: readers.ReadRepor
   return report.records - report.bad
 
 
-def _check_trajectories(config: ConfigDict, bench: build.Workbench) -> None:
-  sft = config.sft
-  if sft.source == "shards":
-    _check_shards("config.sft.path", sft.path)
-  if sft.source == "conversations":
-    build.conversations(config, bench)
-  if sft.source != "jsonl":
+def _check_trajectories(config: ConfigDict, context: RunContext) -> None:
+  section = config.sft
+  if section.source == "shards":
+    _check_shards("config.sft.path", section.path)
+  if section.source == "conversations":
+    sft.conversations(config, context)
+  if section.source != "jsonl":
     return
   try:
-    found = shards.Trajectories(sft.path, bench.processor)
+    found = shards.Trajectories(section.path, context.processor)
     if not len(found):
-      raise ConfigError(f"config.sft.path={sft.path!r} holds no trajectory")
+      raise ConfigError(f"config.sft.path={section.path!r} holds no trajectory")
     found[0]
   except TranscriptError as error:
-    raise ConfigError(f"config.sft.path={sft.path!r} is no dump of rollouts (docs/data.md): {error}"
+    raise ConfigError(f"config.sft.path={section.path!r} is no dump of rollouts (docs/data.md): {error}"
                       ) from error
 
 
@@ -123,7 +124,7 @@ def _check_shards(field: str, path: str) -> None:
     raise ConfigError(f"{field}={path!r}: {error}") from error
 
 
-def start_tools(config: ConfigDict, bench: build.Workbench) -> None:
+def start_tools(config: ConfigDict, context: RunContext) -> None:
   """Starts the tools, which the stages then find started.
 
   Raises:
@@ -132,5 +133,5 @@ def start_tools(config: ConfigDict, bench: build.Workbench) -> None:
   stages = set(config.stages)
   acts = stages - {"sft", "eval"} or (stages == {"sft"} and config.sft.source == "teacher")
   for evaluation in (*([False] if acts else ()), *([True] if stages & {"rl", "eval"} else ())):
-    toolbox.toolbox(config, bench.chat, bench.processor.factor, evaluation=evaluation,
-                    folder=bench.folder)
+    toolbox.toolbox(config, context.chat, context.processor.factor, evaluation=evaluation,
+                    folder=context.folder)

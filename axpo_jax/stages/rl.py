@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from axpo_jax import seeds
 from axpo_jax.errors import RunStopped
-from axpo_jax.model import programs
+from axpo_jax.model import lora, programs
 from axpo_jax.model.chat import Chat
 from axpo_jax.rl import algorithm
 from axpo_jax.rl.credit import Credit
@@ -37,14 +37,24 @@ from axpo_jax.rollouts.acting import acting_census
 from axpo_jax.rollouts.ahead import Ahead
 from axpo_jax.rollouts.collect import Group
 from axpo_jax.rollouts.dump import dump_rollouts
-from axpo_jax.stages import build, distributed, evaluate, selection, toolbox
+from axpo_jax.stages import (
+  actors,
+  distributed,
+  engines,
+  evaluate,
+  learners,
+  policies,
+  selection,
+  toolbox,
+)
+from axpo_jax.stages.context import RunContext
 from axpo_jax.stages.metrics import read_metrics
-from axpo_jax.train import adapters as lora
+from axpo_jax.stages.questions import question_batches
 from axpo_jax.train import examples, pictures, preemption
 from axpo_jax.train.batch import Batch, packing_metrics, sums_by_example, weigh
 from axpo_jax.train.checkpoint import Checkpoints
 from axpo_jax.train.packing import Example
-from axpo_jax.train.state import TrainState, move_params
+from axpo_jax.train.state import TrainState, move_params, with_adapters
 from axpo_jax.train.step import Learner, policy_objective, whole
 
 
@@ -70,27 +80,27 @@ class Collected:
 class Loop:
   """One RL stage: everything that lives from step to step."""
 
-  def __init__(self, config: ConfigDict, bench: build.Workbench, policy: str,
+  def __init__(self, config: ConfigDict, bench: RunContext, policy: str,
                workdir: epath.Path, urls: Sequence[str] = ()):
     self.config, self.bench, self.workdir = config, bench, workdir
     self.recipe = Recipe.from_config(config.rl, config.agent.max_response_tokens)
     self.recovery = Recovery()  # of the last step that was collected
     self.learner = Learner(
-      bench.trained_config, build.optimizer(config.optimizer, config.rl.steps * config.rl.updates,
+      bench.trained_config, learners.optimizer(config.optimizer, config.rl.steps * config.rl.updates,
                                             config.model.freeze_vision, bench.lora),
       policy_objective(self.recipe.loss, config.rollout.staleness), bench.mesh, bench.rules,
       banned_ids=bench.chat.banned_ids, temperature=config.rollout.temperature,
-      chunk=config.batch.logprob_chunk, frozen_dtype=build.frozen_dtype(bench, policy))
-    self.reference = build.load_params(bench, policy, config.seed)
-    self.questions = build.question_batches(config, bench.folder)
-    self.engine = build.engine(config, bench, self.reference, urls, workdir)
+      chunk=config.batch.logprob_chunk, frozen_dtype=policies.frozen_dtype(bench, policy))
+    self.reference = policies.load_params(bench, policy, config.seed)
+    self.questions = question_batches(config, bench.folder)
+    self.engine = engines.make_engine(config, bench, self.reference, urls, workdir)
     self.state = self._first_state()
     if not config.rl.loss.kl_coef:
       self.reference = None  # nothing asks it
     elif config.rl.reference_offload and self.reference is not None:
       self.reference = move_params(self.reference, "pinned_host")
     # Of several processes only the main one collects.
-    self.actor = build.actor(config, bench, self.engine) if distributed.is_main() else None
+    self.actor = actors.make_actor(config, bench, self.engine) if distributed.is_main() else None
     self.steps_done = 0  # RL steps; each makes up to `rl.updates` optimizer steps
     self.lost_steps = 0  # the last so many steps had no rollout that did not fail
     self.unwritten: dict[str, float] | None = None  # metrics of the last of them, not evaluated yet
@@ -103,13 +113,13 @@ class Loop:
       return self.learner.init(self.learner.own_copy(params), config.seed)
     self.reference = None
     return self.learner.init(
-      lora.attach(params, bench.trained_config, config.seed, bench.mesh, bench.rules), config.seed)
+      with_adapters(params, bench.trained_config, config.seed, bench.mesh, bench.rules), config.seed)
 
   async def sync(self) -> None:
     """Gives the sampler the current weights. It forgets its cached prefixes, so that a step or an
     evaluation begins alike whatever ran before it, in an unbroken run or a resumed one."""
     # Merged in the sampler's dtype: in float32 it would be all kernels of the model a second time.
-    merged = lora.merge(self.state.params, self.bench.lora, build.engine_dtype(self.config))
+    merged = lora.merge(self.state.params, self.bench.lora, engines.weights_dtype(self.config))
     await self.engine.update_weights(merged, self.steps_done)
 
   async def evaluate(self) -> dict[str, float]:
@@ -224,7 +234,7 @@ class Loop:
     return metrics | _joined(logged)
 
   def _packed(self, trained: list[Example]) -> list[Batch]:
-    return pictures.fetched(build.pack_examples(self.config, self.bench, trained), trained)
+    return pictures.fetched(learners.pack_examples(self.config, self.bench, trained), trained)
 
   def _weighed(self, batches: list[Batch], credits: list[Credit], questions: float
                ) -> tuple[list[Batch], float, dict[str, float]]:
@@ -287,7 +297,7 @@ class Clock:
     return {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
 
 
-def run(config: ConfigDict, bench: build.Workbench, policy: str, root: epath.Path,
+def run(config: ConfigDict, bench: RunContext, policy: str, root: epath.Path,
         first_step: int) -> epath.Path:
   """Trains the policy in folder `policy` and returns the folder of the result.
 
@@ -297,7 +307,7 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: epath.Pat
     first_step: metrics of RL step s are written as step first_step + s.
   """
   folder = root / "rl"
-  with (build.servers(config, policy, folder) as urls,
+  with (engines.servers(config, policy, folder) as urls,
         Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints):
     distributed.on_main(selection.tell, selection.questions(config, bench.folder)[1], folder)
     loop = Loop(config, bench, policy, folder, urls)
@@ -318,7 +328,7 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: epath.Pat
         runner.run(_train(loop, checkpoints, writer, first_step))
       finally:
         runner.run(loop.engine.close())
-  return build.export(loop.state.params, config, bench, policy, loop.workdir / "policy")
+  return policies.export(loop.state.params, config, bench, policy, loop.workdir / "policy")
 
 
 async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
@@ -326,7 +336,7 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
   if config.eval.every >= 0 and not distributed.on_main(
       lambda: evaluate.measured(read_metrics(writer.path), first_step)):
     writer.write(first_step, await loop.evaluate())
-  trained = build.question_batches(config, loop.bench.folder)  # what a checkpoint holds: see Collected.position
+  trained = question_batches(config, loop.bench.folder)  # what a checkpoint holds: see Collected.position
   ahead = Ahead(loop.collect, loop.steps_done, config.rl.steps)
   position, recovery, unwritten = None, loop.recovery, loop.unwritten
 

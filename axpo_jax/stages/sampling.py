@@ -28,8 +28,10 @@ from axpo_jax.engine.settings import OpenAIConfig
 from axpo_jax.errors import ConfigError
 from axpo_jax.eval import benchmarks
 from axpo_jax.rollouts import collect, shards
-from axpo_jax.stages import build, distributed, evaluate, forced
+from axpo_jax.stages import actors, distributed, engines, evaluate, forced, policies
+from axpo_jax.stages.context import RunContext
 from axpo_jax.stages.metrics import read_metrics
+from axpo_jax.stages.questions import eval_questions, training_questions
 from axpo_jax.train import preemption
 
 T = TypeVar("T")
@@ -54,27 +56,27 @@ class Job:
   forces: epath.Path | None = None
 
 
-def teach(config: ConfigDict, bench: build.Workbench, policy: str, root: epath.Path,
+def teach(config: ConfigDict, context: RunContext, policy: str, root: epath.Path,
           first_step: int) -> str:
   """A teacher's trajectories of the training questions."""
   section = config.teach
   job = Job("teach", root / "teach" / "shards",
-            lambda: build.training_questions(config, section.questions), section)
+            lambda: training_questions(config, section.questions), section)
   engines = {"policy": _policy, "openai": _endpoint, "scripted": _script}
-  _sample([job], config, engines[section.engine](config, bench, policy, root / "teach", "teach"))
+  _sample([job], config, engines[section.engine](config, context, policy, root / "teach", "teach"))
   return policy
 
 
-def screen(config: ConfigDict, bench: build.Workbench, policy: str, root: epath.Path,
+def screen(config: ConfigDict, context: RunContext, policy: str, root: epath.Path,
            first_step: int) -> str:
   """What the policy at hand makes of the training questions: the difficulty filter's counts."""
   job = Job("screen", root / "screen" / "shards",
-            lambda: build.training_questions(config, config.screen.questions), config.screen)
-  _sample([job], config, _policy(config, bench, policy, root / "screen", "screen"))
+            lambda: training_questions(config, config.screen.questions), config.screen)
+  _sample([job], config, _policy(config, context, policy, root / "screen", "screen"))
   return policy
 
 
-def evaluation(config: ConfigDict, bench: build.Workbench, policy: str, root: epath.Path,
+def evaluation(config: ConfigDict, context: RunContext, policy: str, root: epath.Path,
                first_step: int) -> str:
   """The benchmarks, or the held-out questions where none is named; results.json at the end. With
   `eval.forced` all of them again, with a call forced (`eval.forced`)."""
@@ -82,13 +84,13 @@ def evaluation(config: ConfigDict, bench: build.Workbench, policy: str, root: ep
   jobs = [Job(one.name, folder / one.name, functools.partial(_benchmark_questions, config, one), section, one)
           for one in map(benchmarks.named, section.benchmarks)]
   if not jobs:
-    jobs = [Job(shards.HELD_OUT, folder / shards.HELD_OUT, lambda: build.eval_questions(config), section)]
+    jobs = [Job(shards.HELD_OUT, folder / shards.HELD_OUT, lambda: eval_questions(config), section)]
   forcing = [dataclasses.replace(job, folder=job.folder / shards.FORCED, forces=job.folder)
              for job in jobs if section.forced]
   _to_its_end(functools.partial(distributed.on_main_async, functools.partial(
-    _judge_again, [*jobs, *forcing], config, bench)))
+    _judge_again, [*jobs, *forcing], config, context)))
   found = _sample([*jobs, *forcing], config,
-                  _policy(config, bench, policy, folder, "eval"))
+                  _policy(config, context, policy, folder, "eval"))
   if waiting := sum(len(record.unjudged) for records in found for record in records):
     logging.warning("the judge gave no verdict on %d answers, which count as wrong: run the same "
                     "command again, and it is asked again", waiting)
@@ -168,12 +170,12 @@ async def _scorer(job: Job, config: ConfigDict) -> AsyncIterator[shards.Scorer |
       await judge.close()
 
 
-async def _judge_again(jobs: Iterable[Job], config: ConfigDict, bench: build.Workbench) -> None:
+async def _judge_again(jobs: Iterable[Job], config: ConfigDict, context: RunContext) -> None:
   """Asks for the verdicts that a judge did not give when the run was here before."""
   for job in jobs:
     async with _scorer(job, config) as score:
       if score is not None:
-        await shards.judge_again(job.folder, job.questions, score, bench.chat, bench.processor)
+        await shards.judge_again(job.folder, job.questions, score, context.chat, context.processor)
 
 
 def _opening(actor: ActorOf, thoughts: forced.Thoughts) -> ActorOf:
@@ -184,13 +186,13 @@ def _opening(actor: ActorOf, thoughts: forced.Thoughts) -> ActorOf:
 
 
 @contextlib.asynccontextmanager
-async def _policy(config: ConfigDict, bench: build.Workbench, policy: str, folder: epath.Path,
+async def _policy(config: ConfigDict, context: RunContext, policy: str, folder: epath.Path,
                   stage: str) -> AsyncIterator[ActorOf | None]:
   """The policy in a folder, by the engine of config.rollout."""
-  idle = _idle(config, bench, stage)
-  params = build.load_params(bench, policy, config.seed)
-  with build.servers(config, policy, folder) as urls:
-    engine = build.engine(config, bench, params, urls, folder)
+  idle = _idle(config, context, stage)
+  params = policies.load_params(context, policy, config.seed)
+  with engines.servers(config, policy, folder) as urls:
+    engine = engines.make_engine(config, context, params, urls, folder)
     try:
       await engine.update_weights(params, 0)
       del params  # nothing trains them; the engine has its own
@@ -200,11 +202,11 @@ async def _policy(config: ConfigDict, bench: build.Workbench, policy: str, folde
 
 
 @contextlib.asynccontextmanager
-async def _endpoint(config: ConfigDict, bench: build.Workbench, policy: str, folder: epath.Path,
+async def _endpoint(config: ConfigDict, context: RunContext, policy: str, folder: epath.Path,
                     stage: str) -> AsyncIterator[ActorOf | None]:
   """A chat endpoint, which has the teacher."""
-  section, idle = config.teach, _idle(config, bench, stage)
-  engine = OpenAIEngine(bench.chat, OpenAIConfig(
+  section, idle = config.teach, _idle(config, context, stage)
+  engine = OpenAIEngine(context.chat, OpenAIConfig(
     section.url, section.model, api_key=os.environ.get(KEY_VARIABLE, ""),
     **{name: section[name] for name in ("max_concurrent", "attempts", "timeout_s", "extensions", "omit")}))
   try:
@@ -214,16 +216,16 @@ async def _endpoint(config: ConfigDict, bench: build.Workbench, policy: str, fol
 
 
 @contextlib.asynccontextmanager
-async def _script(config: ConfigDict, bench: build.Workbench, policy: str, folder: epath.Path,
+async def _script(config: ConfigDict, context: RunContext, policy: str, folder: epath.Path,
                   stage: str) -> AsyncIterator[ActorOf]:
   """The miniature world's own teacher."""
-  yield build.scripted_teacher(config, bench, stage)
+  yield actors.scripted_teacher(config, context, stage)
 
 
-def _idle(config: ConfigDict, bench: build.Workbench, stage: str) -> collect.Actor | None:
+def _idle(config: ConfigDict, context: RunContext, stage: str) -> collect.Actor | None:
   """An actor without an engine, made before weights are loaded: a tool that lacks its key says so at
   once. Of several processes only the main one acts."""
-  return build.actor(config, bench, None, stage) if distributed.is_main() else None
+  return actors.make_actor(config, context, None, stage) if distributed.is_main() else None
 
 
 def _with(idle: collect.Actor | None, engine: Engine) -> ActorOf | None:

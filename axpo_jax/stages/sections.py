@@ -21,12 +21,17 @@ from axpo_jax.errors import ConfigError
 from axpo_jax.miniworld import perception, reasoning, world
 from axpo_jax.miniworld.habits import TeacherConfig
 from axpo_jax.model import hf
-from axpo_jax.model.config import PRESETS, ModelConfig, VisionConfig
+from axpo_jax.model.config import (
+  PRESETS,
+  LoraConfig,
+  ModelConfig,
+  UnsupportedConfig,
+  VisionConfig,
+)
 from axpo_jax.model.images import ImageProcessor
 from axpo_jax.model.vision_inputs import patch_lengths
 from axpo_jax.rl.recipes import Recipe
 from axpo_jax.stages import machine
-from axpo_jax.train import adapters as lora
 from axpo_jax.train.optimizer_config import OptimizerConfig
 
 
@@ -64,6 +69,28 @@ def computed_as(base: ModelConfig, section: ConfigDict) -> ModelConfig:
   """A model of these sizes, computed as the section `model` says."""
   return dataclasses.replace(base, **{name: section[name] for name in (
     "dtype", "param_dtype", "remat", "attention", "attention_chunk")})
+
+
+def lora(config: ConfigDict) -> LoraConfig | None:
+  """The section config.lora; None where it is switched off.
+
+  Raises:
+    ConfigError: values that cannot work, or adapters in a vision tower that a stage freezes.
+  """
+  section = config.lora
+  if not section.rank:
+    return None
+  try:
+    found = LoraConfig(section.rank, section.alpha, tuple(section.targets))
+  except UnsupportedConfig as error:
+    raise ConfigError(f"config.{error}") from error
+  frozen = {"sft": config.sft.freeze_vision, "rl": config.model.freeze_vision}
+  for stage in frozen.keys() & set(config.stages):
+    if found.in_vision and frozen[stage]:
+      raise ConfigError(
+        f"config.lora.targets={found.targets} names layers of the vision tower, which is frozen: set "
+        f"config.{'sft' if stage == 'sft' else 'model'}.freeze_vision to False, or leave them out")
+  return found
 
 
 def sampling(config: ConfigDict, stage: str, **ids: tuple[int, ...]) -> SamplingParams:
@@ -112,7 +139,7 @@ def _records(config: ConfigDict) -> Iterator[tuple[str, Callable[[], Any]]]:
     values = config.sft.optimizer if section else config.optimizer
     yield f"config.{section}", lambda values=values, steps=steps: OptimizerConfig(
       **values, total_steps=steps)
-  yield "config.lora: ", lambda: lora.from_config(config)
+  yield "config.lora: ", lambda: lora(config)
   if config.data.source == "miniworld" or config.sft.source == "teacher":
     yield "config.data.miniworld: ", lambda: world_config(config, config.data.miniworld.kinds)
     yield "config.sft.kinds: ", lambda: world_config(config, config.sft.kinds)

@@ -4,22 +4,40 @@ In: a policy folder (or random parameters) and a stream of trajectories. Out: a 
 Loss falls on what the teacher sampled and on nothing else.
 """
 
+import asyncio
 import functools
 import time
+from collections.abc import Callable, Iterator
 
+import grain
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from axpo_jax import seeds
+from axpo_jax.agent.rollout import Rollout
+from axpo_jax.data import filters, pipeline
+from axpo_jax.data.question import Question
+from axpo_jax.errors import ConfigError
+from axpo_jax.miniworld.world import MiniWorldSource
 from axpo_jax.model import programs
-from axpo_jax.stages import build, distributed, selection
+from axpo_jax.model.images import ImageLimits
+from axpo_jax.stages import actors, distributed, learners, policies, sections, selection, toolbox
+from axpo_jax.stages.context import RunContext
+from axpo_jax.stages.conversations import Conversations, Prompts
+from axpo_jax.train import examples as examples_lib
 from axpo_jax.train import preemption
 from axpo_jax.train.batch import packing_metrics, targets
 from axpo_jax.train.checkpoint import Checkpoints
+from axpo_jax.train.packing import Example, PackingError
 from axpo_jax.train.step import Learner, supervised_objective
 
+# Trajectories in a row that SFT may leave out before it gives up.
+_MOST_DROPPED = 1000
 
-def run(config: ConfigDict, bench: build.Workbench, policy: str, root: epath.Path,
+
+def run(config: ConfigDict, context: RunContext, policy: str, root: epath.Path,
         first_step: int) -> epath.Path:
   """Fine-tunes the policy in folder `policy` ("" = random) and returns the result's folder.
 
@@ -29,13 +47,13 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: epath.Pat
   """
   sft, workdir = config.sft, root / "sft"
   learner = Learner(
-    bench.trained_config, build.optimizer(sft.optimizer, sft.steps, sft.freeze_vision, bench.lora),
-    supervised_objective(), bench.mesh, bench.rules, banned_ids=bench.chat.banned_ids,
-    chunk=config.batch.logprob_chunk, frozen_dtype=build.frozen_dtype(bench, policy))
-  data = build.sft_batches(config, bench)
+    context.trained_config, learners.optimizer(sft.optimizer, sft.steps, sft.freeze_vision, context.lora),
+    supervised_objective(), context.mesh, context.rules, banned_ids=context.chat.banned_ids,
+    chunk=config.batch.logprob_chunk, frozen_dtype=policies.frozen_dtype(context, policy))
+  data = sft_batches(config, context)
   distributed.on_main(selection.tell, data.tally, workdir)
   with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-    params = functools.partial(build.trained_params, bench, policy, config.seed)
+    params = functools.partial(policies.trained_params, context, policy, config.seed)
     if checkpoints.latest() is None:
       state = learner.init(params(), config.seed)
     else:
@@ -49,7 +67,7 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: epath.Pat
       for done in range(before + 1, sft.steps + 1):
         start = time.perf_counter()
         examples, counts = next(data)
-        batches = build.pack_examples(config, bench, examples)
+        batches = learners.pack_examples(config, context, examples)
         loaded = time.perf_counter()
         state, result = learner.update(state, batches, targets(batches))
         metrics = learner.metrics(result, batches, workdir / "nonfinite")
@@ -65,4 +83,99 @@ def run(config: ConfigDict, bench: build.Workbench, policy: str, root: epath.Pat
         if stopping:
           raise preemption.Stopped
       checkpoints.wait()
-  return build.export(state.params, config, bench, policy, workdir / "policy")
+  return policies.export(state.params, config, context, policy, workdir / "policy")
+
+
+class SftBatches:
+  """Endless batches of supervised examples; checkpointable like the stream beneath.
+
+  A trajectory that is left out (wrong answer, too long) is replaced by the next one, and counted.
+
+  Raises:
+    ConfigError: of many trajectories in a row, none could be kept.
+
+  Attributes:
+    tally: of the shards' trajectories before the stream; None where they are not of shards.
+  """
+
+  def __init__(self, stream: grain.DatasetIterator, size: int, tally: filters.Tally | None = None):
+    self.stream, self.size, self.tally = stream, size, tally
+
+  def __iter__(self) -> Iterator[tuple[list[Example], dict[str, float]]]:
+    return self
+
+  def __next__(self) -> tuple[list[Example], dict[str, float]]:
+    kept, seen, dropped = [], 0, 0
+    while len(kept) < self.size:
+      found = next(self.stream)
+      kept += found
+      seen += 1
+      dropped = 0 if found else dropped + 1
+      if dropped == _MOST_DROPPED:
+        raise ConfigError(
+          f"{dropped} trajectories in a row were left out: none has the right answer within "
+          "config.sft.max_length tokens. For the scripted teacher see config.agent.max_new_tokens "
+          "and max_response_tokens, which cut its turns too")
+    return kept, {"data/trajectories_read": seen, "data/kept_share": self.size / seen}
+
+
+def sft_batches(config: ConfigDict, context: RunContext) -> SftBatches:
+  """Trajectories of the scripted teacher, made as they are needed, or those of a dump, of shards or of
+  conversations."""
+  sft, tally = config.sft, None
+  if sft.source == "teacher":
+    source = MiniWorldSource(config.data.miniworld.train_size, config.data.miniworld.seed,
+                             "train", sections.world_config(config, sft.kinds))
+    transform = _teacher(config, context)
+  elif sft.source == "conversations":
+    source, transform = conversations(config, context), _filter(config, context)
+  else:
+    source, tally = selection.trajectories(config.sft, context.processor, context.folder)
+    transform = _filter(config, context)
+  return SftBatches(pipeline.example_stream(source, seed=config.seed, transform=transform),
+                    sft.examples, tally)
+
+
+def conversations(config: ConfigDict, context: RunContext) -> Conversations:
+  """The conversations of config.sft.path in the policy's chat format, with this run's prompt where they
+  have none."""
+  images = config.images
+  tools = toolbox.toolbox(config, context.chat, context.processor.factor, folder=context.folder)
+  return Conversations(config.sft.path, Prompts(
+    context.chat, context.processor, ImageLimits(images.min_pixels, images.max_pixels),
+    ImageLimits(images.zoom_min_pixels, images.zoom_max_pixels), actors.system_prompt(config),
+    tools.schemas(), config.agent.max_images, context.model_config.text.vocab_size))
+
+
+def _filter(config: ConfigDict, context: RunContext) -> Callable[[Rollout], list[Example]]:
+  """From a rollout to its example; to none if SFT leaves it out.
+
+  A list, since grain takes None out of a stream by itself: nobody could count it.
+  """
+  def transform(rollout: Rollout) -> list[Example]:
+    wrong = rollout.reward <= 0.5 and not config.sft.keep_wrong
+    too_long = rollout.transcript.expanded_length > config.sft.max_length
+    if rollout.failed or wrong or too_long:
+      return []
+    example = examples_lib.supervised(rollout, context.model_config.image_token_id)
+    try:
+      learners.check_packable(example, config, context)
+    except PackingError as error:
+      logging.log_first_n(logging.WARNING, "a trajectory of question %s is left out: %s", 5,
+                          rollout.question_id, error)
+      return []
+    return [example]
+  return transform
+
+
+def _teacher(config: ConfigDict, context: RunContext) -> Callable[[Question], list[Example]]:
+  """From a question to the example of the teacher's episode, by the same loop that rolls out the
+  policy. The prompt is the policy's, except for warm starts that leave it out."""
+  to_examples, teacher_of = _filter(config, context), actors.scripted_teacher(config, context)
+
+  def transform(question: Question) -> list[Example]:
+    teacher = teacher_of(question)
+    episode = teacher.roll(teacher.start(question), question,
+                           seeds.derive(config.seed, "teacher", question.id))
+    return to_examples(asyncio.run(episode))
+  return transform

@@ -164,6 +164,12 @@ def init_params(config: ModelConfig, seed: int, mesh: jax.sharding.Mesh,
   return jax.jit(create, out_shardings=shardings, compiler_options=options)()
 
 
+def with_adapters(params: nnx.State, config: ModelConfig, seed: int, mesh: jax.sharding.Mesh,
+                  rules: sharding.Rules | None = None) -> nnx.State:
+  """`params`, in the buffers that they have, with new adapters, which change nothing yet."""
+  return nnx.merge_state(params, init_params(config, seed, mesh, rules, only=is_adapter))
+
+
 def init_state(params: nnx.State, optimizer: Optimizer, seed: int, mesh: jax.sharding.Mesh,
                rules: sharding.Rules | None = None) -> TrainState:
   """A state at step 0 that *owns* `params`: the first step donates their buffers.

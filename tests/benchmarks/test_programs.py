@@ -7,7 +7,7 @@ import pytest
 
 from axpo_jax.model import sharding
 from axpo_jax.model.config import PRESETS
-from axpo_jax.stages import build
+from axpo_jax.stages import learners
 from benchmarks import programs
 from configs import axpo_8b, axpo_tiny
 
@@ -32,7 +32,7 @@ def test_a_step_of_the_8b():
     batch = programs.packed(examples, config, model, mesh)[0]
     assert (batch.key_blocks_BxCxN is not None) == lists
     assert batch.tokens_BxT.shape == batch.targets_BxG.shape == (8, 24_576)
-  options = build.pack_options(config, PRESETS["8b"], mesh)
+  options = learners.pack_options(config, PRESETS["8b"], mesh)
   # 1280 x 28 x 28 pixels of a question's image, up to 12,845,056 of a crop, in patches of 16 x 16.
   assert options["patch_buckets"] == (3920, 7840, 15_680, 31_360, 50_176)
   assert options["rows_multiple_of"] == options["image_rows_multiple_of"] == 8
@@ -41,4 +41,4 @@ def test_a_step_of_the_8b():
 @pytest.mark.parametrize(("context", "listed"), [(1, True), (2, False)])
 def test_rows_that_are_split_have_no_lists(context, listed):
   mesh = sharding.make_mesh({"fsdp": -1, "context": context})
-  assert build.pack_options(axpo_8b.get_config(), PRESETS["8b"], mesh)["list_blocks"] == listed
+  assert learners.pack_options(axpo_8b.get_config(), PRESETS["8b"], mesh)["list_blocks"] == listed

@@ -14,7 +14,9 @@ import pytest
 from aiohttp import web
 
 from axpo_jax.engine.sglang.server import Sidecar
-from axpo_jax.stages import build, experiment, rl
+from axpo_jax.model import sharding
+from axpo_jax.stages import engines, experiment, rl
+from axpo_jax.stages.context import run_context
 from axpo_jax.stages.metrics import read_metrics
 from tests.stages import micro_config, rigged
 
@@ -53,7 +55,7 @@ def config(sidecar_python, tmp_path_factory):
 @pytest.fixture(scope="module")
 def started():
   """The supervisors that runs have started. Runs see one of this process's eight devices."""
-  found, make_mesh = [], build.sharding.make_mesh
+  found, make_mesh = [], sharding.make_mesh
 
   class Recorded(Sidecar):
     def start(self):
@@ -61,17 +63,17 @@ def started():
       return super().start()
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(build, "Sidecar", Recorded)
-    patch.setattr(build.sharding, "make_mesh", lambda axes: make_mesh(axes, jax.devices()[:1]))
+    patch.setattr(engines, "Sidecar", Recorded)
+    patch.setattr(sharding, "make_mesh", lambda axes: make_mesh(axes, jax.devices()[:1]))
     yield found
 
 
 @pytest.fixture(scope="module")
 def shared(config, started, proxy, tmp_path_factory):
   policy, folder = config.model.checkpoint, tmp_path_factory.mktemp("run")
-  with build.servers(config, policy, folder) as (url,):
+  with engines.servers(config, policy, folder) as (url,):
     between = proxy(url)
-    loop = rl.Loop(config, build.workbench(config), policy, folder, [between.url])
+    loop = rl.Loop(config, run_context(config), policy, folder, [between.url])
     yield Run(loop, between, started[-1])
     asyncio.run(loop.engine.close())
 

@@ -13,7 +13,7 @@ from axpo_jax.config import base_config
 from axpo_jax.errors import ConfigError
 from axpo_jax.model import hf
 from axpo_jax.model.config import PRESETS, ModelConfig, UnsupportedConfig
-from axpo_jax.stages import build
+from axpo_jax.stages.context import run_context
 from tests.hostile import corpus
 
 TINY = PRESETS["tiny"]
@@ -100,4 +100,4 @@ def test_a_tokenizer_with_more_ids_than_the_model(tmp_path):
   config.model.checkpoint = str(tmp_path)
   config.model.tokenizer = f"{axpo_jax.__path__[0]}/assets/tiny_tokenizer"
   with pytest.raises(ConfigError, match=r"config\.model\.tokenizer: its tokenizer has \d+ ids, the model 64"):
-    build.workbench(config)
+    run_context(config)

@@ -8,8 +8,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from axpo_jax.engine.sglang.server.spec import free_port
-from axpo_jax.stages import build
+from axpo_jax.stages import learners
+from axpo_jax.stages.context import run_context
 from axpo_jax.stages.metrics import read_metrics
+from axpo_jax.stages.questions import question_batches
 from axpo_jax.train.checkpoint import Checkpoints
 from axpo_jax.train.step import Learner, supervised_objective
 from tests import children
@@ -72,11 +74,11 @@ def restored(workdir: pathlib.Path, changes: dict):
   questions."""
   config: ConfigDict = micro_config.get_config()
   config.update_from_flattened_dict(changes | {"mesh.data": 2})  # all eight devices of this process
-  bench = build.workbench(config)
+  context = run_context(config)
   learner = Learner(
-    bench.model_config, build.optimizer(config.optimizer, 2, config.model.freeze_vision),
-    supervised_objective(), bench.mesh, bench.rules)
-  questions = build.question_batches(config)
+    context.model_config, learners.optimizer(config.optimizer, 2, config.model.freeze_vision),
+    supervised_objective(), context.mesh, context.rules)
+  questions = question_batches(config)
   with Checkpoints(workdir / "rl" / "checkpoints") as checkpoints:
     found = checkpoints.restore(learner.abstract_state(), iterator=questions)
   assert found.step == 2 and found.state.step == 2

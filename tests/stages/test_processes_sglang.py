@@ -9,8 +9,8 @@ import pytest
 
 from axpo_jax.engine.sglang.server import Sidecar, SidecarSpec
 from axpo_jax.engine.sglang.server.spec import free_port
-from axpo_jax.stages import build
 from axpo_jax.stages.metrics import read_metrics
+from axpo_jax.stages.questions import question_batches
 from tests import children
 from tests.stages import micro_config, rigged
 
@@ -91,7 +91,7 @@ def frontier(changes: dict):
   """Where the questions of all steps end, in a run that nothing breaks."""
   config = micro_config.get_config()
   config.update_from_flattened_dict({name: changes[name] for name in ("data.path", "rl.questions")})
-  questions = build.question_batches(config)
+  questions = question_batches(config)
   for _ in range(STEPS):
     next(questions)
   return questions.get_state()

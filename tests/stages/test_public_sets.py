@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from axpo_jax.config import base_config
-from axpo_jax.stages import build
+from axpo_jax.stages.questions import eval_questions, question_batches
 
 
 def test_a_run_reads_the_sets_its_config_names(tmp_path):
@@ -29,9 +29,9 @@ def test_a_run_reads_the_sets_its_config_names(tmp_path):
                           image_cache=str(tmp_path / "cache")))
   config.data.columns.text = "problem"
   config.rl.questions = 3
-  batch = next(build.question_batches(config))
+  batch = next(question_batches(config))
   assert {question.text for question in batch} <= {f"What is {i}?" for i in range(6)}
   assert {image.parent.parent for question in batch for image in question.images} == {
       tmp_path / "cache"}
-  (held_out,) = build.eval_questions(config)
+  (held_out,) = eval_questions(config)
   assert (held_out.id, held_out.answers, held_out.options) == ("3", ("B",), ("yes", "no"))

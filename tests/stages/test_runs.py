@@ -23,8 +23,10 @@ import axpo_jax
 from axpo_jax import paths
 from axpo_jax.config_checks import validate
 from axpo_jax.errors import ConfigError
+from axpo_jax.model import sharding
 from axpo_jax.rollouts import shards
-from axpo_jax.stages import build, experiment, rl
+from axpo_jax.stages import engines, experiment, rl
+from axpo_jax.stages.context import run_context
 from axpo_jax.stages.metrics import read_metrics
 from tests import children
 from tests.stages import rigged
@@ -87,8 +89,8 @@ def unbroken(overrides, tmp_path_factory) -> pathlib.Path:
 @pytest.fixture
 def one_device(monkeypatch):
   """Runs in this process see one of its eight devices."""
-  monkeypatch.setattr(build.sharding, "make_mesh", functools.partial(
-    build.sharding.make_mesh, devices=jax.devices()[:1]))
+  monkeypatch.setattr(sharding, "make_mesh", functools.partial(
+    sharding.make_mesh, devices=jax.devices()[:1]))
 
 
 def test_run_leaves_what_it_promises(unbroken):
@@ -231,8 +233,8 @@ def test_what_fails_is_counted_and_the_run_goes_on(
   (data / "1.png").write_bytes(cut)
   lines = questions.read_text().splitlines(keepends=True)
   (data / "questions.jsonl").write_text("".join(lines[i] for i in (0, 1, 3, 4)))
-  make = build.engine
-  monkeypatch.setattr(build, "engine", lambda *args: FlakyEngine(make(*args)))
+  make = engines.make_engine
+  monkeypatch.setattr(engines, "make_engine", lambda *args: FlakyEngine(make(*args)))
   config = micro(overrides, stages=("rl",), rl__steps=1, data__path=str(data / "questions.jsonl"))
   experiment.run(config, tmp_path / "run")
   start, step = read_metrics(tmp_path / "run")
@@ -245,18 +247,18 @@ def test_what_fails_is_counted_and_the_run_goes_on(
 
 def test_step_without_any_rollout_changes_nothing(
     overrides, one_device, tmp_path, monkeypatch):
-  make = build.engine
+  make = engines.make_engine
 
   def broken(*args):
     engine = make(*args)
     engine.generate = FlakyEngine(engine).generate
     return engine
 
-  monkeypatch.setattr(build, "engine", broken)
+  monkeypatch.setattr(engines, "make_engine", broken)
   config = micro(overrides, stages=("rl",), rl__steps=2, rl__num_rollouts=1, rl__questions=2,
                  rl__max_lost_steps=2)
   policy = config.model.checkpoint
-  loop = rl.Loop(config, build.workbench(config), policy, tmp_path)
+  loop = rl.Loop(config, run_context(config), policy, tmp_path)
   before = jax.tree.map(np.asarray, loop.state.params)
   batch, metrics = asyncio.run(loop.step(lambda: loop.collect(0)))
   assert [len(group.rollouts) for group in batch.groups] == [0, 0]

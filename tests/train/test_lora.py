@@ -11,19 +11,18 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from axpo_jax.errors import ConfigError
-from axpo_jax.model import sharding
+from axpo_jax.model import lora, sharding
 from axpo_jax.model.config import TEXT_TARGETS, VISION_TARGETS, LoraConfig
 from axpo_jax.model.layers import Linear, Maker
 from axpo_jax.model.lora import Adapter
 from axpo_jax.model.qwen3_vl import Qwen3VL
-from axpo_jax.stages import build, experiment
+from axpo_jax.stages import engines, experiment, sections
 from axpo_jax.stages.metrics import MetricsWriter, read_metrics
-from axpo_jax.train import adapters as lora
 from axpo_jax.train.batch import targets
 from axpo_jax.train.checkpoint import Checkpoints
 from axpo_jax.train.optimizer_config import OptimizerConfig
 from axpo_jax.train.packing import pack
-from axpo_jax.train.state import make_optimizer
+from axpo_jax.train.state import make_optimizer, with_adapters
 from axpo_jax.train.step import Learner, supervised_objective
 from tests.stages import rigged
 from tests.stages.micro_config import get_config
@@ -62,7 +61,7 @@ def base(host_params, mesh):
 
 @pytest.fixture
 def adapted(base, config, mesh):
-  return lora.attach(base, dataclasses.replace(config, lora=EVERYWHERE), 5, mesh)
+  return with_adapters(base, dataclasses.replace(config, lora=EVERYWHERE), 5, mesh)
 
 
 @pytest.fixture
@@ -98,10 +97,10 @@ def _assert_same_bits(got, want):
 
 def test_a_new_adapter_changes_no_bit(config, host_params, batches):
   """Operation by operation; a compiled program of another text may round otherwise."""
-  with_adapters = dataclasses.replace(config, lora=EVERYWHERE)
+  adapted_config = dataclasses.replace(config, lora=EVERYWHERE)
   mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
   base = jax.tree.map(jnp.array, host_params)
-  new, batch = lora.attach(base, with_adapters, 5, mesh), batches[0]
+  new, batch = with_adapters(base, adapted_config, 5, mesh), batches[0]
 
   def hidden(config, params):
     graphdef = nnx.split(nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0))))[0]
@@ -110,7 +109,7 @@ def test_a_new_adapter_changes_no_bit(config, host_params, batches):
         *map(jnp.asarray, (batch.tokens_BxT, batch.positions_BxTx3, batch.ends_BxT)),
         vision=batch.vision, image_index_BxT=jnp.asarray(batch.image_index_BxT))[0]
 
-  _assert_same_bits(hidden(with_adapters, new), hidden(config, base))
+  _assert_same_bits(hidden(adapted_config, new), hidden(config, base))
 
 
 def test_adapters_stand_at_their_targets_and_are_split_with_them(adapted, mesh):
@@ -220,7 +219,7 @@ def _config(policy, questions):
 @pytest.fixture
 def two_devices(monkeypatch):
   """Runs see two of the eight devices."""
-  monkeypatch.setattr(build.sharding, "make_mesh", functools.partial(
+  monkeypatch.setattr(sharding, "make_mesh", functools.partial(
     sharding.make_mesh, devices=jax.devices()[:2]))
 
 
@@ -277,9 +276,9 @@ def test_adapters_that_cannot_work_are_refused(changes, message):
   config.lora.update(**changes)
   config.stages, config.sft.freeze_vision = ("sft",), True
   with pytest.raises(ConfigError, match=message):
-    lora.from_config(config)
+    sections.lora(config)
   config.lora.rank = 0
-  assert lora.from_config(config) is None
+  assert sections.lora(config) is None
 
 
 def test_the_vision_tower_is_pushed_where_it_has_adapters():
@@ -288,7 +287,7 @@ def test_the_vision_tower_is_pushed_where_it_has_adapters():
   config.model.freeze_vision, config.stages = False, ("rl",)
   for names, expected in ((("q", "v"), True), (("q", "fc1"), False)):
     config.lora.update(rank=4, targets=names)
-    assert build.vision_stands(config, lora.from_config(config)) == expected
-  assert not build.vision_stands(config, None)
+    assert engines.vision_is_frozen(config, sections.lora(config)) == expected
+  assert not engines.vision_is_frozen(config, None)
   config.model.freeze_vision = True
-  assert build.vision_stands(config, None)
+  assert engines.vision_is_frozen(config, None)
