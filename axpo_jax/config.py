@@ -257,6 +257,9 @@ def _agent() -> ConfigDict:
     # Waiting tools run beside the sampling. False: on the spot, so that runs repeat bit for bit.
     overlap_tools=True,
     max_observation_tokens=4096,  # of a call's text; more is cut in the middle
+    # What an episode is about: "" is a question with tools; or yours, "module:name" (docs/extending.md).
+    environment="",
+    environment_args="{}",    # what its class is made with, as a JSON object
     # What a rollout is worth: a sum of exact, math_verify, judge, format, length, environment, and
     # functions of yours, such as "exact + 0.2 * my_module:brevity" (docs/extending.md).
     reward="exact",

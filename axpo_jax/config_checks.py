@@ -126,6 +126,7 @@ def validate(config: ConfigDict) -> None:
       raise ConfigError(f"config.{name}.judge.url={judge.url!r} and config.{name}.judge.model="
                         f"{judge.model!r}: set both or neither")
   plugins.reward(config)
+  plugins.environment(config)
   from axpo_jax.stages import sections  # loads JAX, which the checks above do not need
   sections.check(config)
 

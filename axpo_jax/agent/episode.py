@@ -13,6 +13,8 @@ that its limits forbid. Rules where several are possible:
 - A turn cut by length has no next turn. A turn that ends with <|endoftext|> instead of <|im_end|>
   ends the episode too.
 - Only an episode that ends by itself, with a last turn that makes no call, has an answer.
+- The environment is asked after a turn's calls have run, and after the last turn too, whose calls have
+  not: a game's last move counts.
 - Nothing depends on the wall clock, except that a deadline, where one is set, ends the episode.
 """
 
@@ -21,11 +23,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import itertools
 import time
 from collections.abc import Sequence
 
 import PIL.Image
 
+from axpo_jax.agent import environment as environments
 from axpo_jax.agent import parse, reward_functions, rewards
 from axpo_jax.agent import rollout as rollout_lib
 from axpo_jax.agent.parse import SpecialIds, ToolCall
@@ -38,8 +42,9 @@ from axpo_jax.agent.transcript import (
   Outcome,
   Transcript,
   TranscriptError,
+  Turn,
 )  # fmt: skip
-from axpo_jax.data.question import Question, open_image
+from axpo_jax.data.question import IMAGE_MARK, Question, open_image
 from axpo_jax.engine.protocol import Engine, PromptTooLong, Sample, SampleRequest, SamplingParams
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageError, ImageLimits, ImageProcessor
@@ -98,6 +103,7 @@ def start_transcript(question: Question, chat: Chat, tools: ToolBox, system: str
 async def continue_episode(transcript: Transcript, question: Question, engine: Engine,
                            tools: ToolBox, limits: EpisodeLimits, sampling: SamplingParams,
                            chat: Chat, processor: ImageProcessor, seed: int, *,
+                           environment: environments.Environment = environments.QUESTION,
                            reward: reward_functions.RewardSum | None = EXACT, session: str = ""
                            ) -> Rollout:
   """Continues a transcript to its end.
@@ -113,6 +119,7 @@ async def continue_episode(transcript: Transcript, question: Question, engine: E
     chat: renders observations.
     processor: makes the tools' images fit for the policy.
     seed: of the episode; turn t samples with `turn_seed(seed, t)`.
+    environment: what the episode is about; by default nothing but the question.
     reward: of the finished rollout; None leaves it at 0 for the caller to fill.
     session: routing key; the question's id by default, so that all rollouts and resamples of a
       question meet the same prefix cache.
@@ -122,29 +129,32 @@ async def continue_episode(transcript: Transcript, question: Question, engine: E
 
   Raises:
     TranscriptError: the transcript is empty or was cut inside an observation.
+    EnvironmentFailed: the environment failed, or cannot go on from a cut transcript.
   """
   episode = _Episode(transcript.copy(), question, engine, tools, limits, chat, processor, seed)
+  episode.environment = environments.Running(environment, overlap=tools.overlap)
   episode.sampling = dataclasses.replace(
       sampling, stop_ids=sampling.stop_ids or tuple(chat.stop_ids),
       banned_ids=sampling.banned_ids or tuple(chat.banned_ids))
   episode.session = session or question.id
   try:
     async with asyncio.timeout(limits.deadline) as clock:
-      stop = await episode.run()
+      stop = await episode.run(question)
   except TimeoutError:
     if not clock.expired():
       raise
     stop = rollout_lib.DEADLINE
   finally:
     tools.end_episode(episode.state)
+    await episode.environment.close()
   rollout = Rollout(
       question_id=question.id, transcript=episode.transcript, reward=0.0,
-      answer=episode.answer() if stop == rollout_lib.ANSWER else None,
+      answer=episode.answer() if stop in (rollout_lib.ANSWER, rollout_lib.DONE) else None,
       stop=stop, calls=episode.calls, seed=seed, prompt_tokens=sum(episode.prompt_tokens),
       cached_tokens=sum(episode.cached_tokens),
       first_prompt_tokens=next(iter(episode.prompt_tokens), 0),
       first_cached_tokens=next(iter(episode.cached_tokens), 0),
-      start=len(transcript), error=episode.error)
+      start=len(transcript), error=episode.error, turn_metadata=episode.turn_metadata)
   if reward is not None and not rollout.failed:
     await _judge(rollout, question, reward, chat, limits)
   return rollout
@@ -154,7 +164,8 @@ async def _judge(rollout: Rollout, question: Question, reward: reward_functions.
                  limits: EpisodeLimits) -> None:
   """Sets the reward of a rollout; one whose reward fails has failed, or counts as 0."""
   score = await reward(reward_functions.Finished(
-      question, rollout.transcript, rollout.answer, rollout.stop, rollout.calls, (), chat,
+      question, rollout.transcript, rollout.answer, rollout.stop, rollout.calls,
+      tuple(rollout.transcript.rewards), chat,
       limits.max_response_tokens))
   rollout.reward, rollout.reward_timed_out = score.reward, score.timed_out
   rollout.reward_parts, rollout.reward_error = dict(score.parts), score.error
@@ -173,6 +184,7 @@ class _Episode:
 
   sampling: SamplingParams
   session: str
+  environment: environments.Running
 
   def __init__(self, transcript: Transcript, question: Question, engine: Engine, tools: ToolBox,
                limits: EpisodeLimits, chat: Chat, processor: ImageProcessor, seed: int):
@@ -190,14 +202,18 @@ class _Episode:
     self.prompt_tokens: list[int] = []  # per request, expanded
     self.cached_tokens: list[int] = []
     self.error: str | None = None
+    self.turn_metadata: list[dict] = []
     self.prompt_expanded = transcript.cut(transcript.prompt_length).expanded_length
     self.state = EpisodeState(question.id, Originals(transcript.images), seed=seed,
                               history=self._past_calls())
 
-  async def run(self) -> str:
+  async def run(self, question: Question) -> str:
     """Runs to the end; returns the stop reason."""
     if len(self.transcript.images) > self.limits.max_images:
       return rollout_lib.IMAGE_LIMIT
+    await self.environment.start(question, self.state)
+    await self.environment.resume(self._answered_turns(), self.transcript.states, self._rendered,
+                                  self.state)
     while True:
       stop = None if self.transcript.turn_is_closed else await self._think()
       stop = stop or await self._act()
@@ -276,41 +292,79 @@ class _Episode:
     self.error = message
     return rollout_lib.ENGINE_ERROR
 
-  # ---- act: run the calls of the finished turn ----
+  # ---- act: run the calls of the finished turn, then ask the environment ----
 
   async def _act(self) -> str | None:
     turn = self.state.turn = self._turn_number()
-    calls = self._parse(self._last_turn())
-    if not calls:
-      return rollout_lib.NO_ANSWER if self.answer() is None else rollout_lib.ANSWER
-    ended = self.transcript.ids[-1] != self.transcript.special.im_end
-    if ended or turn + 1 >= self.limits.max_turns:
-      self.calls += [self._record(call, "not_run", 0.0) for call in calls]
-      return rollout_lib.NO_ANSWER if ended else rollout_lib.TURN_LIMIT
+    ids = self._last_turn()
+    calls = self._parse(ids)
+    ended = ids[-1] != self.transcript.special.im_end
+    over = ended or turn + 1 >= self.limits.max_turns
     texts: list[tuple[str, int]] = []
     shown: list[EpisodeImage] = []
     outcomes: list[Outcome] = []
-    for call in calls:
-      begin, images = time.perf_counter(), len(self.state.images)
-      observation = await self._call(call)
-      outcomes.append(Outcome(observation.error, images))
-      observation, new = self._fit(observation, call, texts, shown)
-      texts.append((observation.text, len(new)))
-      shown += new
-      self.state.images.extend(new)
-      self.calls.append(self._record(call, observation.error, time.perf_counter() - begin))
-    if not self._fits(texts, shown):
+    if over:
+      self.calls += [self._record(call, "not_run", 0.0) for call in calls]
+    else:
+      await self._run_calls(calls, texts, shown, outcomes)
+    step = await self.environment.step(self._policy_turn(turn, ids))
+    self.transcript.rewards.append(float(step.reward))
+    if step.metadata or self.turn_metadata:
+      self.turn_metadata.append(dict(step.metadata))
+    if stop := self._stop(step, calls, ended=ended, over=over):
+      return stop
+    if step.reply is not None:
+      reply, shown = self._fit(self.tools.clean(step.reply), environments.MEMORY, [], [])
+      ids = self._reply_ids(reply.text, len(shown))
+      self.state.images.extend(shown)
+    else:
+      ids = self.chat.observation_ids(texts)
+    if not self._have_room(ids, shown):
       return rollout_lib.TOKEN_LIMIT
-    self.transcript.append_observation(self.chat.observation_ids(texts), shown, outcomes)
+    self.transcript.append_observation(ids, shown, outcomes)
+    self.transcript.states.append(self.environment.copied())
     self.state.history += _past(calls, outcomes)
     return None
 
-  async def _call(self, call: ToolCall | parse.CallError) -> Observation:
-    if isinstance(call, ToolCall):
-      return await self.tools.call(call.name, call.arguments, self.state)
-    return self.tools.reject(call, self.state)
+  def _stop(self, step: environments.Step, calls: Sequence, *, ended: bool, over: bool) -> str | None:
+    """Why the episode ends with this turn; None if it goes on."""
+    if step.done:
+      return rollout_lib.DONE
+    if not calls and step.reply is None:
+      return rollout_lib.NO_ANSWER if self.answer() is None else rollout_lib.ANSWER
+    if over:
+      return rollout_lib.NO_ANSWER if ended else rollout_lib.TURN_LIMIT
+    return None
 
-  def _fit(self, observation: Observation, call, texts: Sequence[tuple[str, int]],
+  async def _run_calls(self, calls, texts, shown, outcomes) -> None:
+    """Runs the calls of a turn and collects what they bring. Neighbours that may run at once do."""
+    for beside, neighbours in itertools.groupby(calls, self._runs_beside):
+      some, images = list(neighbours), len(self.state.images)
+      done = await asyncio.gather(*map(self._timed_call, some)) if beside else None
+      for number, call in enumerate(some):
+        if done is None:
+          images = len(self.state.images)
+        observation, seconds = done[number] if done else await self._timed_call(call)
+        outcomes.append(Outcome(observation.error, images))
+        name = call.name if isinstance(call, ToolCall) else ""
+        observation, new = self._fit(observation, name, texts, shown)
+        texts.append((observation.text, len(new)))
+        shown += new
+        self.state.images.extend(new)
+        self.calls.append(self._record(call, observation.error, seconds))
+
+  def _runs_beside(self, call: ToolCall | parse.CallError) -> bool:
+    return isinstance(call, ToolCall) and self.tools.runs_beside(call.name)
+
+  async def _timed_call(self, call: ToolCall | parse.CallError) -> tuple[Observation, float]:
+    begin = time.perf_counter()
+    if isinstance(call, ToolCall):
+      observation = await self.tools.call(call.name, call.arguments, self.state)
+    else:
+      observation = self.tools.reject(call, self.state)
+    return observation, time.perf_counter() - begin
+
+  def _fit(self, observation: Observation, origin: str, texts: Sequence[tuple[str, int]],
            shown: Sequence[EpisodeImage]) -> tuple[Observation, list[EpisodeImage]]:
     """The observation with its images ready to show, or one that says why they are not shown."""
     if not observation.images:
@@ -320,10 +374,11 @@ class _Episode:
       return failure(rollout_lib.IMAGE_LIMIT, f"the image is not shown: at most "
                      f"{self.limits.max_images} images are allowed and there are {have}"), []
     try:
-      new = [self._show(image, call.name) for image in observation.images]
+      new = [self._show(image, origin) for image in observation.images]
     except ImageError as error:
       return failure("bad_image", f"the image cannot be shown: {error}"), []
-    if not self._fits([*texts, (observation.text, len(new))], [*shown, *new]):
+    ids = self.chat.observation_ids([*texts, (observation.text, len(new))])
+    if not self._have_room(ids, [*shown, *new]):
       return failure(rollout_lib.IMAGE_LIMIT,
                      "the image is not shown: it does not fit the rest of the token budget"), []
     return observation, new
@@ -336,10 +391,16 @@ class _Episode:
     limits = ImageLimits(least, max(least, pixels))
     return EpisodeImage.of(image, self.processor(image, limits), tool)
 
-  def _fits(self, texts: Sequence[tuple[str, int]], shown: Sequence[EpisodeImage]) -> bool:
+  def _have_room(self, ids: Sequence[int], shown: Sequence[EpisodeImage]) -> bool:
     """True when this observation leaves room for at least one token of the next turn."""
-    ids = self.chat.observation_ids(texts)
     return len(ids) + sum(i.shown.num_tokens - 1 for i in shown) < self._token_room()
+
+  def _reply_ids(self, text: str, images: int) -> list[int]:
+    return self.chat.follow_up_ids(text.replace(IMAGE_MARK, "(image)"), images)
+
+  def _rendered(self, step: environments.Step) -> list[int]:
+    reply = self.tools.clean(step.reply)
+    return self._reply_ids(reply.text, len(reply.images))
 
   def _record(self, call: ToolCall | parse.CallError, error: str | None,
               seconds: float) -> CallRecord:
@@ -355,13 +416,28 @@ class _Episode:
   def _parse(self, ids: Sequence[int]) -> list[ToolCall | parse.CallError]:
     return parse.parse_turn(ids, self.transcript.special, self.chat.decode)
 
+  def _policy_turn(self, number: int, ids: Sequence[int]) -> environments.PolicyTurn:
+    behind = parse.think_stop(ids, self.transcript.special)
+    said = ids[behind:-1] if ids[-1] in self.transcript.special.stop_ids else ids[behind:]
+    return environments.PolicyTurn(number, self.chat.decode(said), self.chat.decode(ids[:behind]),
+                                   tuple(self._parse(ids)))
+
+  def _answered(self) -> list[Turn]:
+    """The turns that already have their observation."""
+    turns = self.transcript.turns
+    return turns[:-1] if self.transcript.turn_is_open or self.transcript.turn_is_closed else turns
+
+  def _answered_turns(self) -> list[tuple[environments.PolicyTurn, list[int]]]:
+    """Those turns, each with the ids that answered it."""
+    turns, ids = self._answered(), self.transcript.ids
+    ends = [turn.start for turn in self.transcript.turns[1:]] + [len(ids)]
+    return [(self._policy_turn(number, ids[start:stop]), ids[stop:end])
+            for number, ((start, stop), end) in enumerate(zip(turns, ends))]
+
   def _past_calls(self) -> list[PastCall]:
     """Calls of the turns that already have their observation."""
-    turns = self.transcript.turns
-    if self.transcript.turn_is_open or self.transcript.turn_is_closed:
-      turns = turns[:-1]
     past = []
-    for (start, stop), outcomes in zip(turns, self.transcript.outcomes):
+    for (start, stop), outcomes in zip(self._answered(), self.transcript.outcomes):
       calls = self._parse(self.transcript.ids[start:stop])
       unknown = [Outcome(None, len(self.transcript.images))] * len(calls)
       past += _past(calls, outcomes or unknown)

@@ -50,7 +50,7 @@ class Finished:
     answer: of the last turn; None without one.
     stop: how the episode ended, one of `rollout.STOPS`.
     calls: that the episode made, with the kinds of their errors.
-    turn_rewards: of the environment, one a turn.
+    turn_rewards: of the environment, one for each turn that it has stepped.
     chat: decodes the transcript.
     max_response_tokens: the episode's limit.
   """

@@ -11,6 +11,7 @@ import numpy as np
 from axpo_jax.agent import transcript as transcript_lib
 
 # How an episode ends.
+DONE = "done"  # the environment says that it is over
 ANSWER = "answer"  # the last turn made no call and gives an answer
 NO_ANSWER = "no_answer"  # the last turn made no call and gives none
 TURN_LIMIT = "turn_limit"  # the last allowed turn still called a tool (the call is not run)
@@ -21,7 +22,7 @@ DEADLINE = "deadline"  # the episode took too long
 ENGINE_ERROR = "engine_error"  # the sampler failed or broke its contract
 EPISODE_ERROR = "episode_error"  # the episode itself failed (a tool, a reward), or cannot be trained on
 
-STOPS = (ANSWER, NO_ANSWER, TURN_LIMIT, TOKEN_LIMIT, LENGTH, IMAGE_LIMIT, DEADLINE, ENGINE_ERROR,
+STOPS = (DONE, ANSWER, NO_ANSWER, TURN_LIMIT, TOKEN_LIMIT, LENGTH, IMAGE_LIMIT, DEADLINE, ENGINE_ERROR,
          EPISODE_ERROR)
 # The machine's fault and not the policy's: such a rollout says nothing about the policy.
 FAILED_STOPS = frozenset({DEADLINE, ENGINE_ERROR, EPISODE_ERROR})
@@ -68,6 +69,7 @@ class Rollout:
     error: what the engine said when stop is "engine_error", or what failed at "episode_error".
     reward_parts: of which the reward is the weighted sum, by name; empty where it is one plain number.
     reward_error: why the reward failed, where it counts as 0.
+    turn_metadata: what the environment says of the turns, one record each; empty if it says nothing.
   """
 
   question_id: str
@@ -86,6 +88,7 @@ class Rollout:
   error: str | None = None
   reward_parts: dict[str, float] = dataclasses.field(default_factory=dict)
   reward_error: str | None = None
+  turn_metadata: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
   @property
   def used_tool(self) -> bool:

@@ -24,7 +24,7 @@ import enum
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -156,6 +156,8 @@ class Transcript:
     versions: version of the weights that sampled the token; -1 where it was not sampled.
     images: EpisodeImage per image pad, in order.
     outcomes: for every observation, the Outcome of each call it answers.
+    rewards: of the turns, by the environment; one for each turn that it has stepped.
+    states: copies of the environment's state behind every observation, where it keeps any; not dumped.
     special: the tag ids this transcript knows.
   """
 
@@ -167,6 +169,8 @@ class Transcript:
     self.versions: list[int] = []
     self.images: list[EpisodeImage] = []
     self.outcomes: list[tuple[Outcome, ...]] = []
+    self.rewards: list[float] = []
+    self.states: list[Any] = []
 
   def __len__(self) -> int:
     return len(self.ids)
@@ -319,8 +323,9 @@ class Transcript:
     result.logprobs = self.logprobs[:length]
     result.versions = self.versions[:length]
     result.images = self.images[:result.ids.count(self.special.image_pad)]
-    result.outcomes = self.outcomes[:sum(
-        kind == Kind.OBSERVATION for kind, _ in itertools.groupby(result.kinds))]
+    answered = sum(kind == Kind.OBSERVATION for kind, _ in itertools.groupby(result.kinds))
+    result.outcomes = self.outcomes[:answered]
+    result.rewards, result.states = self.rewards[:answered], self.states[:answered]
     return result
 
   def copy(self) -> Transcript:

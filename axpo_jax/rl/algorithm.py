@@ -178,7 +178,7 @@ def assign_credit(
     plain_N, resampled_MxK = _grouped(rewards_N, rewards_MxK, config)
     credits += [Credit(number, i, None, ALL, float(a)) for i, a in enumerate(plain_N)]
     for branch, rewards_K in zip(group.branches, rewards_MxK, strict=True):
-      if config.prefix_credit != "none":
+      if config.prefix_credit != "none" and branch.frozen:
         earned = credit_lib.prefix_advantage(rewards_N, branch.source, rewards_K, config)
         credits[branch.source - len(plain_N)] = Credit(number, branch.source, None, PREFIX, earned)
     for m, resampled_K in enumerate(resampled_MxK):

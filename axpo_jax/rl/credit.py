@@ -67,12 +67,14 @@ class Branch:
     source: position in the group of the rollout whose prefix it is.
     rewards_K: as judged.
     num_calls_K, lengths_K: tool calls, and response tokens; only shaping reads them.
+    frozen: False where they begin at the question, so that there is no prefix to credit.
   """
 
   source: int
   rewards_K: np.ndarray
   num_calls_K: np.ndarray | None = None
   lengths_K: np.ndarray | None = None
+  frozen: bool = True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

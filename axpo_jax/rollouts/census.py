@@ -88,12 +88,14 @@ class BranchStats:
     prefix_tokens: prompt tokens (expanded) of the K first requests, summed: K times the length of
       question and frozen prefix.
     cached_tokens: those of them served from the sampler's prefix cache.
+    frozen: there is a prefix; False: they begin at the question.
   """
 
   source: int
   rollouts: Sequence[RolloutStats]
   prefix_tokens: int = 0
   cached_tokens: int = 0
+  frozen: bool = True
 
   @property
   def recovered(self) -> bool:
@@ -161,6 +163,7 @@ def resample_census(groups: Sequence[GroupStats], *, budget: int) -> dict[str, f
     "recovered_share": _share(any(b.recovered for b in g.branches) for g in triggered),
     "prefix_recovered_share": _share(branch.recovered for branch in branches),
     "prefix_mixed_share": _share(_state(branch.rollouts) == "mixed" for branch in branches),
+    "not_frozen": float(sum(not branch.frozen for branch in branches)) or None,
     "continuation_success_rate": _share(rollout.right for rollout in extra),
     "continuation_length_mean": _mean(r.sampled_tokens for r in extra),
     "continuation_truncated_rate": _share(r.stop in TRUNCATED_STOPS for r in extra),

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from axpo_jax import seeds
 from axpo_jax.agent import parse
+from axpo_jax.agent.environment import NONE, QUESTION, Environment
 from axpo_jax.agent.episode import EXACT, EpisodeLimits, continue_episode, start_transcript
 from axpo_jax.agent.reward_functions import RewardSum
 from axpo_jax.agent.rollout import Rollout
@@ -45,6 +46,7 @@ class Actor:
   """All that an episode needs besides its question.
 
   Attributes:
+    environment: what the episodes are about; by default nothing but their questions.
     reward: of finished rollouts; None: whoever asked for them scores them.
     check: raises for a transcript that nothing can be done with, such as one that cannot be packed.
   """
@@ -57,11 +59,12 @@ class Actor:
   sampling: SamplingParams
   image_limits: ImageLimits
   system_prompt: str
+  environment: Environment = QUESTION
   reward: RewardSum | None = EXACT
   check: Callable[[Transcript], None] | None = None
 
   def start(self, question: Question) -> Transcript:
-    return start_transcript(question, self.chat, self.toolbox, self.system_prompt, self.processor,
+    return start_transcript(self.environment.opening(question), self.chat, self.toolbox, self.system_prompt, self.processor,
                             self.image_limits)
 
   async def roll(self, transcript: Transcript, question: Question, seed: int) -> Rollout:
@@ -72,7 +75,8 @@ class Actor:
     try:
       rollout = await continue_episode(
         transcript, question, self.engine, self.toolbox, self.limits, self.sampling, self.chat,
-        self.processor, seed, reward=self.reward)
+        self.processor, seed, environment=self.environment,
+        reward=self.reward)
       if self.check is not None and not rollout.failed:
         self.check(rollout.transcript)
       return rollout
@@ -97,6 +101,11 @@ class Branch:
   prefix_end: int
   confidence: float
   rollouts: list[Rollout]
+
+  @property
+  def frozen(self) -> bool:
+    """Whether there is a prefix; False: they begin at the question."""
+    return self.prefix_end > self.rollouts[0].transcript.prompt_length
 
 
 @dataclasses.dataclass
@@ -186,7 +195,8 @@ async def resample(actor: Actor, groups: Sequence[Group], config: ResampleConfig
     seed: of the step; continuation k of its prefix m draws from derive(seed, "k", m, k).
     recovery: what earlier steps recovered, for config.choice="recoverable".
   """
-  cuts = [[cut(rollout.transcript, config) for rollout in group.rollouts] for group in groups]
+  cuts = [[_resumable(cut(rollout.transcript, config), rollout.transcript, actor.environment)
+           for rollout in group.rollouts] for group in groups]
   views = [view(number, group, own) for number, (group, own) in enumerate(zip(groups, cuts))]
   # Nothing is resampled yet: who failed was one of the N rollouts of a question.
   asked = sum(len(group.rollouts) + group.failed for group in groups)
@@ -223,6 +233,7 @@ def for_training(groups: Sequence[Group]) -> list[Group]:
   name, pictures by size and key (`pictures.fetched` gets pixels)."""
   def light(rollout: Rollout) -> Rollout:
     transcript = copy.copy(rollout.transcript)
+    transcript.states = []
     transcript.images = [
       dataclasses.replace(image, source=None, shown=dataclasses.replace(image.shown, pixels_HxWx3=None))
       for image in transcript.images]
@@ -275,7 +286,7 @@ def outcome(group: Group) -> GroupOutcome:
   return GroupOutcome(
     rewards(group.rollouts),
     [BranchOutcome(branch.source, rewards(branch.rollouts),
-                   **{f"{name}_K": x for name, x in counts(branch.rollouts).items()})
+                   **{f"{name}_K": x for name, x in counts(branch.rollouts).items()}, frozen=branch.frozen)
      for branch in group.branches],
     **{f"{name}_N": x for name, x in counts(group.rollouts).items()})
 
@@ -308,6 +319,13 @@ def cut(transcript: Transcript, config: ResampleConfig) -> Cut | None:
   if chosen is not None and config.prefix == "question":
     return Cut(transcript.prompt_length, chosen.confidence)
   return chosen
+
+
+def _resumable(found: Cut | None, transcript: Transcript, environment: Environment) -> Cut | None:
+  """The cut; at the question, where the environment cannot give its state in the middle again."""
+  if found and environment.resume == NONE and Kind.OBSERVATION in transcript.kinds[:found.end]:
+    return Cut(transcript.prompt_length, found.confidence)
+  return found
 
 
 def _cut(transcript: Transcript, span: tuple[int, int], kept: int, config: ResampleConfig) -> Cut:
@@ -361,7 +379,8 @@ def group_stats(groups: Sequence[Group], config: ResampleConfig, chat: Chat
     branches = [census.BranchStats(
       branch.source, [stats(rollout) for rollout in branch.rollouts],
       prefix_tokens=sum(rollout.first_prompt_tokens for rollout in branch.rollouts),
-      cached_tokens=sum(rollout.first_cached_tokens for rollout in branch.rollouts))
+      cached_tokens=sum(rollout.first_cached_tokens for rollout in branch.rollouts),
+      frozen=branch.frozen)
       for branch in group.branches]
     rewards_N = np.array([rollout.reward for rollout in group.rollouts])
     used_tool_N = np.array([rollout.used_tool for rollout in group.rollouts], bool)

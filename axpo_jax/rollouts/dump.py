@@ -124,6 +124,7 @@ def transcript_to_json(transcript: Transcript, store: ImageStore, *,
       "logprobs": [_float_to_json(x) for x in transcript.logprobs],
       "images": images,
       "outcomes": transcript.outcomes,
+      **({"rewards": transcript.rewards} if any(transcript.rewards) else {}),
   }
 
 
@@ -145,6 +146,7 @@ def transcript_from_json(record: dict[str, Any], store: ImageStore,
   observations = sum(kind == Kind.OBSERVATION for kind, _ in itertools.groupby(transcript.kinds))
   transcript.outcomes = [tuple(Outcome(*outcome) for outcome in outcomes)
                          for outcomes in record.get("outcomes", [()] * observations)]
+  transcript.rewards = list(record.get("rewards", []))
   lengths = {len(transcript.ids), len(transcript.kinds), len(transcript.versions),
              len(transcript.logprobs)}
   pads = transcript.ids.count(transcript.special.image_pad)

@@ -42,6 +42,7 @@ def make_actor(config: ConfigDict, context: RunContext, engine: Engine, stage: s
     image_limits=ImageLimits(config.images.min_pixels, config.images.max_pixels),
     system_prompt=system_prompt(config),
     # Benchmarks are scored by their own rules.
+    environment=plugins.environment(config),
     reward=None if stage == "eval" and config.eval.benchmarks else plugins.reward(config),
     check=_trainable(config, context) if stage == "rl" else None)
 

@@ -1,14 +1,17 @@
-"""From names in a config to what they stand for: the reward of a run's rollouts.
+"""From names in a config to what they stand for: the reward of a run's rollouts and its environment.
 
-In: the agent section. Out: the same object for the same section, since a judge keeps what it was asked.
+In: the agent section. Out: the same object for the same section, since a judge keeps what it was asked, and
+an environment its connections.
 """
 
 import functools
+import importlib
 import json
 
 from ml_collections import ConfigDict
 
 from axpo_jax.agent import reward_functions, reward_terms
+from axpo_jax.agent.environment import QUESTION, Environment
 from axpo_jax.agent.judge import ChatJudge
 from axpo_jax.config import ConfigError
 
@@ -35,3 +38,32 @@ def reward(config: ConfigDict) -> reward_functions.RewardSum:
       hint = "" if known else " (the reward judge needs config.agent.judge.url and .model)"
       raise ConfigError(f"config.agent.reward: {error}{hint}") from error
   return _rewards[key]
+
+
+def environment(config: ConfigDict) -> Environment:
+  """What the episodes of a run are about.
+
+  Raises:
+    ConfigError: the name is of no environment, or it cannot be made with these arguments.
+  """
+  agent = config.agent
+  return _environment(agent.environment, agent.environment_args) if agent.environment else QUESTION
+
+
+@functools.cache
+def _environment(name: str, arguments: str) -> Environment:
+  module, _, attribute = name.partition(":")
+  try:
+    found = getattr(importlib.import_module(module), attribute)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise ConfigError(f"config.agent.environment={name!r} cannot be imported: {error}") from error
+  try:
+    arguments = json.loads(arguments)
+    found = found(**arguments) if callable(found) else found
+  except Exception as error:  # of the user's class
+    raise ConfigError(f"config.agent.environment={name!r} cannot be made with "
+                      f"config.agent.environment_args={arguments!r}: {error}") from error
+  if not isinstance(found, Environment):
+    raise ConfigError(f"config.agent.environment={name!r} is {type(found)} and no "
+                      "axpo_jax.agent.environment.Environment")
+  return found

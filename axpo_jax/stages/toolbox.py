@@ -28,6 +28,7 @@ from axpo_jax.errors import ConfigError
 from axpo_jax.miniworld import search as miniworld_search
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageLimits
+from axpo_jax.stages import plugins
 
 AUDIT_FILE = "audit.jsonl"
 _made: dict[str, ToolBox] = {}
@@ -68,7 +69,7 @@ def flush() -> None:
 def _toolbox(config: ConfigDict, chat: Chat, factor: int, extra: tuple[str, ...],
              folder: epath.Path | None) -> ToolBox:
   agent, log, used = config.agent, None, Usage()
-  tools = _tools(config, factor, extra)  # before the log is opened: what fails leaves no folder
+  tools = [*_tools(config, factor, extra), *plugins.environment(config).tools]  # before the log is opened: what fails leaves no folder
   if folder is not None and agent.audit:
     path = folder / AUDIT_FILE
     # A resumed run goes on counting where it stopped.

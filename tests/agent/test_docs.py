@@ -35,12 +35,28 @@ def test_the_table_has_every_tool_with_its_scope():
     assert f"| `{tool.name}` | `{tool.scope}` |" in PAGE
 
 
-def test_the_reward_of_the_extending_page():
-  page = (pathlib.Path(__file__).parents[2] / "docs" / "extending.md").read_text()
-  code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "care" in block)
+EXTENDING = (pathlib.Path(__file__).parents[2] / "docs" / "extending.md").read_text()
+
+
+def extending(name):
+  """What a block of code on the page defines."""
+  code = next(block for block in re.findall(r"```python\n(.*?)```", EXTENDING, re.DOTALL) if name in block)
   scope = {}
   exec(compile(code, "docs/extending.md", "exec"), scope)
+  return scope
+
+
+def test_the_environment_of_the_extending_page(world, scripted):
+  turns = [world.ids(f"</think>{said}<|im_end|>") for said in ("one", "two", "go")]
+  rollout = asyncio.run(world.resume(world.start(), scripted(turns),
+                                     environment=extending("Countdown")["Countdown"]()))
+  assert rollout.stop == "done" and rollout.transcript.rewards == [0, 0, 1]
+  assert "1 more." in world.chat.decode(rollout.transcript.ids)
+
+
+def test_the_reward_of_the_extending_page():
+  scope = extending("def care")
   rollout = types.SimpleNamespace(calls=[types.SimpleNamespace(error="timeout")], response="short")
   assert asyncio.run(scope["care"](rollout)) == {"failed_calls": -0.1, "short": 0.1}
   for term in reward_terms.TERMS:
-    assert f"| `{term}` |" in page
+    assert f"| `{term}` |" in EXTENDING

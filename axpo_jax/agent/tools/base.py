@@ -101,6 +101,7 @@ class EpisodeState:
     memory: a tool's own state, by tool name; dies with the episode.
     usage: what the episode has used up; calls of the past count.
     id: tells this episode from every other one in the audit log.
+    running: calls that have begun and not ended.
   """
 
   question_id: str
@@ -111,6 +112,7 @@ class EpisodeState:
   memory: dict[str, Any] = dataclasses.field(default_factory=dict)
   usage: Usage = dataclasses.field(default_factory=Usage)
   id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex[:16])
+  running: int = 0
 
   def __post_init__(self):
     self.usage.calls += len(self.history)
@@ -130,6 +132,8 @@ class Tool:
       loop (`background`), beside the sampling. Others run on the spot and should take milliseconds.
     max_concurrent: calls of a waiting tool that run at once; further ones queue, and their time
       limit begins when they start.
+    parallel: several calls of one turn may run at once, if it waits: none needs what another one does,
+      nor the number of images so far.
   """
 
   name: str
@@ -140,6 +144,7 @@ class Tool:
   time_limit: float | None = None
   waits: bool = False
   max_concurrent: int = 64
+  parallel: bool = False
 
   def check(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments as `run` takes them, defaults filled in.
@@ -212,8 +217,8 @@ class ToolBox:
     self._cut = cut
     self._describe = describe
     self._limits = {"this episode": episode_limits, "this run": run_limits}
-    self._overlap = overlap
-    self._places = {tool.name: asyncio.Semaphore(tool.max_concurrent) for tool in self.tools}
+    self.overlap = overlap
+    self._free = {tool.name: asyncio.Semaphore(tool.max_concurrent) for tool in self.tools}
     self._by_name: dict[str, Tool] = {}
     for tool in self.tools:
       for name in (tool.name, *tool.aliases):
@@ -231,15 +236,22 @@ class ToolBox:
     """Checks and runs one call; every problem becomes an observation with its kind in `error`."""
     tool = self._by_name.get(name)
     clock, observation = _Clock(), None
+    episode.running += 1
     try:
-      observation = self._clean(await self._checked(tool, name, dict(arguments), episode, clock))
+      observation = self.clean(await self._checked(tool, name, dict(arguments), episode, clock))
       return observation
     finally:  # a call that is cancelled by a deadline is counted, and in the log too
+      episode.running -= 1
       self._account(name, dict(arguments), tool, observation, episode, clock.seconds())
+
+  def runs_beside(self, name: str) -> bool:
+    """Whether calls of this tool in one turn may run at once."""
+    tool = self._by_name.get(name)
+    return self.overlap and tool is not None and tool.waits and tool.parallel
 
   def reject(self, error: CallError, episode: EpisodeState) -> Observation:
     """The observation for a call that could not even be read."""
-    observation = self._clean(failure(error.kind, error.message))
+    observation = self.clean(failure(error.kind, error.message))
     self._account("", {"text": error.text, "message": error.message}, None, observation, episode, 0.0)
     return observation
 
@@ -266,20 +278,23 @@ class ToolBox:
     if not tool.waits:
       return await _run(tool, arguments, episode, clock)
     work = self._take_turn(tool, arguments, episode, clock)
-    return await background.submit(work) if self._overlap else background.run(work)
+    return await background.submit(work) if self.overlap else background.run(work)
 
   async def _take_turn(self, tool, arguments, episode, clock) -> Observation:
-    async with self._places[tool.name]:
+    async with self._free[tool.name]:
       return await _run(tool, arguments, episode, clock)
 
   def _used_up(self, episode: EpisodeState) -> str | None:
-    usages = {"this episode": episode.usage, "this run": self.usage}
+    # Calls of this turn that run beside this one count too.
+    own = dataclasses.replace(episode.usage, calls=episode.usage.calls + episode.running - 1)
+    usages = {"this episode": own, "this run": self.usage}
     for whose, limits in self._limits.items():
       if what := limits.exceeded_by(usages[whose]):
         return f"{whose} has used up its {what}"
     return None
 
-  def _clean(self, observation: Observation) -> Observation:
+  def clean(self, observation: Observation) -> Observation:
+    """The observation with a text that can be tokenised and is no longer than it may be."""
     text = observation.text
     if (over := len(text) - self._max_text) > 0:
       head, tail = self._max_text - self._max_text // 2, self._max_text // 2
@@ -307,7 +322,7 @@ class ToolBox:
 
 
 class _Clock:
-  """Seconds since a call really began: waiting for a place is not the tool's time."""
+  """Seconds since a call really began: waiting for its turn is not the tool's time."""
 
   def __init__(self):
     self.begin: float | None = None

@@ -19,7 +19,8 @@ from axpo_jax.agent.tools.base import EpisodeState, Observation, Tool
 
 
 def tool(*, scope: str, waits: bool | None = None, time_limit: float | None = None,
-         max_concurrent: int = 64) -> Callable[[Callable], FunctionTool]:
+         max_concurrent: int = 64, parallel: bool | None = None
+         ) -> Callable[[Callable], FunctionTool]:
   """Decorator: `@tool(scope="network")` above a function makes it a tool of the function's name.
 
   A parameter annotated with `EpisodeState` is not part of the schema: it is given the calling
@@ -32,13 +33,15 @@ def tool(*, scope: str, waits: bool | None = None, time_limit: float | None = No
       function that is not async then runs in a thread, which a time limit gives up but cannot stop.
     time_limit: seconds a call may take; None = no limit.
     max_concurrent: calls that run at once, if it waits.
+    parallel: several calls of one turn may run at once; by default if it waits and has no parameter for
+      the episode.
 
   Raises:
     ValueError: the function lacks a docstring, a type hint or an argument's description.
   """
   def decorate(function: Callable) -> FunctionTool:
     return FunctionTool(function, scope=scope, waits=waits, time_limit=time_limit,
-                        max_concurrent=max_concurrent)
+                        max_concurrent=max_concurrent, parallel=parallel)
   return decorate
 
 
@@ -46,12 +49,13 @@ class FunctionTool(Tool):
   """See `tool`."""
 
   def __init__(self, function: Callable, *, scope: str, waits: bool | None = None,
-               time_limit: float | None = None, max_concurrent: int = 64):
+               time_limit: float | None = None, max_concurrent: int = 64, parallel: bool | None = None):
     self.function, self.name, self.scope = function, function.__name__, scope
     self.waits = inspect.iscoroutinefunction(function) if waits is None else waits
     self.time_limit, self.max_concurrent = time_limit, max_concurrent
     hints = typing.get_type_hints(function)
     self._episode = next((name for name, hint in hints.items() if hint is EpisodeState), None)
+    self.parallel = self._episode is None if parallel is None else parallel
     self.schema = _schema(function, hints, self._episode)
 
   async def run(self, arguments: dict[str, Any], episode: EpisodeState) -> Observation:

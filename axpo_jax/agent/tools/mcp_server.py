@@ -59,7 +59,7 @@ class McpServer:
     self._opening = asyncio.Lock()
     self._shared: Connection | None = None
     self._failed: tuple[float, McpError] | None = None  # when the last opening did, and how
-    self._places = asyncio.Semaphore(config.sessions)
+    self._free = asyncio.Semaphore(config.sessions)
     self._unused: Connection | None = None  # was opened to list the tools
     self._own: set[Connection] = set()  # of episodes
 
@@ -226,10 +226,10 @@ class McpServer:
     background.keep(self._end(connection))
 
   async def _take(self) -> Connection:
-    """A session that nobody has used, once there is a place for it."""
+    """A session that nobody has used, once one is free."""
     try:
       async with asyncio.timeout(self.config.connect_seconds):
-        await self._places.acquire()
+        await self._free.acquire()
     except TimeoutError as error:
       raise McpError(f"all {self.config.sessions} sessions of the MCP server {self.config.label} "
                      "are in use by other episodes") from error
@@ -238,19 +238,19 @@ class McpServer:
       if connection is None or not connection.alive:
         connection = await self._open()
     except BaseException:
-      self._places.release()
+      self._free.release()
       raise
     self._own.add(connection)
     return connection
 
   async def _end(self, connection: Connection) -> None:
-    """Closes an episode's session and gives its place back; again is harmless."""
+    """Closes an episode's session and lets another one open; again is harmless."""
     if connection in self._own:
       self._own.discard(connection)
       try:
         await connection.close()
       finally:
-        self._places.release()
+        self._free.release()
 
   async def _close(self) -> None:
     ends = [self._end(connection) for connection in list(self._own)]
@@ -267,6 +267,7 @@ class McpTool(Tool):
     self.server, self._remote_name = server, listed.name
     self.name = server.config.prefix + listed.name
     self.scope = server.config.scope
+    self.parallel = not server.config.sessions
     self.max_concurrent = server.config.max_concurrent  # calls and connecting have limits of their own
     description = _clean(listed.description or "")
     if len(description) > _MAX_DESCRIPTION:

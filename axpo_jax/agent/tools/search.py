@@ -79,6 +79,7 @@ class SearchTool(Tool):
 
   name = "tavily-search"
   scope = "network"
+  parallel = True
   aliases = ("search", "tavily_search", "web_search")
   schema = SCHEMA
 

@@ -1,0 +1,219 @@
+"""What an episode is about, when it is more than a question with tools: a game, a user, a machine.
+
+In: the policy's turns. Out: what it is answered, and what each turn is worth. The loop stays
+`episode.continue_episode`, which samples turns, runs their calls, and then asks the environment:
+
+    opening(question) ─▶ prompt ─▶ start(question) ─▶ [ turn ─▶ its calls ─▶ step(state, turn) ]... ─▶ close(state)
+
+An environment has a state of its own for each episode. A question with tools is `Environment` itself: it
+answers nothing, so an episode ends with the first turn that calls no tool.
+
+An AXPO resample continues a transcript in the middle of an episode, and needs the state as it was there.
+`resume` says how an environment gives it: "replay" steps a fresh state through the turns so far, which
+must answer what they answered before; "copy" keeps a deep copy of the state at every turn; "none" gives
+none, and such rollouts are resampled from the question.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any
+
+from absl import logging
+
+from axpo_jax.agent.parse import CallError, ToolCall
+from axpo_jax.agent.tools import background
+from axpo_jax.agent.tools.base import EpisodeState, Observation, Tool
+from axpo_jax.data.question import Question
+
+REPLAY, COPY, NONE = "replay", "copy", "none"
+MEMORY = "environment"  # where tools find the state: `episode.memory[MEMORY]`
+
+
+class EnvironmentFailed(RuntimeError):
+  """An environment that took too long, gave no step, or whose state could not be made again."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyTurn:
+  """What the policy said in one turn.
+
+  Attributes:
+    number: of the turn, from 0.
+    text: after its thinking, calls included as they were written.
+    thinking: what it thought.
+    calls: the calls it makes; they have been run, unless this was the last turn it had.
+  """
+
+  number: int
+  text: str
+  thinking: str
+  calls: Sequence[ToolCall | CallError] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """What the environment makes of a turn.
+
+  Attributes:
+    reply: the next user message; None: nothing to say, which ends an episode whose turn made no call. A
+      turn with calls is answered by its tools, and has no reply.
+    reward: of this turn.
+    done: the episode is over.
+    metadata: JSON values for the dump.
+  """
+
+  reply: Observation | str | None = None
+  reward: float = 0.0
+  done: bool = False
+  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Environment:
+  """A question with tools, and the base of all environments.
+
+  Attributes:
+    tools: offered beside the config's; they find the state in `episode.memory["environment"]`.
+    resume: "replay", "copy" or "none"; see the module docstring.
+    waits: `start`, `step` and `close` wait for something outside, and run beside the sampling on the
+      tools' event loop. Others run on the spot and should take milliseconds.
+    time_limit: seconds that `start` and `step` may each take, if they wait.
+  """
+
+  tools: Sequence[Tool] = ()
+  resume: str = REPLAY
+  waits: bool = False
+  time_limit: float = 60.0
+
+  def opening(self, question: Question) -> Question:
+    """The question with the text and the images that the prompt shows. It depends on the question alone:
+    all rollouts of a question share one prompt. May block for a moment."""
+    return question
+
+  async def start(self, question: Question, episode: EpisodeState) -> Any:
+    """The state of a new episode. What is drawn must be drawn by `seed_of(question)`, so that the
+    rollouts of a question compare, and a replay meets the same."""
+    return None
+
+  async def step(self, state: Any, turn: PolicyTurn) -> Step:
+    """What follows the policy's turn. May change `state`."""
+    return Step()
+
+  async def close(self, state: Any) -> None:
+    """The episode is over: lets go of what `state` holds."""
+
+
+class Running:
+  """An environment in one episode: its state, and calls of it within limits.
+
+  Args:
+    overlap: an environment that waits runs beside the sampling; False: on the spot.
+  """
+
+  def __init__(self, environment: Environment, *, overlap: bool):
+    self._environment, self._overlap = environment, overlap
+    self._state: Any = None
+    self._started = False
+
+  async def start(self, question: Question, episode: EpisodeState) -> None:
+    """Begins the episode. Raises EnvironmentFailed."""
+    self._state = await self._bounded("start", self._environment.start(question, episode))
+    self._started = True
+    episode.memory[MEMORY] = self._state
+
+  async def step(self, turn: PolicyTurn) -> Step:
+    """What follows a turn, checked. Raises EnvironmentFailed."""
+    step = await self._bounded("step", self._environment.step(self._state, turn))
+    if not isinstance(step, Step):
+      raise EnvironmentFailed(f"its step is {type(step)}; return a Step")
+    if isinstance(step.reward, bool) or not isinstance(step.reward, (int, float)) or (
+        not math.isfinite(step.reward)):
+      raise EnvironmentFailed(f"the reward of its step is {step.reward!r:.100}; give a finite number")
+    if turn.calls and step.reply is not None:
+      raise EnvironmentFailed("it replied to a turn whose calls are answered already")
+    reply = Observation(step.reply) if isinstance(step.reply, str) else step.reply
+    return dataclasses.replace(step, reply=reply)
+
+  def copied(self) -> Any:
+    """A copy of the state to go back to; None where the environment keeps none."""
+    return copy.deepcopy(self._state) if self._environment.resume == COPY else None
+
+  async def resume(self, turns: Sequence[tuple[PolicyTurn, Sequence[int]]], states: Sequence[Any],
+                   rendered: Callable[[Step], Sequence[int]], episode: EpisodeState) -> None:
+    """Gives the state of a transcript that is continued.
+
+    Args:
+      turns: those that were answered, each with the ids that answered it.
+      states: copies of the state behind each, if there are any.
+      rendered: ids of a step's reply.
+
+    Raises:
+      EnvironmentFailed: it cannot, or a replay answers otherwise than the transcript says.
+    """
+    if not turns:
+      return
+    if len(states) == len(turns) and states[-1] is not None:
+      self._state = episode.memory[MEMORY] = copy.deepcopy(states[-1])
+      return
+    if self._environment.resume != REPLAY:
+      raise EnvironmentFailed(f"its state cannot be made again (resume={self._environment.resume!r}), so "
+                              "an episode cannot go on from the middle")
+    own = {tool.name: tool for tool in self._environment.tools}
+    for turn, answered in turns:
+      for call in turn.calls:
+        if isinstance(call, ToolCall) and call.name in own:
+          with contextlib.suppress(Exception):  # as it failed before
+            await own[call.name].run(own[call.name].check(call.arguments), episode)
+      step = await self.step(turn)
+      if step.done or (step.reply is not None and list(rendered(step)) != list(answered)):
+        raise EnvironmentFailed(f"its replay answers turn {turn.number} otherwise than before: what it "
+                                "draws must depend on the question alone")
+
+  async def close(self) -> None:
+    """Ends the episode; what that raises is logged."""
+    if self._started:
+      self._started = False
+      try:
+        await self._bounded("close", self._environment.close(self._state))
+      except EnvironmentFailed as error:
+        logging.log_first_n(logging.WARNING, "an environment did not close: %s", 5, error)
+
+  async def _bounded(self, what: str, work: Coroutine) -> Any:
+    if self._environment.waits:
+      work = self._timed(what, work)
+      work = background.submit(work) if self._overlap else _on_the_spot(work)
+    try:
+      return await work
+    except EnvironmentFailed:
+      raise
+    except Exception as error:
+      raise EnvironmentFailed(f"its {what} failed: {type(error).__name__}: {str(error)[:500]}") from error
+
+  async def _timed(self, what: str, work: Coroutine) -> Any:
+    seconds = self._environment.time_limit
+    try:
+      async with asyncio.timeout(seconds) as clock:
+        return await work
+    except TimeoutError as error:
+      if not clock.expired():
+        raise
+      raise EnvironmentFailed(f"its {what} took longer than {seconds:g} seconds") from error
+
+
+async def _on_the_spot(work: Coroutine) -> Any:
+  return background.run(work)
+
+
+def seed_of(question: Question) -> int:
+  """A seed of 31 bits that depends on the question alone."""
+  digest = hashlib.blake2b(question.id.encode("utf-8", "replace"), digest_size=4).digest()
+  return int.from_bytes(digest, "big") >> 1
+
+
+QUESTION = Environment()
