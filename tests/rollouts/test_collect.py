@@ -12,17 +12,18 @@ from PIL import Image
 
 import axpo_jax
 from axpo_jax.agent.episode import EpisodeLimits
+from axpo_jax.agent.parse import SpecialIds
 from axpo_jax.agent.rollout import ENGINE_ERROR
 from axpo_jax.agent.tools.base import ToolBox
 from axpo_jax.agent.tools.zoom import ImageZoomIn
-from axpo_jax.agent.transcript import Kind
+from axpo_jax.agent.transcript import Kind, Transcript
 from axpo_jax.data.question import Question
 from axpo_jax.engine.protocol import Sample, SamplingParams
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageLimits, ImageProcessor
 from axpo_jax.rl.algorithm import assign_credit
 from axpo_jax.rl.credit import CreditConfig
-from axpo_jax.rl.resample import ResampleConfig
+from axpo_jax.rl.resample import DynamicConfig, ResampleConfig
 from axpo_jax.rollouts import census, collect
 from axpo_jax.train import examples
 from axpo_jax.train.packing import PackingError
@@ -35,6 +36,7 @@ SCRIPT = {
   "q0": [(False, True, 0), (False, True, 0), (True, False, 0.3), (False, False, 0),
          (False, False, 0), (True, False, 0.6), (False, True, 0), (False, False, 0)],
   "q1": [(True, True, 0.2)] + [(False, False, 0)] * 7,
+  "q2": [(False, False, 0)] * 8,
 }
 RIGHT_CONTINUATION = 1  # of the K = 4: only this one
 
@@ -175,6 +177,48 @@ def test_ablations_cut_elsewhere(groups, chat):
   assert bare.kinds[cut - 1] == Kind.THINK
   assert bare.kinds[cut] == Kind.ANSWER
   assert bare.ids[cut - 1] == chat.think_end_id
+
+
+def test_early_stop_ends_a_prefix_with_its_first_right_and_wrong_continuation(groups, chat, processor):
+  engine = Script(chat)
+  config = dataclasses.replace(AXPO, ratio=0.5, early_stop=True)
+  stopped = play(engine, chat, processor, config)[0].branches
+  # Of K = 4 the second is right; the other prefix of the question draws "k2" and later, which are not.
+  assert [[r.reward for r in branch.rollouts] for branch in stopped] == [[0, 1], [0, 0, 0, 0]]
+  assert [r.seed for r in stopped[0].rollouts] == [r.seed for r in groups[0].branches[0].rollouts[:2]]
+
+
+def test_dynamic_sampling_asks_until_enough_questions_teach_something(chat, processor):
+  """q2 never does; q1 has rewards that differ; q0 triggers AXPO, and has both."""
+  def step(dynamic, config=AXPO):
+    asked = ([question(name)] for name in ("q2", "q1", "q0"))
+    actor = make_actor(Script(chat), chat, processor)
+    sampled, kept = asyncio.run(collect.sample_step(actor, asked, 2, 8, 1, config, dynamic))
+    return [g.question.id for g in sampled], [g.question.id for g in kept]
+
+  assert step(DynamicConfig()) == (["q2", "q1"], ["q2", "q1"])
+  assert step(DynamicConfig(rounds=1)) == (["q2", "q1", "q0"], ["q1", "q0"])
+  assert step(DynamicConfig(rounds=1, oversample=1.5)) == (["q2", "q1", "q0"], ["q1", "q0"])
+
+
+def test_a_later_call_can_be_the_cut(chat):
+  """Three calls, the second of them the least certain; the last one never ran."""
+  transcript = Transcript(SpecialIds.from_chat(chat))
+  transcript.append_prompt(chat.prompt_ids("Be brief.", [], "Read.", 0))
+  starts = []
+  for sure in (0.9, 0.4, 0.2):
+    ids = [*chat.encode("I look.\n</think>\n\n<tool_call>\nx\n</tool_call>"), chat.im_end_id]
+    starts.append(len(transcript) + ids.index(chat.tool_call_id) + 1)
+    transcript.append_sampled(ids, [float(np.log(sure))] * len(ids), 0)
+    if sure != 0.2:
+      transcript.append_observation(chat.observation_ids([("nothing", 0)]))
+  for cut, end, sure in (("first", starts[0], 0.9), ("last", starts[1], 0.4), ("uncertain", starts[1], 0.4)):
+    assert collect.cut(transcript, ResampleConfig(cut=cut)) == (end, pytest.approx(sure)), cut
+    assert transcript.ids[end - 1] == chat.tool_call_id
+  # Of a rollout whose only call did not run, that one.
+  alone = transcript.cut(starts[0] + 3)
+  assert collect.cut(alone, ResampleConfig(cut="uncertain")).end == starts[0]
+  assert collect.response_length(transcript) == transcript.expanded_length - transcript.prompt_length
 
 
 def _credits(groups):
