@@ -127,6 +127,7 @@ def one_a_row(config):
       weights_BxG=rows([e.loss_mask_T[1:] for e in examples], 0, np.float32),
       advantages_BxG=rows([e.advantages_T[1:] for e in examples], 0, np.float32),
       behaviour_logp_BxG=rows([e.behaviour_logp_T[1:] for e in examples], 0, np.float32),
-      lag_BxG=rows([np.zeros(len(e) - 1, np.int32) for e in examples]))
+      lag_BxG=rows([np.zeros(len(e) - 1, np.int32) for e in examples]),
+      example_BxG=rows([np.full(len(e) - 1, number) for number, e in enumerate(examples)], -1))
 
   return make

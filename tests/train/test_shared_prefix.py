@@ -38,9 +38,19 @@ def images(make_image):
 
 @pytest.fixture(scope="module")
 def learner(config):
+  return _learner(config, LOSS)
+
+
+@pytest.fixture(scope="module")
+def by_sequence(config):
+  """A learner whose surrogate reads which tokens are one trajectory."""
+  return _learner(config, dataclasses.replace(LOSS, variant="gspo", clip_low=0.02, clip_high=0.03))
+
+
+def _learner(config, loss):
   mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
   return Learner(config, make_optimizer(OptimizerConfig(1e-2, total_steps=1)),
-                 policy_objective(LOSS), mesh, banned_ids=BANNED, chunk=64)
+                 policy_objective(loss), mesh, banned_ids=BANNED, chunk=64)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +133,18 @@ def _assert_equal(got, want, scale):
 @hypothesis.given(tree=TREES, seed=st.integers(0, 99), weighing=st.sampled_from([
   {"aggregation": "token_mean"}, {"aggregation": "sequence_mean"}, {"resampled_weight": 1.0}]))
 def test_random_trees(tree, seed, weighing, config, images, one_a_row, learner, policies):
+  _compare(tree, seed, weighing, config, images, one_a_row, learner, policies)
+
+
+@hypothesis.settings(max_examples=5, deadline=None, derandomize=True)
+@hypothesis.given(tree=TREES, seed=st.integers(0, 99))
+def test_random_trees_with_a_ratio_of_whole_sequences(
+    tree, seed, config, images, one_a_row, by_sequence, policies):
+  _compare(tree, seed, {"aggregation": "sequence_mean"}, config, images, one_a_row, by_sequence, policies)
+
+
+def _compare(tree, seed, weighing, config, images, one_a_row, learner, policies):
+  """Rows that share what trajectories share, and rows that do not, against a row for each."""
   rng = np.random.default_rng(seed)
   examples = [_example(p, images, rng, config.image_token_id) for p in _grow(tree)]
   hypothesis.assume(any(e.loss_mask_T.any() for e in examples))
