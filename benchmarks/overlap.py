@@ -36,7 +36,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from axpo_jax.agent.tools.base import EpisodeState, Observation, Tool, ToolBox
 from axpo_jax.rollouts.ahead import Ahead
-from axpo_jax.rollouts.collect import Group
+from axpo_jax.rollouts.groups import Group
 from axpo_jax.stages.context import run_context
 from axpo_jax.stages.questions import question_batches
 from axpo_jax.stages.rl import Collected, Loop

@@ -49,7 +49,7 @@ from axpo_jax.agent.tools import audit
 from axpo_jax.engine.protocol import Engine, Sample, SampleRequest
 from axpo_jax.engine.sglang.server import Sidecar, SidecarSpec
 from axpo_jax.model.chat import Chat
-from axpo_jax.rollouts.collect import Group
+from axpo_jax.rollouts.groups import Group
 from axpo_jax.stages.context import run_context
 from axpo_jax.stages.rl import Loop
 from configs import axpo_tiny

@@ -40,6 +40,7 @@ from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageProcessor
 from axpo_jax.rollouts import collect, dump
 from axpo_jax.rollouts.census import GroupStats, RolloutStats
+from axpo_jax.rollouts.groups import rollout_stats
 
 DONE = "done.json"
 # Of an evaluation's folder: the held-out questions; and within, the same with calls forced.
@@ -364,7 +365,7 @@ class _Run:
       (rollout.error or rollout.stop for rollout in rollouts if rollout.failed), "")
     record = Record(
       question.id, place, self.n,
-      tuple(collect.rollout_stats(rollout, actor.chat) for rollout in rollouts),
+      tuple(rollout_stats(rollout, actor.chat) for rollout in rollouts),
       tuple(rollout.answer for rollout in rollouts), tuple(scores), question.category,
       question.acting, self.group(question), error)
     self.bar.update()

@@ -18,6 +18,7 @@ from axpo_jax.eval.benchmarks import Benchmark
 from axpo_jax.rl.resample import ResampleConfig
 from axpo_jax.rollouts import census, collect
 from axpo_jax.rollouts.acting import acting_census
+from axpo_jax.rollouts.groups import failure_summary, group_stats
 from axpo_jax.rollouts.shards import Record
 from axpo_jax.stages import actors
 from axpo_jax.stages.context import RunContext
@@ -39,9 +40,9 @@ async def run(config: ConfigDict, context: RunContext, engine: Engine, *,
   groups = await collect.sample_groups(
     actor, eval_questions(config), config.eval.rollouts, seeds.derive(config.seed, "eval"),
     progress="evaluation" if progress else "")
-  if failed := collect.told_failures(groups):
+  if failed := failure_summary(groups):
     logging.warning("evaluation: rollouts failed and are left out: %s", failed)
-  return metrics(collect.group_stats(groups, ResampleConfig(), context.chat), config.eval.rollouts,
+  return metrics(group_stats(groups, ResampleConfig(), context.chat), config.eval.rollouts,
                  sum(group.failed for group in groups))
 
 

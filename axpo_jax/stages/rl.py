@@ -35,8 +35,16 @@ from axpo_jax.rl.resample import prefix_budget
 from axpo_jax.rollouts import census, collect
 from axpo_jax.rollouts.acting import acting_census
 from axpo_jax.rollouts.ahead import Ahead
-from axpo_jax.rollouts.collect import Group
 from axpo_jax.rollouts.dump import dump_rollouts
+from axpo_jax.rollouts.groups import (
+  Group,
+  failure_summary,
+  for_training,
+  group_stats,
+  lag_metrics,
+  outcome_of,
+  tried_prefixes,
+)
 from axpo_jax.stages import (
   actors,
   distributed,
@@ -74,7 +82,7 @@ class Collected:
 
   def for_training(self) -> "Collected":
     """What the other processes of a run get of it."""
-    return dataclasses.replace(self, groups=collect.for_training(self.groups))
+    return dataclasses.replace(self, groups=for_training(self.groups))
 
 
 class Loop:
@@ -140,8 +148,8 @@ class Loop:
     with clock("resample"):
       await collect.resample(self.actor, groups, self.recipe.resample, seed, recovery=self.recovery,
                              progress="continuations")
-    self.recovery = self.recovery.after(collect.tried(groups))
-    if failed := collect.told_failures(sampled):
+    self.recovery = self.recovery.after(tried_prefixes(groups))
+    if failed := failure_summary(sampled):
       logging.warning("step %d: %d rollouts failed and are left out: %s", step,
                       sum(group.failed for group in sampled), failed)
     metrics = self.rollout_metrics(sampled, groups) | clock.metrics()
@@ -158,7 +166,7 @@ class Loop:
     with clock("wait"):
       batch = await distributed.on_main_async(collected, Collected.for_training)
     self._count_lost_steps(batch.groups)
-    metrics = batch.metrics | collect.lag_metrics(batch.groups, self.steps_done)
+    metrics = batch.metrics | lag_metrics(batch.groups, self.steps_done)
     with clock("update"):
       # In a thread, so that episodes of the steps ahead go on.
       metrics |= await asyncio.to_thread(self.update, batch.groups)
@@ -176,7 +184,7 @@ class Loop:
     if self.lost_steps >= self.config.rl.max_lost_steps:
       raise RolloutsFailed(
         f"all rollouts of the last {self.lost_steps} steps failed (config.rl.max_lost_steps="
-        f"{self.config.rl.max_lost_steps}): {collect.told_failures(groups)}. Repair the cause and run "
+        f"{self.config.rl.max_lost_steps}): {failure_summary(groups)}. Repair the cause and run "
         "the same command again: it goes on from the last checkpoint")
 
   def is_due(self, every: int) -> bool:
@@ -195,8 +203,8 @@ class Loop:
     Args:
       sampled: all questions. groups: those of them that are trained on.
     """
-    stats = collect.group_stats(sampled, self.recipe.resample, self.bench.chat)
-    trained = stats if len(sampled) == len(groups) else collect.group_stats(
+    stats = group_stats(sampled, self.recipe.resample, self.bench.chat)
+    trained = stats if len(sampled) == len(groups) else group_stats(
       groups, self.recipe.resample, self.bench.chat)
     asked = len(groups) * self.config.rl.num_rollouts
     engine = dataclasses.asdict(self.engine.stats())
@@ -253,7 +261,7 @@ class Loop:
 
   def credits(self, groups: list[Group]) -> list[Credit]:
     """Who learns with which advantage; groups that lost every rollout have none."""
-    return algorithm.assign_credit([collect.outcome(group) for group in groups if group.rollouts],
+    return algorithm.assign_credit([outcome_of(group) for group in groups if group.rollouts],
                                    self.recipe.credit, self.recipe.shaping)
 
   def _annotated(self, batches):

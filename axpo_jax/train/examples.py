@@ -14,7 +14,7 @@ from axpo_jax.agent.transcript import Transcript
 from axpo_jax.model.vision_inputs import mrope_positions
 from axpo_jax.rl.algorithm import loss_mask
 from axpo_jax.rl.credit import Credit
-from axpo_jax.rollouts.collect import Group
+from axpo_jax.rollouts.groups import Group
 from axpo_jax.train.packing import Example
 
 

@@ -1,6 +1,6 @@
 """Pixels of a step's pictures, in a run of several processes: each gets those that its own devices need.
 
-Every process plans the step from tokens and the sizes of pictures (`collect.for_training`), and so packs
+Every process plans the step from tokens and the sizes of pictures (`rollouts.groups.for_training`), and so packs
 the same micro-batches. Then it knows which pictures stand in its rows of the vision tower, and asks the main
 process, which has sampled them, for their pixels.
 

@@ -28,6 +28,7 @@ from axpo_jax.rl import algorithm
 from axpo_jax.rl.credit import CreditConfig
 from axpo_jax.rl.resample import ResampleConfig
 from axpo_jax.rollouts import census, collect
+from axpo_jax.rollouts.groups import group_stats, outcome_of
 from axpo_jax.stages import rl
 from axpo_jax.stages.metrics import MetricsWriter
 
@@ -91,11 +92,11 @@ async def _groups(actor, asked, rollouts: int, seed: int):
 
 
 def _credits(groups):
-  return algorithm.assign_credit([collect.outcome(group) for group in groups], CreditConfig())
+  return algorithm.assign_credit([outcome_of(group) for group in groups], CreditConfig())
 
 
 def _metrics(groups, earned, chat: Chat, draw: random.Random) -> dict[str, float]:
-  stats = collect.group_stats(groups, RESAMPLE, chat)
+  stats = group_stats(groups, RESAMPLE, chat)
   rewards = [[rollout.reward for rollout in group.rollouts] for group in groups]
   return {**census.census(stats), **census.resample_census(stats, budget=8),
           **census.credit_census(earned), **passk.summarise(rewards, prefix="eval"),

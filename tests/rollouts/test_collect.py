@@ -25,6 +25,13 @@ from axpo_jax.rl.algorithm import assign_credit
 from axpo_jax.rl.credit import CreditConfig
 from axpo_jax.rl.resample import DynamicConfig, ResampleConfig
 from axpo_jax.rollouts import census, collect
+from axpo_jax.rollouts.groups import (
+  cut_of,
+  failure_summary,
+  group_stats,
+  outcome_of,
+  response_length,
+)
 from axpo_jax.train import examples
 from axpo_jax.train.packing import PackingError
 
@@ -171,9 +178,9 @@ def test_budget(chat, processor, ratio, prefixes):
 def test_ablations_cut_elsewhere(groups, chat):
   source = groups[0].rollouts[2].transcript
   whole = dataclasses.replace(AXPO, prefix="question")
-  assert collect.cut(source, whole).end == source.prompt_length
+  assert cut_of(source, whole).end == source.prompt_length
   bare = groups[0].rollouts[3].transcript
-  cut = collect.cut(bare, dataclasses.replace(AXPO, subgroup="no_tool")).end
+  cut = cut_of(bare, dataclasses.replace(AXPO, subgroup="no_tool")).end
   assert bare.kinds[cut - 1] == Kind.THINK
   assert bare.kinds[cut] == Kind.ANSWER
   assert bare.ids[cut - 1] == chat.think_end_id
@@ -213,16 +220,16 @@ def test_a_later_call_can_be_the_cut(chat):
     if sure != 0.2:
       transcript.append_observation(chat.observation_ids([("nothing", 0)]))
   for cut, end, sure in (("first", starts[0], 0.9), ("last", starts[1], 0.4), ("uncertain", starts[1], 0.4)):
-    assert collect.cut(transcript, ResampleConfig(cut=cut)) == (end, pytest.approx(sure)), cut
+    assert cut_of(transcript, ResampleConfig(cut=cut)) == (end, pytest.approx(sure)), cut
     assert transcript.ids[end - 1] == chat.tool_call_id
   # Of a rollout whose only call did not run, that one.
   alone = transcript.cut(starts[0] + 3)
-  assert collect.cut(alone, ResampleConfig(cut="uncertain")).end == starts[0]
-  assert collect.response_length(transcript) == transcript.expanded_length - transcript.prompt_length
+  assert cut_of(alone, ResampleConfig(cut="uncertain")).end == starts[0]
+  assert response_length(transcript) == transcript.expanded_length - transcript.prompt_length
 
 
 def _credits(groups):
-  return assign_credit([collect.outcome(group) for group in groups], CreditConfig())
+  return assign_credit([outcome_of(group) for group in groups], CreditConfig())
 
 
 def test_advantages_are_the_worked_values(groups):
@@ -334,7 +341,7 @@ def test_what_breaks_in_an_episode_ends_that_episode_alone(chat, processor):
   assert [len(g.rollouts) for g in groups] == [7, 6]
   assert groups[0].failures == ["PackingError: too long"]
   assert sorted(groups[1].failures) == ["OverflowError: int too large", "PackingError: too long"]
-  assert collect.told_failures(groups, most=1) == (
+  assert failure_summary(groups, most=1) == (
     "2 x PackingError: too long; and 1 other reasons")
 
 
@@ -359,13 +366,13 @@ def test_question_whose_image_does_not_open_is_left_out(chat, processor):
   assert [len(g.rollouts) for g in groups] == [0, 8]
   assert groups[0].failed == 8
   assert all(r.stop != ENGINE_ERROR for r in groups[1].rollouts)
-  stats = collect.group_stats(groups, AXPO, chat)
+  stats = group_stats(groups, AXPO, chat)
   assert census.census(stats)["rollout/rollouts"] == 8
   assert not stats[0].triggered
 
 
 def test_census_of_the_step(groups, chat):
-  stats = collect.group_stats(groups, AXPO, chat)
+  stats = group_stats(groups, AXPO, chat)
   metrics = census.census(stats) | census.resample_census(stats, budget=1)
   assert metrics["rollout/tool_attempt_rate"] == 3 / 16
   assert metrics["rollout/tool_all_wrong_rate"] == 0.5

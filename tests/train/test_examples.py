@@ -16,7 +16,7 @@ from axpo_jax.miniworld import perception
 from axpo_jax.miniworld.engine import TeacherEngine
 from axpo_jax.miniworld.teacher import TeacherConfig
 from axpo_jax.rl.credit import ALL, CONTINUATION, PREFIX, Credit
-from axpo_jax.rollouts import collect
+from axpo_jax.rollouts.groups import Branch, Group, for_training
 from axpo_jax.stages import actors, learners, sft
 from axpo_jax.stages.context import run_context
 from axpo_jax.train import examples
@@ -55,8 +55,8 @@ def group(config, context):
     rollouts = [await actor.roll(start, question, seed) for seed in (1, 2)]
     end = rollouts[0].transcript.prefix_end()
     cut = rollouts[0].transcript.cut(end)
-    branch = collect.Branch(0, end, 0.5, [await actor.roll(cut, question, s) for s in (3, 4)])
-    return collect.Group(question, rollouts, [branch])
+    branch = Branch(0, end, 0.5, [await actor.roll(cut, question, s) for s in (3, 4)])
+    return Group(question, rollouts, [branch])
 
   return asyncio.run(roll())
 
@@ -114,7 +114,7 @@ def test_regions_split_a_rollout(group, context):
 
 
 def test_other_processes_train_on_the_same_and_get_no_pixels_with_it(group, context):
-  sent = pickle.dumps(collect.for_training([group]))
+  sent = pickle.dumps(for_training([group]))
   (received,) = pickle.loads(sent)
   rollouts = [*group.rollouts, *group.branches[0].rollouts]
   images = [image.shown for rollout in rollouts for image in rollout.transcript.images]
