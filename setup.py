@@ -1,8 +1,10 @@
 """Installs axpo_jax; requirements.txt is the one list of what it needs."""
 
 import pathlib
+import shutil
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 _HERE = pathlib.Path(__file__).parent
 
@@ -43,6 +45,23 @@ _X86 = "platform_system == 'Linux' and platform_machine == 'x86_64'"
 _AOT = [f"jax[tpu]{_JAX}; {_X86}"]
 _AOT_GPU = [f"jax[cuda12-local]{_JAX}; {_X86}", f"nvidia-cuda-nvcc-cu12>=12.6; {_X86}"]
 
+# What a wheel has from outside the package; axpo_jax/repository.py finds it.
+_SHIPPED = ("launch/*.py", "configs/**/*.py", "requirements-sidecar*.txt")
+
+
+class _BuildWithRepository(build_py):
+  """Copies the programs, the configs and the servers' requirements into the wheel."""
+
+  def run(self):
+    super().run()
+    if self.editable_mode:
+      return  # they lie beside the package
+    for path in (path for pattern in _SHIPPED for path in _HERE.glob(pattern)):
+      copy = pathlib.Path(self.build_lib, "axpo_jax", "_repository", path.relative_to(_HERE))
+      copy.parent.mkdir(parents=True, exist_ok=True)
+      shutil.copyfile(path, copy)
+
+
 setup(
   name="axpo_jax",
   version="0.1.0",
@@ -54,7 +73,17 @@ setup(
   python_requires=">=3.11,<3.14",
   classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)],
   packages=find_packages(include=["axpo_jax", "axpo_jax.*"]),
-  package_data={"axpo_jax": ["assets/**/*", "report/assets/*"]},
+  package_data={"axpo_jax": ["assets/**/*", "report/assets/*", "py.typed"]},
+  cmdclass={"build_py": _BuildWithRepository},
+  entry_points={"console_scripts": [
+    "axpo-train=axpo_jax.repository:train",
+    "axpo-sweep=axpo_jax.repository:sweep",
+    "axpo-sidecar=axpo_jax.repository:sidecar",
+    "axpo-compile=axpo_jax.repository:compile_ahead",
+    "axpo-report=axpo_jax.report.__main__:main",
+    "axpo-diagnose=axpo_jax.diagnose.__main__:main",
+    "axpo-inspect=axpo_jax.data.inspect:main",
+  ]},
   install_requires=_requirements(),
   extras_require={
     "aot": _AOT,
@@ -74,6 +103,6 @@ setup(
     "test": [*_AOT, *_DOCS, *_GCS, *_REPORT, *_S3, *_TOOLS,
              "atif>=1.8,<2", "datasets>=4", "gcp-storage-emulator>=2026.7",
              "hypothesis>=6.100", "moto[server]>=5.2", "playwright>=1.50", "pytest>=8",
-             "pytest-xdist>=3.7", "ruff>=0.9", "torch==2.13.0"],
+             "pytest-xdist>=3.7", "ruff>=0.9", "setuptools>=70.1", "torch==2.13.0"],
   },
 )

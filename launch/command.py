@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from axpo_jax import repository
 from axpo_jax.config import fields
 from axpo_jax.errors import ConfigError, RunStopped
 from axpo_jax.rl import recipes
@@ -27,7 +28,20 @@ def run(main: Callable[[list[str]], None]) -> None:
       main(argv)
     except (app.UsageError, ConfigError, RunStopped) as error:
       _end(error)
+  sys.argv[1:] = with_shipped_configs(sys.argv[1:])
   app.run(guarded, flags_parser=_parse)
+
+
+def with_shipped_configs(arguments: Sequence[str]) -> list[str]:
+  """The arguments, in which --config=configs/<name>.py is a shipped config where no such file is here.
+
+  So the documents' commands work in any folder.
+  """
+  file = _config_file(arguments)
+  if file is None or os.path.exists(file) or not (shipped := repository.FOLDER / file).is_file():
+    return list(arguments)
+  return [argument.replace(file, str(shipped), 1) if argument in (file, f"--config={file}", f"-config={file}")
+          else argument for argument in arguments]
 
 
 def _end(error: Exception) -> None:

@@ -18,6 +18,7 @@ REPO = PACKAGE.parent
 # Room -> what its files may import of ours: rooms, or single modules.
 ALLOWED = {
   "errors": set(),
+  "repository": set(),
   # The dataclasses that sections are made from.
   "config": {"agent", "data.readers", "engine.protocol", "engine.settings", "engine.sglang.server.spec", "errors",
              "miniworld", "model.config", "rl", "train.optimizer_config"},
@@ -31,7 +32,7 @@ ALLOWED = {
   "rl": {"rl"},
   "model": {"model"},
   "data": {"data", "model", "paths"},
-  "engine": {"engine", "model", "processes"},
+  "engine": {"engine", "model", "processes", "repository"},
   "agent": {"agent", "paths", "model.chat", "model.images", "model.pictures", "data.question", "engine.protocol", "engine.endpoint"},
   "miniworld": {"miniworld", "data", "model", "engine"},
   "eval": {"eval", "engine.endpoint", "agent", "data", "rl", "paths"},

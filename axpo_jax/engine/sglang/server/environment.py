@@ -16,19 +16,17 @@ import shutil
 import subprocess
 import sys
 
+from axpo_jax import repository
 from axpo_jax.engine.sglang.server.spec import SERVE, SidecarError
 
-_REPOSITORY = pathlib.Path(__file__).parents[4]
 PYTHON_VARIABLE = "AXPO_SIDECAR_PYTHON"
 _DONE = "complete"  # this file is written last
 
 
 def requirements(device: str) -> pathlib.Path:
+  """The requirements file of the servers' environment for "cuda" or "cpu"."""
   name = {"cuda": "requirements-sidecar.txt", "cpu": "requirements-sidecar-cpu.txt"}[device]
-  if not (_REPOSITORY / name).is_file():
-    raise SidecarError(f"{_REPOSITORY} has no {name}: this is no checkout of the repository. Name a "
-                       f"python that has SGLang in {PYTHON_VARIABLE}")
-  return _REPOSITORY / name
+  return repository.FOLDER / name
 
 
 def environment_folder(device: str) -> pathlib.Path:

@@ -1,0 +1,80 @@
+"""The wheel: console scripts, shipped configs and the miniature, outside of a checkout."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import venv
+
+import pytest
+
+REPO = pathlib.Path(__file__).parents[2]
+IGNORED = shutil.ignore_patterns(".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", "docs", "tests",
+                                 ".*_cache")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> pathlib.Path:
+  """The bin folder of a fresh environment with the wheel; its other packages are those of this Python."""
+  folder = tmp_path_factory.mktemp("wheel")
+  source = folder / "source"
+  shutil.copytree(REPO, source, ignore=IGNORED)  # a build leaves files beside setup.py
+  # Without isolation and dependencies nothing is fetched.
+  done = subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
+                         f"--wheel-dir={folder}", str(source)], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  (wheel,) = folder.glob("axpo_jax-*.whl")
+  shutil.rmtree(source)
+  venv.create(folder / "env", with_pip=False)
+  python = folder / "env" / "bin" / "python"
+  (site,) = (folder / "env").glob("lib/python*/site-packages")
+  others = [path for path in sys.path if path.endswith("site-packages")]
+  done = subprocess.run([sys.executable, "-m", "pip", f"--python={python}", "install", "-q", "--no-deps", str(wheel)],
+                        capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  (site / "others.pth").write_text("\n".join(others) + "\n")
+  return folder / "env" / "bin"
+
+
+def run(installed, folder, name, *flags) -> subprocess.CompletedProcess:
+  environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+  return subprocess.run([str(installed / name), *flags], cwd=folder, env=environment, capture_output=True, text=True,
+                        timeout=300)
+
+
+@pytest.mark.slow
+def test_scripts_run_in_an_empty_folder(installed, tmp_path):
+  where = run(installed, tmp_path, "python", "-c", "import axpo_jax; print(axpo_jax.__file__)")
+  assert where.stdout.startswith(str(installed.parent)), where.stderr
+  # A shipped config that derives from another, with a field set.
+  shown = run(installed, tmp_path, "axpo-train", "--config=configs/grpo_tiny.py", "--print_config", "--config.seed=7")
+  assert shown.returncode == 0, shown.stderr
+  assert "recipe: grpo" in shown.stdout and "seed: 7" in shown.stdout
+  wrong = run(installed, tmp_path, "axpo-train", "--config=configs/axpo_8b.py", "--workdir=run")
+  assert wrong.returncode == 1
+  assert wrong.stderr.startswith("configuration error: set config.model.checkpoint")
+  printed = run(installed, tmp_path, "axpo-sweep", "--config=configs/axpo_tiny.py", "--workdir=sweep", "--print",
+                "--sweep", "config.seed=0,1")
+  assert printed.returncode == 0, printed.stderr
+  assert [line.rpartition("=")[2] for line in printed.stdout.splitlines()] == ["0", "1"]
+  sizing = run(installed, tmp_path, "axpo-sidecar", "--print_sizing")
+  assert sizing.returncode == 0 and "8b" in sizing.stdout.lower(), sizing.stderr
+  for name, said in {"axpo-report": "usage", "axpo-diagnose": "usage", "axpo-inspect": "usage",
+                     "axpo-compile": "--topology"}.items():
+    assert said in run(installed, tmp_path, name, "--help").stdout
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_miniature_trains_from_the_wheel(installed, tmp_path):
+  """One step of each stage, from the checkpoint that the wheel ships."""
+  flags = ["--config=configs/axpo_tiny.py", "--config.sft.steps=1", "--config.sft.examples=2", "--config.rl.steps=1",
+           "--config.rl.questions=1", "--config.rl.num_rollouts=2", "--config.eval.every=-1",
+           "--config.agent.tools=('image_zoom_in',)", "--config.data.miniworld.families.search=0.0",
+           "--config.data.miniworld.families.reasoning=0.0"]
+  done = run(installed, tmp_path, "axpo-train", *flags, "--workdir=run")
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert (tmp_path / "run" / "rl" / "policy" / "model.safetensors").exists()
+  page = run(installed, tmp_path, "axpo-report", "run")
+  assert page.returncode == 0, page.stderr
