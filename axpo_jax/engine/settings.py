@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from axpo_jax.model.config import PATCH_BUCKETS
+from axpo_jax.model.buckets import PATCH_BUCKETS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -158,12 +157,6 @@ def key_blocks(end_BxT: np.ndarray, queries: int) -> np.ndarray | None:
   taken_BxCxN = np.argsort(~sees_BxCxS, axis=-1, kind="stable")[..., :most]
   seen_BxCxN = np.take_along_axis(sees_BxCxS, taken_BxCxN, -1)
   return np.where(seen_BxCxN, taken_BxCxN, -1).astype(np.int32)
-
-
-def quarter_steps() -> Iterator[int]:
-  """1 to 8, 10, 12, 14, 16, 20, ...: sizes that few shapes come from, at most a quarter apart."""
-  yield from (1, 2, 3)
-  yield from (quarters << power for power in itertools.count() for quarters in (4, 5, 6, 7))
 
 
 def block(k_BxSxKxD: jax.Array, v_BxSxKxD: jax.Array) -> tuple[jax.Array, jax.Array]:

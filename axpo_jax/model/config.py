@@ -20,8 +20,6 @@ DTYPES = ("float32", "bfloat16")
 # Linear layers that can have adapters, by the names of the model's modules.
 TEXT_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 VISION_TARGETS = ("qkv", "proj", "fc1", "fc2")
-# Lengths of rows of image patches, for whoever names no others: each is a program of its own.
-PATCH_BUCKETS = (64, 128, 256, 1024, 4096, 16384)
 
 
 class UnsupportedConfig(ValueError):

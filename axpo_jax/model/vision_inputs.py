@@ -18,9 +18,9 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from axpo_jax.model.config import PATCH_BUCKETS, VisionConfig
+from axpo_jax.model.buckets import PATCH_BUCKETS, ROW_BUCKETS
+from axpo_jax.model.config import VisionConfig
 
-ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _PATCH_UNIT = 16
 
 

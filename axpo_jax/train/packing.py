@@ -14,12 +14,12 @@ Legend: B rows, T tokens of a row or an example, G targets of a row, S sequences
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
-from axpo_jax.model.attention import key_blocks, quarter_steps
+from axpo_jax.model.attention import key_blocks
+from axpo_jax.model.buckets import STEP_PATCH_BUCKETS, STEP_ROW_BUCKETS
 from axpo_jax.model.config import VisionConfig
 from axpo_jax.model.images import ProcessedImage
 from axpo_jax.model.vision_inputs import pack_images
@@ -29,9 +29,6 @@ from axpo_jax.train.batch import Batch
 # Tokens of a block of attention: a row's length is a multiple of it. In long rows every block takes
 # thousands of keys, so larger ones are better, where they divide the row.
 BLOCK, LONG_BLOCKS, LONG_ROW = 64, (512, 256, 128), 8192
-# Rows of the vision tower, and patches in one: few shapes, and little padding.
-ROW_BUCKETS = tuple(itertools.takewhile(lambda n: n <= 4096, quarter_steps()))
-PATCH_BUCKETS = tuple(16 * n for n in itertools.takewhile(lambda n: n <= 1024, quarter_steps()))
 
 
 class PackingError(ValueError):
@@ -88,8 +85,8 @@ def pack(
   image_rows_multiple_of: int | None = None,
   image_rows_here: Callable[[int], Collection[int]] | None = None,
   block: int | None = None,
-  row_buckets: Sequence[int] = ROW_BUCKETS,
-  patch_buckets: Sequence[int] = PATCH_BUCKETS,
+  row_buckets: Sequence[int] = STEP_ROW_BUCKETS,
+  patch_buckets: Sequence[int] = STEP_PATCH_BUCKETS,
   list_blocks: bool = True,
 ) -> list[Batch]:
   """Packs examples into micro-batches of at most [rows, length].

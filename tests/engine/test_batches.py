@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from axpo_jax.engine.embedded.batches import (
-  Buckets,
   Prompt,
   copy_batches,
   prefill_batches,
   wave_images,
 )
 from axpo_jax.engine.embedded.prefix_pool import Layout, Move
+from axpo_jax.model.buckets import Buckets
 
 ONE_DEVICE = Layout(9)
 BATCH, TOKENS, SLOTS = Buckets(2, 4), Buckets(4, 32), Buckets(16, 96)

@@ -17,32 +17,12 @@ from axpo_jax.engine.embedded import sampling
 from axpo_jax.engine.embedded.device import DecodeInputs, PrefillInputs
 from axpo_jax.engine.embedded.prefix_pool import Layout, Move, content_keys
 from axpo_jax.engine.protocol import RequestError, SampleRequest, SamplingParams
-from axpo_jax.model.config import PATCH_BUCKETS, ModelConfig, VisionConfig
+from axpo_jax.model.buckets import PATCH_BUCKETS, Buckets
+from axpo_jax.model.config import ModelConfig, VisionConfig
 from axpo_jax.model.images import ProcessedImage
 from axpo_jax.model.vision_inputs import VisionInputs, mrope_positions, pack_images
 
 T = TypeVar("T")
-
-
-class Buckets:
-  """Static sizes: `least`, doubled until `most`, which is always the last.
-
-  fine: half steps between them as well, where padding costs more than another program.
-  """
-
-  def __init__(self, least: int, most: int, *, fine: bool = False):
-    sizes = []
-    while least < most:
-      sizes += [least, least * 3 // 2] if fine else [least]
-      least *= 2
-    self.sizes = (*(size for size in sizes if size < most), most)
-
-  def __call__(self, value: int) -> int:
-    """The smallest size that holds `value`."""
-    for size in self.sizes:
-      if size >= value:
-        return size
-    raise ValueError(f"{value} exceeds the largest bucket {self.sizes[-1]}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from axpo_jax.engine.embedded.batches import Buckets, padded_list, prefill_rows
-from axpo_jax.model.vision_inputs import ROW_BUCKETS
+from axpo_jax.engine.embedded.batches import padded_list, prefill_rows
+from axpo_jax.model.buckets import ROW_BUCKETS, Buckets
 
 if TYPE_CHECKING:
   from axpo_jax.engine.settings import EmbeddedConfig
