@@ -173,9 +173,13 @@ async def _judge(rollout: Rollout, question: Question, reward: reward_functions.
     rollout.stop, rollout.error = rollout_lib.EPISODE_ERROR, score.error
 
 
-def turn_seed(seed: int, turn: int) -> int:
-  """A 31-bit seed for one turn, stable over processes and Python versions."""
-  digest = hashlib.blake2b(f"{seed}:{turn}".encode(), digest_size=4).digest()
+def turn_seed(seed: int, turn: int, interruptions: int = 0) -> int:
+  """A 31-bit seed for one turn, stable over processes and Python versions.
+
+  interruptions: of this turn so far. What follows one is drawn from a random stream of its own.
+  """
+  parts = (seed, turn, interruptions) if interruptions else (seed, turn)
+  digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=4).digest()
   return int.from_bytes(digest, "big") >> 1
 
 
@@ -231,25 +235,32 @@ class _Episode:
   # ---- think: sample the rest of the turn ----
 
   async def _think(self) -> str | None:
-    room, stop = self._turn_room()
-    if stop:
-      return stop
-    request = SampleRequest(
-        ids=tuple(self.transcript.ids), images=tuple(i.shown for i in self.transcript.images),
-        params=dataclasses.replace(self.sampling, max_new_tokens=room),
-        seeds=(turn_seed(self.seed, self._turn_number()),), session=self.session)
-    try:
-      (sample,) = await self.engine.generate(request)
-      self._check(sample)
-      self.transcript.append_sampled(sample.ids, sample.logprobs, sample.weight_version)
-    except PromptTooLong:  # the engine's rows are shorter than our budget
-      return rollout_lib.TOKEN_LIMIT
-    except Exception as error:  # one bad request must not take the run down; it is counted
-      return self._fail(f"{type(error).__name__}: {error}")
-    self.prompt_tokens.append(sample.prompt_tokens)
-    self.cached_tokens.append(sample.cached_tokens)
-    if sample.finish_reason == "abort":
-      return self._fail("the engine aborted the request")
+    """Returns a stop reason, or None where the turn has ended. An engine may interrupt a sample (for new
+    weights, say): the turn then continues from the tokens that it has."""
+    interruptions = 0
+    while True:
+      room, stop = self._turn_room()
+      if stop:
+        return stop
+      request = SampleRequest(
+          ids=tuple(self.transcript.ids), images=tuple(i.shown for i in self.transcript.images),
+          params=dataclasses.replace(self.sampling, max_new_tokens=room),
+          seeds=(turn_seed(self.seed, self._turn_number(), interruptions),), session=self.session)
+      try:
+        (sample,) = await self.engine.generate(request)
+        self._check(sample)
+        self.transcript.append_sampled(sample.ids, sample.logprobs, sample.weight_version)
+      except PromptTooLong:  # the engine's rows are shorter than our budget
+        return rollout_lib.TOKEN_LIMIT
+      except Exception as error:  # one bad request must not take the run down; it is counted
+        return self._fail(f"{type(error).__name__}: {error}")
+      self.prompt_tokens.append(sample.prompt_tokens)
+      self.cached_tokens.append(sample.cached_tokens)
+      if sample.finish_reason != "abort" or self.transcript.turn_is_closed:
+        break
+      if not sample.ids:  # or it would be asked for ever
+        return self._fail("the engine aborted the request before its first token")
+      interruptions += 1
     if sample.finish_reason == "length":
       return (rollout_lib.LENGTH if self._turn_used() >= self.limits.max_new_tokens_per_turn
               else rollout_lib.TOKEN_LIMIT)

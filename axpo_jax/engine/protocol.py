@@ -117,7 +117,7 @@ class Sample:
     ids: the new ids; the stop id is included when `finish_reason` is "stop".
     logprobs: the policy's log-probability of each id, as SamplingParams says.
     finish_reason: "stop" (a stop id), "length" (max_new_tokens or the engine's longest sequence),
-      "abort" (cut by the engine; the ids so far are valid).
+      "abort" (interrupted by the engine: continue from the prompt and these ids).
     prompt_tokens: expanded prompt length.
     cached_tokens: how many of them were not computed again for this sample.
     weight_version: version of the weights that drew every token of the sample.
@@ -169,9 +169,9 @@ class Engine(Protocol):
     """
 
   async def update_weights(self, params: Any, version: int) -> None:
-    """Waits for running work, installs a copy of `params`, drops every cached prefix.
+    """Waits for running work or interrupts it, installs a copy of `params`, drops every cached prefix.
 
-    A request that arrives meanwhile is sampled from the old or from the new weights, never from both:
+    The tokens of one sample come from the old or from the new weights, never from both:
     `Sample.weight_version` says from which.
     """
 

@@ -114,11 +114,11 @@ class SGLangConfig:
       SGLang keeps a few tokens for itself.
     push: how weights get to the servers.
     fleet: deadlines, health checks and concurrency.
-    request_s: seconds that one request to one server may take. One that takes longer is aborted there and asked
-      again elsewhere; it says nothing about the server.
+    request_s: seconds that one request to one server may take. One that takes longer is aborted there, and
+      its tokens so far are kept; it says nothing about the server.
     attempts: servers that a request is tried on before it fails.
-    drain_s: seconds that an update waits for running samples before it aborts them; they are then drawn
-      again from the new weights. 0 aborts at once.
+    drain_s: seconds that an update waits for running samples before it interrupts them. Their tokens are
+      kept, and their episodes continue from the new weights. 0 interrupts at once.
     load_s: seconds that a server may take to load weights.
     verify: compare checksums of the servers' tensors after each push. Switch it off for servers that
       quantise their weights.
@@ -135,7 +135,7 @@ class SGLangConfig:
   fleet: FleetConfig = FleetConfig()
   request_s: float = 600.0
   attempts: int = 3
-  drain_s: float = 120.0
+  drain_s: float = 0.0
   load_s: float = 600.0
   verify: bool = True
   router_url: str = ""

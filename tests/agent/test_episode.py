@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 import math
 import pickle
 
@@ -257,7 +258,7 @@ def test_a_prompt_too_long_for_the_engine_is_a_token_limit(world, scripted):
     ({"prompt_tokens": 3}, "saw a prompt of 3 tokens"),
     ({"ids": (5, 6, 7)}, "not a stop token"),
     ({"logprobs": (0.0,)}, "1 log-probabilities"),
-    ({"finish_reason": "abort"}, "aborted"),
+    ({"ids": (), "finish_reason": "abort"}, "aborted"),
     ({"ids": "pad"}, "banned_ids"),
 ])
 def test_an_engine_that_breaks_its_contract(world, scripted, change, says):
@@ -268,6 +269,23 @@ def test_an_engine_that_breaks_its_contract(world, scripted, change, says):
   rollout, _ = play(world, scripted, dataclasses.replace(
       good, **({"logprobs": (-0.1,) * len(change["ids"])} if "ids" in change else {}) | change))
   assert rollout.stop == "engine_error" and says in rollout.error
+
+
+def test_an_interrupted_turn_continues_from_its_tokens(world, scripted):
+  """Twice, by two updates of the weights: no token is lost or drawn again, each has its version, and each
+  part has a random stream of its own."""
+  ids, room = world.ids(RIGHT), world.start().expanded_length
+  cuts = [0, 3, 4, len(ids)]
+  parts = [Sample(tuple(ids[a:b]), (-0.1 * (n + 1),) * (b - a), "stop" if n == 2 else "abort", room + a, 0, n)
+           for n, (a, b) in enumerate(itertools.pairwise(cuts))]
+  rollout, engine = play(world, scripted, *parts)
+  transcript = rollout.transcript
+  assert rollout.reward == 1.0 and rollout.num_turns == 1
+  assert transcript.ids[transcript.prompt_length:] == list(ids)
+  assert transcript.versions[transcript.prompt_length:] == [0] * 3 + [1] + [2] * (len(ids) - 4)
+  assert [len(request.ids) for request in engine.requests] == [
+    transcript.prompt_length + cut for cut in cuts[:3]]
+  assert len({request.seeds for request in engine.requests}) == 3
 
 
 def test_an_engines_own_length_limit_is_a_token_limit(world, scripted):

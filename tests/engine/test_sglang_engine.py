@@ -232,7 +232,8 @@ WRONG = {
   "shape": (lambda answer: {"output_ids": []}, wire.ContractError, "meta_info"),
   "stop": (_with_meta(finish_reason={"type": "stop", "matched": 7}), wire.ContractError,
            "not among stop_ids"),
-  "abort": (_with_meta(finish_reason={"type": "abort", "message": "full"}), wire.Aborted, "full"),
+  "abort": (lambda answer: _with_meta(finish_reason={"type": "abort", "message": "full"})(answer) | {
+    "output_ids": []}, wire.Aborted, "full"),
 }  # fmt: skip
 
 
@@ -252,7 +253,7 @@ def genuine(connect, server, reference, ask, text, image, picture):
 def test_a_sound_reply_is_read(genuine, reference):
   request, answer, tag = genuine
   reply = wire.read(answer, request, tag)
-  assert len(reply.ids) == 8 and not reply.stopped and reply.cached_tokens == 0
+  assert len(reply.ids) == 8 and reply.finish == "length" and reply.cached_tokens == 0
   assert_from(reference, request, reply)
 
 
@@ -313,22 +314,50 @@ def test_a_server_ends_a_request_by_its_id(server, ask, text):
   assert asyncio.run(scenario()) == ["length"] * 24 + ["abort"]
 
 
-def test_an_update_aborts_what_takes_too_long(connect, server, reference, other_params, ask, text):
-  """With drain_s = 0, running samples are drawn again from the new weights."""
-  engine = connect(server.urls, drain_s=0.0)
+def test_an_update_interrupts_and_keeps_what_was_drawn(connect, server, reference, other_params, ask, text):
+  """What ran hands back the tokens of the old weights, what waited is drawn from the new ones."""
+  engine = connect(server.urls)
   asyncio.run(engine.update_weights(reference.params, 0))
-  request = ask(text(0, 9), max_new=80, seeds=range(4))
+  push = engine.folder.write(other_params, 1)
+  requests = [ask(text(0, 9), max_new=24 + 2 * n, seeds=(n,)) for n in range(28)]  # of which 8 run at once
 
   async def scenario():
-    running = asyncio.create_task(engine.generate(request))
-    while not engine._fleet._leases:
-      await asyncio.sleep(0.001)
-    await engine.update_weights(other_params, 1)
-    return await running
+    running = [asyncio.create_task(engine.generate(request)) for request in requests]
+    await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    await engine.install(push)
+    return await asyncio.gather(*running)
 
-  for sample in asyncio.run(scenario()):
-    new = sample.weight_version == 1  # else it was faster than the update
-    assert_from(reference.with_params(other_params) if new else reference, request, sample)
+  samples = [sample for (sample,) in asyncio.run(scenario())]
+  for request, sample in zip(requests, samples):
+    weights = reference.with_params(other_params) if sample.weight_version else reference
+    assert_from(weights, request, sample)
+    whole = sample.finish_reason == "length"
+    assert len(sample.ids) == request.params.max_new_tokens if whole else sample.weight_version == 0
+  interrupted = [sample for sample in samples if sample.finish_reason == "abort"]
+  assert interrupted and engine.gauges()["interrupted"] == len(interrupted)
+  assert engine.retries == 0 and {sample.weight_version for sample in samples} == {0, 1}
+  asyncio.run(engine.close())
+
+
+def test_a_request_that_takes_too_long_keeps_its_tokens(connect, server, reference, ask, text):
+  engine = connect(server.urls, request_s=0.1)
+  asyncio.run(engine.update_weights(reference.params, 0))
+  requests = [ask(text(0, 9), max_new=80, seeds=(n,)) for n in range(16)]
+  found = []
+
+  async def scenario():
+    for _ in range(20):  # a fast machine may finish them all
+      found.extend(zip(requests, await asyncio.gather(*map(engine.generate, requests), return_exceptions=True)))
+      if engine.interrupted:
+        return
+
+  asyncio.run(scenario())
+  kept = [(request, sample[0]) for request, sample in found
+          if isinstance(sample, list) and sample[0].finish_reason == "abort"]
+  assert kept and engine.too_slow >= len(kept)
+  for request, sample in kept:
+    assert 0 < len(sample.ids) < 80
+    assert_from(reference, request, sample)
   asyncio.run(engine.close())
 
 

@@ -124,7 +124,7 @@ def test_what_is_slow_everywhere_fails_alone(servers, ask):
       await asyncio.sleep(0.05)
     return await slow
 
-  with pytest.raises(TooSlow, match=r"no answer within 0\.6 s"):
+  with pytest.raises(TooSlow, match=r"no answer within 2\.6 s"):
     asyncio.run(scenario())
   assert [len(server.aborted) for server in found] == [1, 1, 1]
   assert engine.gauges().items() >= {"servers_healthy": 3, "servers_lost": 0, "too_slow": 3}.items()

@@ -42,7 +42,7 @@ from axpo_jax.engine.protocol import (
 )
 from axpo_jax.engine.settings import SGLangConfig
 from axpo_jax.engine.sglang import wire
-from axpo_jax.engine.sglang.api import LoadError, Server, ServerError, TooSlow
+from axpo_jax.engine.sglang.api import LoadError, Server, ServerError
 from axpo_jax.engine.sglang.fleet import Fleet, Member, NotAsked
 from axpo_jax.engine.sglang.image_sender import ImageSender
 from axpo_jax.engine.sglang.weight_check import WeightCheck
@@ -71,6 +71,7 @@ class SGLangEngine:
     last_push: what the last update wrote; or None.
     retries: requests that were asked again because a server failed or was too slow.
     too_slow: requests that took longer than `request_s`.
+    interrupted: samples that an update or a time limit cut short; their tokens so far were kept.
   """
 
   def __init__(self, urls: Sequence[str], model_config: ModelConfig, config: SGLangConfig):
@@ -81,7 +82,7 @@ class SGLangEngine:
     self._push: Push | None = None
     self._check = WeightCheck(self.folder.server_names)
     self._closed = False
-    self.retries = self.too_slow = 0
+    self.retries = self.too_slow = self.interrupted = 0
     self.last_push: Push | None = None
     servers = [Server(url, config.api_key) for url in urls]
     self._fleet = Fleet(servers, config.fleet, self._install,
@@ -143,13 +144,14 @@ class SGLangEngine:
       self._images.close()
 
   def gauges(self) -> dict[str, float]:
-    """Healthy servers; since the start: failures of servers, retries and requests that were too slow; the
-    last push's seconds and bytes."""
+    """Healthy servers; since the start: failures of servers, retries, requests that were too slow and
+    samples that were interrupted; the last push's seconds and bytes."""
     found = {
       "servers_healthy": float(sum(map(self._fleet.is_ready, self._fleet.members))),
       "servers_lost": float(self._fleet.failures),
       "retries": float(self.retries),
       "too_slow": float(self.too_slow),
+      "interrupted": float(self.interrupted),
     }
     if (push := self.last_push) is not None:
       found |= {"push_s": push.seconds, "push_bytes": float(push.bytes_written)}
@@ -194,13 +196,12 @@ class SGLangEngine:
         except NotAsked:
           continue  # no attempt was made
         except ServerError as error:
-          self.retries += 1
           if isinstance(error, wire.Aborted) and not self._fleet.gate_is_open:
             continue  # an update aborted it, which is not a failure
           failed.append(member)
           if len(failed) >= self.config.attempts:
-            self.retries -= 1
             raise
+          self.retries += 1
       if self._router is None:
         await self._fleet.check(member)
       else:  # nobody knows which server it was; the router finds out
@@ -212,22 +213,31 @@ class SGLangEngine:
     reply = wire.read(await self._ask(member, wire.payload(
       request, seed, images, self.config.length)), request, push.tag)
     cached = reply.cached_tokens if found is None else min(found, reply.cached_tokens)
+    self.interrupted += reply.finish == "abort"
     sample = wire.sample(request, reply, cached, push.version)
     self._count(request, sample)
     return sample
 
   async def _ask(self, member: Member, payload: dict[str, Any]) -> dict[str, Any]:
-    """The answer to one request. If it takes too long it is aborted at its server."""
+    """The answer to one request. One that takes too long is aborted at its server, and answers with the
+    tokens that it has.
+
+    Raises:
+      TooSlow: the server does not answer to the abort either.
+    """
     server, rid = self._router or member.server, secrets.token_hex(16)
+    limit, grace = self.config.request_s, self.config.fleet.probe_timeout_s
+    task = asyncio.ensure_future(member.call(server.generate(payload | {"rid": rid}, limit + grace)))
     try:
-      return await member.call(server.generate(payload | {"rid": rid}, self.config.request_s))
-    except TooSlow:
-      self.too_slow += 1
-      # Behind a router any of them may have it.
-      for other in [member] if self._router is None else self._fleet.members:
-        with contextlib.suppress(ServerError):
-          await other.server.abort(rid, self.config.fleet.probe_timeout_s)
-      raise
+      if not (await asyncio.wait([task], timeout=limit))[0]:
+        self.too_slow += 1
+        # Behind a router any of them may have it.
+        for other in [member] if self._router is None else self._fleet.members:
+          with contextlib.suppress(ServerError):
+            await other.server.abort(rid, grace)
+      return await task
+    finally:
+      task.cancel()
 
   async def _share_prefill(self, member: Member, push: Push, request: SampleRequest,
                            images: Sequence[str]) -> int | None:

@@ -18,9 +18,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
-from axpo_jax.engine.protocol import Sample, SampleRequest, SamplingParams
+from axpo_jax.engine.protocol import FinishReason, Sample, SampleRequest, SamplingParams
 from axpo_jax.engine.sglang.api import ServerError
 
 # Added to a banned id's logit: its probability is then an exact zero in any float type.
@@ -37,7 +37,7 @@ class VersionMismatch(ContractError):
 
 
 class Aborted(ServerError):
-  """The server cut the request short (an update of the weights, a shutdown)."""
+  """The server cut the request short before it drew a token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +45,14 @@ class Reply:
   """One checked reply.
 
   ids, logprobs: as the server gave them, the stop id included.
-  stopped: whether a stop id ended it (else its length did).
+  finish: "abort" if the server cut it short (an update of the weights, a time limit): the ids so far
+    are as good as any.
   cached_tokens: expanded prompt tokens that the server took from its cache.
   """
 
   ids: tuple[int, ...]
   logprobs: tuple[float, ...]
-  stopped: bool
+  finish: FinishReason
   cached_tokens: int
 
 
@@ -102,14 +103,14 @@ def read(reply: Mapping[str, Any], request: SampleRequest, tag: str) -> Reply:
     tag: version tag that the server's weights must have.
 
   Raises:
-    Aborted: the server gave up on the request.
+    Aborted: the server cut the request short and there is no token to keep.
     ContractError: counts, ids or log-probabilities do not fit the request, or the JSON is not
       SGLang's. VersionMismatch: wrong weights.
   """
   try:
     meta = reply["meta_info"]
     finish = meta["finish_reason"]
-    if finish["type"] == "abort":
+    if finish["type"] == "abort" and not reply.get("output_ids"):
       raise Aborted(f"the server aborted the request: {finish.get('message')}")
     _check_prompt(meta, request)
     check_version(meta, tag)
@@ -119,7 +120,7 @@ def read(reply: Mapping[str, Any], request: SampleRequest, tag: str) -> Reply:
     if ids != tuple(int(triple[1]) for triple in triples):
       raise ContractError(f"{len(ids)} ids do not match their {len(triples)} log-probabilities")
     _check_output(ids, logprobs, finish, request.params)
-    return Reply(ids, logprobs, finish["type"] == "stop", int(meta["cached_tokens"]))
+    return Reply(ids, logprobs, finish["type"], int(meta["cached_tokens"]))
   except (KeyError, TypeError, IndexError, ValueError) as error:
     raise ContractError(f"not a reply of /generate ({error!r}): {str(reply)[:300]}") from error
 
@@ -173,14 +174,14 @@ def _check_output(
       f"the server stopped at id {ids[-1]}, which is not among stop_ids={params.stop_ids}: the "
       "eos_token_id of its checkpoint must be among them"
     )
-  if finish["type"] not in ("stop", "length"):
+  if finish["type"] not in get_args(FinishReason):
     raise ContractError(f"unknown finish reason {finish!r}")
 
 
 def sample(request: SampleRequest, reply: Reply, cached: int, version: int) -> Sample:
   """The finished Sample; `cached` overrides what the server said (see the shared prefill)."""
   return Sample(
-    ids=reply.ids, logprobs=reply.logprobs, finish_reason="stop" if reply.stopped else "length",
+    ids=reply.ids, logprobs=reply.logprobs, finish_reason=reply.finish,
     prompt_tokens=request.prompt_tokens, cached_tokens=cached, weight_version=version,
   )  # fmt: skip
 
