@@ -84,7 +84,8 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
   Args:
     shape: size of each axis; one of them may be -1 and takes the devices that are left. If data and
-      fsdp are -1 both, fsdp takes them, but for `torus_side` of a slice that is theirs alone.
+      fsdp are -1 both, fsdp takes them. Where all devices are theirs, data takes `torus_side` or `gpu_hosts`
+      of them first.
     devices: default all of `jax.devices()`. More devices than the shape needs are left out only
       when the list is given; with the default, every device must be used.
   Raises:
@@ -99,7 +100,8 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   devices = list(jax.devices() if devices is None else devices)
   fill = [axis for axis, size in sizes.items() if size == -1]
   if fill == ["data", "fsdp"]:
-    sizes["data"] = torus_side(devices) if sizes["context"] == sizes["tensor"] == 1 else 1
+    alone = sizes["context"] == sizes["tensor"] == 1
+    sizes["data"] = torus_side(devices) * gpu_hosts(devices) if alone else 1
     fill = ["fsdp"]
   known = math.prod(size for size in sizes.values() if size != -1)
   if len(fill) > 1:
@@ -125,10 +127,19 @@ def torus_side(devices: Sequence[jax.Device]) -> int:
   Where fsdp spans all three dimensions of such a torus, libtpu gathers weights by summing whole
   zero-padded arrays, twice the bytes. Where one side is the axis data's, it does not.
   """
+  if devices[0].platform != "tpu":
+    return 1
   coords = [getattr(device, "coords", ()) for device in devices]
   sides = sorted(max(axis) + 1 for axis in zip(*coords, strict=True))
   whole = len(sides) == 3 and math.prod(sides) == len(devices)
   return sides[0] if whole and sides[0] >= 4 else 1
+
+
+def gpu_hosts(devices: Sequence[jax.Device]) -> int:
+  """Hosts of GPUs: fsdp gathers weights in every layer, which NVLink within a host does several times as fast
+  as the network. 1 on TPUs, and where each process has one GPU, since processes then say nothing of hosts."""
+  hosts = len({device.process_index for device in devices})
+  return hosts if devices[0].platform == "gpu" and len(devices) > hosts and len(devices) % hosts == 0 else 1
 
 
 @contextlib.contextmanager

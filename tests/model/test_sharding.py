@@ -36,6 +36,8 @@ def test_mesh_fills_one_axis_and_refuses_what_does_not_fit():
 @dataclasses.dataclass(frozen=True)
 class Chip:
   coords: tuple[int, int, int]
+  platform: str = "tpu"
+  process_index: int = 0
 
 
 @pytest.mark.parametrize("sides, shape, data, fsdp", [
@@ -49,6 +51,18 @@ def test_the_mesh_of_a_slice(sides, shape, data, fsdp, monkeypatch):
     np.array(list(map(str, devices))).reshape(sizes)))
   monkeypatch.setattr(sharding, "Mesh", lambda grid, axes, **_: dict(zip(axes, grid.shape, strict=True)))
   found = sharding.make_mesh({"data": -1, "fsdp": -1} | shape, chips)
+  assert (found["data"], found["fsdp"]) == (data, fsdp)
+
+
+@pytest.mark.parametrize("hosts, each, shape, data, fsdp", [
+  (4, 8, {}, 4, 8), (1, 8, {}, 1, 8), (4, 8, {"tensor": 2}, 1, 16), (4, 8, {"data": 1}, 1, 32),
+  (8, 1, {}, 1, 8)])  # a process for each GPU: which of them are on one host is unknown
+def test_fsdp_stays_within_a_host_of_gpus(hosts, each, shape, data, fsdp, monkeypatch):
+  gpus = [Chip((0, host, gpu), "gpu", host) for host in range(hosts) for gpu in range(each)]
+  monkeypatch.setattr(sharding.mesh_utils, "create_device_mesh", lambda sizes, devices, **_: (
+    np.array(list(map(str, devices))).reshape(sizes)))
+  monkeypatch.setattr(sharding, "Mesh", lambda grid, axes, **_: dict(zip(axes, grid.shape, strict=True)))
+  found = sharding.make_mesh({"data": -1, "fsdp": -1} | shape, gpus)
   assert (found["data"], found["fsdp"]) == (data, fsdp)
 
 
