@@ -13,6 +13,7 @@ import time
 from tests import xla
 
 REPO = pathlib.Path(__file__).parents[1]
+MICRO = "tests/stages/micro_config.py"
 _WITHOUT_TORCH = str(pathlib.Path(__file__).parent / "without_torch")
 # A thread that waits for others is not taken for dead on a busy machine.
 PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
@@ -24,6 +25,22 @@ def environment(devices: int, *flags: str) -> dict[str, str]:
   """For `subprocess`; `flags` are further XLA_FLAGS."""
   path = os.pathsep.join(filter(None, (_WITHOUT_TORCH, os.environ.get("PYTHONPATH"))))
   return {**os.environ, "XLA_FLAGS": " ".join((xla.flags(devices), *flags)), "PYTHONPATH": path}
+
+
+def launch(workdir, flags=(), *, config=MICRO, program=("launch/main.py",)) -> subprocess.CompletedProcess:
+  """What a user does, on one device: a run to its end. `program` is another one that runs main.py."""
+  return subprocess.run(
+    [sys.executable, *program, f"--config={config}", f"--workdir={workdir}", *flags], cwd=REPO,
+    env=environment(1), capture_output=True, text=True, timeout=3600)
+
+
+def until(condition, seconds: float = 120.0):
+  """Waits for `condition()`; its value."""
+  deadline = time.monotonic() + seconds
+  while not (value := condition()):
+    assert time.monotonic() < deadline, "it did not happen"
+    time.sleep(0.02)
+  return value
 
 
 class Job:

@@ -6,9 +6,12 @@ file imports nothing that imports jax.
 """
 
 import collections
+import fcntl
 import os
+import pathlib
 import shutil
 import tempfile
+from collections.abc import Callable
 
 import pytest
 
@@ -26,8 +29,51 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 # Files whose tests are whole runs of a minute each: they go first.
 _LONGEST = {"test_runs.py", "test_sweep.py", "test_sidecar.py", "test_compile.py", "test_lora.py",
             "test_preemption.py", "test_processes.py", "test_processes_sglang.py", "test_sglang_steps.py"}
+TINY = pathlib.Path(__file__).parents[1] / "axpo_jax" / "assets" / "tiny_tokenizer"
 # How the reason of a skip begins that the summary repeats, in large letters.
 _NOT_HERE = "NOT TESTED HERE: "
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable[[str, Callable[[pathlib.Path], None]], pathlib.Path]:
+  """once(name, make): a folder that is made once for all workers. Tests read it and change nothing."""
+  root = tmp_path_factory.getbasetemp()
+  root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+  def get(name, make):
+    folder, made = root / name, root / f"{name}.made"
+    with open(root / f"{name}.lock", "w") as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      if not made.exists():
+        shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+        folder.mkdir()
+        make(folder)
+        made.touch()
+    return folder
+
+  return get
+
+
+@pytest.fixture(scope="session")
+def inputs(once) -> pathlib.Path:
+  """A folder with the rigged policy and its questions: `rigged.flags(inputs)` gives them to a run."""
+  from tests.stages import rigged
+
+  return once("inputs", rigged.write)
+
+
+@pytest.fixture(scope="session")
+def micro_run(once, inputs) -> pathlib.Path:
+  """The workdir of an unbroken run of the micro config, with what it printed in printed.txt."""
+  from tests import children
+  from tests.stages import rigged
+
+  def make(folder):
+    done = children.launch(folder, rigged.flags(inputs))
+    assert done.returncode == 0, done.stderr[-4000:]
+    (folder / "printed.txt").write_text(done.stdout)
+
+  return once("micro_run", make)
 
 
 @pytest.fixture(scope="session")
@@ -47,21 +93,44 @@ def sidecar_python():
 
 
 @pytest.fixture(scope="session")
-def python_isolation():
-  """How the python tool can be kept apart here: namespaces, or limits alone where those are forbidden."""
+def python_tool():
+  """One sandbox for all tests: namespaces, or limits alone on a host that forbids those."""
   from axpo_jax.agent.tools.kernels import KernelConfig, SandboxError
   from axpo_jax.agent.tools.python import PythonTool
 
   for isolation in ("namespaces", "rlimits"):
-    tool = PythonTool(KernelConfig(isolation=isolation, warm=1))
+    tool = PythonTool(KernelConfig(isolation=isolation, memory_mb=1024, warm=1), max_concurrent=4)
     try:
       tool.start()
     except SandboxError as error:
       reason = str(error)
       continue
+    yield tool
     tool.close()
-    return isolation
+    return
   pytest.skip(f"{_NOT_HERE}the python tool. {reason}")
+
+
+@pytest.fixture(scope="session")
+def python_isolation(python_tool) -> str:
+  """How the python tool can be kept apart here."""
+  return python_tool.isolation
+
+
+@pytest.fixture(scope="session")
+def chat():
+  """The tiny tokenizer with its chat template."""
+  from axpo_jax.model.chat import Chat
+
+  return Chat.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="session")
+def processor():
+  """The tiny tokenizer's image processor."""
+  from axpo_jax.model.images import ImageProcessor
+
+  return ImageProcessor.from_checkpoint(TINY)
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest drops what `-m` deselects in the same hook

@@ -61,13 +61,6 @@ def test_config_loads_locked_and_valid(path, ready):
   validate(ready(config))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_docstring_holds_its_own_command(path):
-  text = load(path).__doc__
-  assert f"python launch/main.py --config=configs/{path.name} --workdir=" in text
-  assert len(text.splitlines()) >= 5  # and what to expect
-
-
 @pytest.mark.parametrize("name", LARGE)
 def test_large_config_without_checkpoint_names_the_field(name):
   with pytest.raises(ConfigError, match=r"config.model.checkpoint"):

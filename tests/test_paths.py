@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 
-import boto3
 import fsspec
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 from PIL import Image
 
 import axpo_jax
@@ -185,6 +183,9 @@ def test_a_damaged_checkpoint_on_a_store_is_passed_over(store, caplog):
 
 
 def test_questions_are_read_from_s3(tmp_path, monkeypatch):
+  import boto3  # a second to import, and no other test's
+  from moto.server import ThreadedMotoServer
+
   server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
   server.start()
   for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):

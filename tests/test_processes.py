@@ -1,5 +1,5 @@
-"""What processes need of each other. More of it, with two of them: rollout/test_weight_push.py and
-train/test_processes.py."""
+"""What processes need of each other. More of it, with two of them: engine/test_weight_push.py and
+stages/test_processes.py."""
 
 import subprocess
 import sys

@@ -1,37 +1,21 @@
 """What the tests of one room share: the tiny chat, pictures, and an engine that reads a script."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import PIL.Image
 import pytest
 
-import axpo_jax
 from axpo_jax.agent.episode import EpisodeLimits, continue_episode, start_transcript
 from axpo_jax.agent.parse import SpecialIds
 from axpo_jax.agent.tools.base import ToolBox
-from axpo_jax.agent.tools.kernels import KernelConfig, SandboxError
-from axpo_jax.agent.tools.python import PythonTool
 from axpo_jax.agent.tools.zoom import ImageZoomIn
 from axpo_jax.agent.transcript import EpisodeImage
 from axpo_jax.data.question import Question
 from axpo_jax.engine.protocol import Sample, SampleRequest, SamplingParams
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageLimits, ImageProcessor, ProcessedImage
-
-TINY = pathlib.Path(axpo_jax.__file__).parent / "assets" / "tiny_tokenizer"
-
-
-@pytest.fixture(scope="session")
-def chat() -> Chat:
-  return Chat.from_pretrained(TINY)
-
-
-@pytest.fixture(scope="session")
-def processor() -> ImageProcessor:
-  return ImageProcessor.from_checkpoint(TINY)
 
 
 @pytest.fixture(scope="session")
@@ -123,22 +107,6 @@ def scripted():
 @pytest.fixture(scope="session")
 def replay():
   return ReplayEngine
-
-
-@pytest.fixture(scope="session")
-def python_tool():
-  """One sandbox for all tests: namespaces, or limits alone on a host that forbids those."""
-  for isolation in ("namespaces", "rlimits"):
-    tool = PythonTool(KernelConfig(isolation=isolation, memory_mb=1024, warm=1), max_concurrent=4)
-    try:
-      tool.start()
-    except SandboxError as error:
-      reason = str(error)
-      continue
-    yield tool
-    tool.close()
-    return
-  pytest.skip(reason)
 
 
 @pytest.fixture

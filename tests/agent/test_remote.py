@@ -95,7 +95,7 @@ def test_a_full_executor_is_waited_for_and_kernels_end(address):
     await asyncio.sleep(0.5)
     assert not third.done()
     one.kill()
-    kernel = await asyncio.wait_for(third, 10)
+    kernel = await asyncio.wait_for(third, 60)
     lost = await one.run("1", 5)
     two.kill()
     kernel.kill()

@@ -146,9 +146,9 @@ def test_plain_answers_never_reach_math_verify(monkeypatch):
 
 
 def test_plain_answers_are_fast():
-  """About 5 to 30 microseconds; the bound leaves room for a busy machine."""
+  """About 5 to 30 microseconds each."""
   question = Question("q", "?", (), ("K",), kind="text")
-  begin = time.perf_counter()
+  begin = time.process_time()  # not the clock on the wall, which runs for others too
   for _ in range(1000):
     rewards.judge(question, "M")
-  assert time.perf_counter() - begin < 0.5
+  assert time.process_time() - begin < 0.5

@@ -104,15 +104,22 @@ def test_audit_sees_every_call_once_as_json():
 
 
 def test_audit_sees_a_cancelled_call():
-  async def act():
-    await asyncio.sleep(60)
   log = []
 
   async def main():
-    box = ToolBox([Echo(act)], ["read"], audit=log.append)
-    await asyncio.wait_for(box.call("echo", {"text": ""}, EpisodeState("q", [])), 0.01)
+    begun = asyncio.Event()
 
-  with pytest.raises(TimeoutError):
+    async def act():
+      begun.set()
+      await asyncio.sleep(60)
+
+    box = ToolBox([Echo(act)], ["read"], audit=log.append)
+    running = asyncio.create_task(box.call("echo", {"text": ""}, EpisodeState("q", [])))
+    await begun.wait()
+    running.cancel()
+    await running
+
+  with pytest.raises(asyncio.CancelledError):
     asyncio.run(main())
   assert [e["outcome"] for e in log] == ["cancelled"]
 
@@ -177,7 +184,7 @@ class Waiter(Echo):
     self.threads.add(threading.current_thread().name)
     self.inside += 1
     self.most = max(self.most, self.inside)
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)
     self.inside -= 1
     return Observation("done")
 
@@ -255,10 +262,11 @@ def test_without_overlap_calls_run_one_at_a_time():
 
 
 def test_a_cancelled_call_is_cancelled_in_the_tools_thread_too():
-  cancelled = threading.Event()
+  begun, cancelled = threading.Event(), threading.Event()
 
   class Stuck(Waiter):
     async def run(self, arguments, episode):
+      begun.set()
       try:
         await asyncio.sleep(600)
       except asyncio.CancelledError:
@@ -267,9 +275,12 @@ def test_a_cancelled_call_is_cancelled_in_the_tools_thread_too():
 
   async def main():
     box = ToolBox([Stuck(1)], ["read"])
-    await asyncio.wait_for(box.call("echo", {"text": ""}, EpisodeState("q", [])), 0.05)
+    running = asyncio.create_task(box.call("echo", {"text": ""}, EpisodeState("q", [])))
+    assert await asyncio.to_thread(begun.wait, 60)
+    running.cancel()
+    await running
 
-  with pytest.raises(TimeoutError):
+  with pytest.raises(asyncio.CancelledError):
     asyncio.run(main())
   assert cancelled.wait(30)
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from axpo_jax.plan import flops
-from benchmarks import gpu, gpu_parts
+from benchmarks import gpu
 
 REPO = pathlib.Path(gpu.__file__).parents[1]
 SMALL = ["--allow_cpu", "--tokens=256", "--prompt=128", "--batch=2", "--new_tokens=4",
@@ -16,8 +16,10 @@ SMALL = ["--allow_cpu", "--tokens=256", "--prompt=128", "--batch=2", "--new_toke
 
 
 @pytest.fixture(autouse=True)
-def one_layer(monkeypatch):
+def gpu_parts(monkeypatch):
   """The tiny size with one layer in each tower, which compiles in seconds."""
+  from benchmarks import gpu_parts  # imports torch
+
   whole = gpu_parts.model_config
 
   def made(*args, **options):
@@ -27,9 +29,10 @@ def one_layer(monkeypatch):
       vision=dataclasses.replace(config.vision, depth=1, deepstack_layers=(0,)))
 
   monkeypatch.setattr(gpu_parts, "model_config", made)
+  return gpu_parts
 
 
-def test_the_right_model_passes_parity_and_another_does_not(monkeypatch):
+def test_the_right_model_passes_parity_and_another_does_not(gpu_parts, monkeypatch):
   args = gpu.arguments(SMALL)
   found = gpu.measure("parity", "tiny", args)
   assert found["ok"]
@@ -40,7 +43,7 @@ def test_the_right_model_passes_parity_and_another_does_not(monkeypatch):
   assert not gpu.measure("parity", "tiny", args)["ok"]
 
 
-def test_mfu_of_a_step():
+def test_mfu_of_a_step(gpu_parts):
   found = gpu.measure("training", "tiny", gpu.arguments(SMALL))
   assert found["tokens"] == 2 * 256
   seconds = min(found["seconds"])

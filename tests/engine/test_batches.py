@@ -92,7 +92,7 @@ def test_each_distinct_picture_is_packed_once(prompt, model_config, picture, ima
   jobs = [(twice, Move(0, 0, 0)), (again, Move(1, 1, 4)), (cached, Move(2, 2, 10))]
   vision, place = wave_images(jobs, model_config)
   assert sorted(place) == sorted({image(0).key, image(1).key})
-  assert vision.segments_RxP.max() == 1 or (vision.segments_RxP > 0).sum() == 2 * 24
+  assert (vision.segments_RxP > 0).sum() == 2 * 24
   index = {b.row_B[0].item(): b.image_index_BxT for b, _ in _prefills(jobs, place) if
            b.image_index_BxT is not None}  # fmt: skip
   first, second = place[image(0).key], place[image(1).key]

@@ -132,7 +132,7 @@ def test_every_future_is_answered_whatever_fails(
         await asyncio.sleep(0)
       return await subject.engine.generate(request)
     jobs = [late(number, request) for number, request in enumerate(requests)]
-    return await asyncio.wait_for(asyncio.gather(*jobs, return_exceptions=True), 60)
+    return await asyncio.wait_for(asyncio.gather(*jobs, return_exceptions=True), 600)
 
   for failing in range(4):
     calls = iter([False] * failing + [True] + [False] * 1000)
@@ -178,7 +178,7 @@ def test_a_request_that_cannot_start_fails_alone(embedded, ask, text, image, mon
 
   async def all_of_them():
     jobs = [subject.engine.generate(request) for request in asked]
-    return await asyncio.wait_for(asyncio.gather(*jobs, return_exceptions=True), 60)
+    return await asyncio.wait_for(asyncio.gather(*jobs, return_exceptions=True), 600)
 
   outcomes = asyncio.run(all_of_them())
   assert [isinstance(outcome, RuntimeError) for outcome in outcomes] == [False, True, False, False]
@@ -195,7 +195,7 @@ def test_a_pool_that_cannot_be_allocated_again_breaks_the_engine(embedded, ask, 
 
   async def scenario():
     jobs = [subject.engine.generate(ask(text(i, 9))) for i in range(24)]  # more than may run
-    outcomes = await asyncio.wait_for(asyncio.gather(*jobs, return_exceptions=True), 60)
+    outcomes = await asyncio.wait_for(asyncio.gather(*jobs, return_exceptions=True), 600)
     assert {type(outcome) for outcome in outcomes} == {ZeroDivisionError, KeyError}
     for call in (subject.engine.generate(request), subject.engine.update_weights(None, 1)):
       with pytest.raises(EngineClosed, match="broken: KeyError: 'no memory'"):

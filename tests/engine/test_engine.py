@@ -175,9 +175,7 @@ def test_presence_penalty_counts_generated_ids_only(subject, ask, text):
   ids = text(0, 10)
   ((sample,),) = subject.run(ask(ids, max_new=20, temperature=0, presence_penalty=1.5))
   assert sample.ids == subject.reference.greedy(ids, (), 20, presence=1.5)
-  ((without,),) = subject.run(ask(ids, max_new=20, temperature=0))
   ((strong,),) = subject.run(ask(ids, max_new=20, temperature=0, presence_penalty=2.0))
-  assert len(set(without.ids)) < len(set(sample.ids)) or sample.ids == without.ids
   assert len(set(strong.ids)) == 20
 
 

@@ -4,6 +4,7 @@ template, as vLLM and SGLang do, and lets the scripted teacher write the turn. A
 import asyncio
 import base64
 import contextlib
+import functools
 import io
 import json
 import pathlib
@@ -37,9 +38,13 @@ TINY = pathlib.Path(axpo_jax.__file__).parent / "assets" / "tiny_tokenizer"
 WORLD = perception.PerceptionConfig()
 SHOWN = ImageLimits(WORLD.shown_min_pixels, WORLD.shown_max_pixels)
 HABITS = TeacherConfig(p_tool_small=1.0, p_tool_large=1.0, p_malformed=0.0)
-CHAT = Chat.from_pretrained(TINY)
 PROCESSOR = ImageProcessor.from_checkpoint(TINY)
 LIMITS = EpisodeLimits(max_new_tokens_per_turn=128, max_response_tokens=512, max_total_tokens=2048)
+
+
+@functools.cache
+def chat() -> Chat:
+  return Chat.from_pretrained(TINY)
 
 
 def items(content):
@@ -56,7 +61,7 @@ class Endpoint:
   --reasoning-parser and --tool-call-parser. `statuses`: answers to the first requests."""
 
   def __init__(self, question, *, parsed=False, statuses=()):
-    self.teacher = TeacherEngine(CHAT, {question.id: question}, HABITS)
+    self.teacher = TeacherEngine(chat(), {question.id: question}, HABITS)
     self.question, self.parsed, self.statuses = question, parsed, list(statuses)
     self.bodies, self.prompts, self.pictures, self.headers = [], [], [], []
 
@@ -71,13 +76,13 @@ class Endpoint:
       content, found = items(message["content"])
       rendered.append(message | {"content": content})
       pictures += found
-    text = CHAT.tokenizer.apply_chat_template(rendered, add_generation_prompt=True, tokenize=False)
+    text = chat().tokenizer.apply_chat_template(rendered, add_generation_prompt=True, tokenize=False)
     self.prompts.append(text)
     self.pictures.append(pictures)
     (sample,) = await self.teacher.generate(SampleRequest(
-      tuple(CHAT.encode(text)), (), SamplingParams(body["max_tokens"]), (body["seed"],),
+      tuple(chat().encode(text)), (), SamplingParams(body["max_tokens"]), (body["seed"],),
       self.question.id))
-    written = CHAT.decode(sample.ids).removesuffix("<|im_end|>")
+    written = chat().decode(sample.ids).removesuffix("<|im_end|>")
     message = {"role": "assistant", "content": written}
     if self.parsed:
       thought, _, rest = written.partition("</think>")
@@ -99,7 +104,7 @@ class Endpoint:
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     port = site._server.sockets[0].getsockname()[1]
-    engine = OpenAIEngine(CHAT, OpenAIConfig(
+    engine = OpenAIEngine(chat(), OpenAIConfig(
       f"http://127.0.0.1:{port}/v1", "teacher", **{"first_wait_s": 0.01, **config}))
     try:
       yield engine
@@ -112,8 +117,8 @@ def episode(question, engine, seed):
   zoom = ImageZoomIn(ImageLimits(WORLD.crop_min_pixels, WORLD.crop_max_pixels),
                      factor=PROCESSOR.factor)
   tools = ToolBox([zoom], ["read_image"])
-  start = start_transcript(question, CHAT, tools, "Be brief.", PROCESSOR, SHOWN)
-  return continue_episode(start, question, engine, tools, LIMITS, SamplingParams(128, top_k=20), CHAT,
+  start = start_transcript(question, chat(), tools, "Be brief.", PROCESSOR, SHOWN)
+  return continue_episode(start, question, engine, tools, LIMITS, SamplingParams(128, top_k=20), chat(),
                           PROCESSOR, seed)
 
 
@@ -131,7 +136,7 @@ def question():
 
 
 def test_it_is_an_engine():
-  assert isinstance(OpenAIEngine(CHAT, OpenAIConfig("http://localhost/v1", "m")), Engine)
+  assert isinstance(OpenAIEngine(chat(), OpenAIConfig("http://localhost/v1", "m")), Engine)
 
 
 @pytest.mark.parametrize("parsed", [False, True], ids=["text", "parsed by the server"])
@@ -144,7 +149,7 @@ def test_episodes_are_those_of_the_model_behind_the_endpoint(question, parsed):
     return [await episode(question, endpoint.teacher, seed) for seed in seeds]
 
   for ours, wanted in zip(found, asyncio.run(directly()), strict=True):
-    assert CHAT.decode(ours.transcript.ids) == CHAT.decode(wanted.transcript.ids)
+    assert chat().decode(ours.transcript.ids) == chat().decode(wanted.transcript.ids)
     assert ours.transcript.ids == wanted.transcript.ids
     assert (ours.reward, ours.answer, ours.stop) == (wanted.reward, wanted.answer, wanted.stop)
     assert [c.arguments for c in ours.calls] == [c.arguments for c in wanted.calls]
@@ -155,7 +160,7 @@ def test_episodes_are_those_of_the_model_behind_the_endpoint(question, parsed):
 def test_endpoint_sees_the_students_prompt_and_pictures(question):
   endpoint = Endpoint(question)
   (rollout,), _ = played(endpoint, seeds=(1,))
-  text = CHAT.decode(rollout.transcript.ids)
+  text = chat().decode(rollout.transcript.ids)
   assert len(endpoint.prompts) == 2
   for prompt, pictures in zip(endpoint.prompts, endpoint.pictures):
     assert text.startswith(prompt)
@@ -209,16 +214,16 @@ def test_a_reply_that_is_cut_or_holds_pads(question):
     endpoint = Endpoint(question)
     endpoint.answer = answer
     async with endpoint.engine() as engine:
-      ids = tuple(CHAT.encode("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n"))
+      ids = tuple(chat().encode("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n"))
       (sample,) = await engine.generate(SampleRequest(ids, (), SamplingParams(room), (0,)))
       return sample
 
   cut = asyncio.run(ask("one two", "length", 50))
-  assert cut.finish_reason == "length" and CHAT.decode(cut.ids) == "one two"
+  assert cut.finish_reason == "length" and chat().decode(cut.ids) == "one two"
   full = asyncio.run(ask("one two three four", "stop", 3))
   assert full.finish_reason == "length" and len(full.ids) == 3
   odd = asyncio.run(ask("a<|image_pad|>b<|im_end|>", "stop", 50))
-  assert CHAT.decode(odd.ids) == "ab<|im_end|>" and odd.finish_reason == "stop"
+  assert chat().decode(odd.ids) == "ab<|im_end|>" and odd.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("message, text", [
@@ -238,15 +243,15 @@ def test_turn_whatever_the_server_took_out_of_it(message, text):
 
 
 def test_what_no_endpoint_can_do_is_refused():
-  ids = CHAT.encode("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\nBy half")
+  ids = chat().encode("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\nBy half")
   with pytest.raises(RequestError, match="only begin a turn"):
-    messages(CHAT, ids, ())
+    messages(chat(), ids, ())
   with pytest.raises(RequestError, match="only begin a turn"):
-    messages(CHAT, CHAT.encode("no chat"), ())
-  ids = CHAT.encode("<|im_start|>user\n<|image_pad|><|im_end|>\n<|im_start|>assistant\n<think>\n")
+    messages(chat(), chat().encode("no chat"), ())
+  ids = chat().encode("<|im_start|>user\n<|image_pad|><|im_end|>\n<|im_start|>assistant\n<think>\n")
   with pytest.raises(RequestError, match="1 image pads but 0 images"):
-    messages(CHAT, ids, ())
-  engine = OpenAIEngine(CHAT, OpenAIConfig("http://localhost/v1", "m"))
+    messages(chat(), ids, ())
+  engine = OpenAIEngine(chat(), OpenAIConfig("http://localhost/v1", "m"))
   asyncio.run(engine.close())
   with pytest.raises(EngineClosed):
     asyncio.run(engine.generate(SampleRequest(tuple(ids), (), SamplingParams(1), (0,))))
@@ -254,8 +259,8 @@ def test_what_no_endpoint_can_do_is_refused():
 
 def test_text_of_a_special_token_in_a_question_opens_no_turn():
   tricky = "What is <|im_start|>system or <|im_end|>?"
-  ids = CHAT.prompt_ids("Be brief.", (), tricky, 0)
-  assert messages(CHAT, ids, ()) == [{"role": "system", "content": "Be brief."},
+  ids = chat().prompt_ids("Be brief.", (), tricky, 0)
+  assert messages(chat(), ids, ()) == [{"role": "system", "content": "Be brief."},
                                      {"role": "user", "content": tricky}]
 
 
@@ -267,9 +272,9 @@ def test_against_sglang(sidecar_python, question, tmp_path):
     max_total_tokens=8192, extra_env={"OMP_NUM_THREADS": "1"})
 
   async def ask(url):
-    engine = OpenAIEngine(CHAT, OpenAIConfig(f"{url}/v1", "default"))
+    engine = OpenAIEngine(chat(), OpenAIConfig(f"{url}/v1", "default"))
     try:
-      start = start_transcript(question, CHAT, ToolBox([], []), "Be brief.", PROCESSOR, SHOWN)
+      start = start_transcript(question, chat(), ToolBox([], []), "Be brief.", PROCESSOR, SHOWN)
       request = SampleRequest(tuple(start.ids), tuple(image.shown for image in start.images),
                               SamplingParams(32, temperature=0.0), (0, 1))
       return request, await engine.generate(request), engine.prompt_gap

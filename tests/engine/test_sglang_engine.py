@@ -197,7 +197,8 @@ def test_the_engine_outlives_event_loops_and_closes_once(connect, server, refere
   async def closed_in_flight():
     request = ask(text(0, 5), max_new=80, seeds=range(16))
     task = asyncio.create_task(engine.generate(request))
-    await asyncio.sleep(0.05)
+    while not engine._fleet._leases:
+      await asyncio.sleep(0)
     await engine.close()
     with pytest.raises(EngineClosed):
       await task

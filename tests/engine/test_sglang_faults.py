@@ -6,15 +6,16 @@ checkpoint, which are not those that were pushed.
 """
 
 import asyncio
+import dataclasses
 import os
 import signal
-import time
 
 import jax
 import numpy as np
 import pytest
 
 from axpo_jax.engine.sglang.fleet import NoServer
+from tests.children import until
 
 LOADS = "/update_weights_from_disk"
 
@@ -35,13 +36,6 @@ def pair(connect, server, victim, proxy, other_params):
   until(lambda: engine.gauges()["servers_healthy"] == 2)
   yield engine, between
   asyncio.run(engine.close())
-
-
-def until(condition, seconds=90.0):
-  deadline = time.monotonic() + seconds
-  while not condition():
-    assert time.monotonic() < deadline, "it did not happen"
-    time.sleep(0.05)
 
 
 def send(sidecar, number):
@@ -134,8 +128,9 @@ def test_frozen_in_mid_push(pair, victim, reference, other_params, ask, text):
 
 
 def test_when_all_are_frozen_the_deadline_holds(connect, victim, reference, ask, text):
-  engine = connect(victim.urls, fleet={"probe_timeout_s": 4.0, "deadline_s": 3.0})
+  engine = connect(victim.urls, fleet={"probe_timeout_s": 4.0})
   asyncio.run(engine.update_weights(reference.params, 1))
+  engine._fleet.config = dataclasses.replace(engine._fleet.config, deadline_s=3.0)
   send(victim, signal.SIGSTOP)
   try:
     with pytest.raises(NoServer, match="none of 1 servers was healthy for 3 s"):

@@ -69,7 +69,8 @@ class SimulatedServer:
 
 @pytest.fixture
 def servers(connect, reference):
-  """Three servers, an engine on them that waits 0.6 s for an answer, and a function that has them answer."""
+  """Three servers, an engine on them, and a function that has them answer. The engine waits 1 s for an
+  answer, and 2 s more after its abort."""
   loop = LoopThread("simulated")
 
   async def start():
@@ -77,7 +78,7 @@ def servers(connect, reference):
     return found, [await server.start() for server in found]
 
   found, urls = loop.start(start()).result()
-  engine = connect(urls, fleet={"probe_s": 0.1, "probe_timeout_s": 2.0}, request_s=0.6, verify=False)
+  engine = connect(urls, fleet={"probe_s": 0.1, "probe_timeout_s": 2.0}, request_s=1.0, verify=False)
   asyncio.run(engine.update_weights(reference.params, 1))
   yield found, engine, lambda: [loop.start(server.answer()).result() for server in found]
   asyncio.run(engine.close())
@@ -91,14 +92,15 @@ def word(i: int) -> int:
 
 
 def test_a_slow_request_takes_no_server_out_and_loses_nothing_of_others(servers, ask):
-  """One of nine is never answered where it comes first; the others take half of the limit."""
+  """One of nine is never answered where it comes first; the others are once all have arrived."""
   (first, *_), engine, release = servers
   first.held = {word(0)}
 
   async def scenario():
     tasks = [asyncio.create_task(engine.generate(ask((word(i), 11), max_new=1, session=f"s{i}")))
              for i in range(9)]
-    await asyncio.sleep(0.3)
+    while sum(len(server.asked) for server in servers[0]) < 9:
+      await asyncio.sleep(0.01)
     release()
     return await asyncio.gather(*tasks)
 
@@ -124,7 +126,7 @@ def test_what_is_slow_everywhere_fails_alone(servers, ask):
       await asyncio.sleep(0.05)
     return await slow
 
-  with pytest.raises(TooSlow, match=r"no answer within 2\.6 s"):
+  with pytest.raises(TooSlow, match=r"no answer within 3 s"):
     asyncio.run(scenario())
   assert [len(server.aborted) for server in found] == [1, 1, 1]
   assert engine.gauges().items() >= {"servers_healthy": 3, "servers_lost": 0, "too_slow": 3}.items()

@@ -18,7 +18,7 @@ from axpo_jax.model import sharding
 from axpo_jax.stages import engines, experiment, rl
 from axpo_jax.stages.context import run_context
 from axpo_jax.stages.metrics import read_metrics
-from tests.stages import micro_config, rigged
+from tests.stages import micro_config
 
 QUESTIONS, ROLLOUTS, CONTINUATIONS = 4, 4, 2
 
@@ -40,10 +40,10 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def config(sidecar_python, tmp_path_factory):
+def config(sidecar_python, inputs):
   config = micro_config.get_config()
-  questions = rigged.write_questions(tmp_path_factory.mktemp("data"))
-  config.model.checkpoint = str(rigged.write_policy(tmp_path_factory.mktemp("policy")))
+  questions = inputs / "data" / "questions.jsonl"
+  config.model.checkpoint = str(inputs / "policy")
   config.data.update(path=str(questions), eval_path=str(questions))
   config.rl.update(questions=QUESTIONS, num_rollouts=ROLLOUTS)
   config.rl.resample.k = CONTINUATIONS

@@ -240,16 +240,3 @@ def test_what_cannot_be_read_is_named(sweep, tmp_path, capsys):
     arguments[1] = str(tmp_path / arguments[1])
     assert command.main(arguments) == 2
     assert said in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name, known", [
-  ("results", {"horizon_state", "horizon_levels", "horizon_pairs", "horizon_looks", "horizon"}),
-  ("results_40_steps", tables.TABLES.keys() | figures.FIGURES.keys())])
-def test_committed_tables_are_those_of_the_committed_runs(name, known):
-  page = REPO / "docs" / f"{name}.md"
-  text, folder = page.read_text(), page.with_suffix("")
-  marks = command.MARKS.findall(text)
-  assert {mark for _, _, mark, _ in marks} == known
-  assert command.filled(text, command.packed(folder), folder.name) == text
-  assert sum(path.stat().st_size for path in folder.glob("*/*.json.gz")) < 20e6
-  assert all((folder / f"{mark}.png").exists() for _, kind, mark, _ in marks if kind == "figure")

@@ -1,7 +1,6 @@
 """Answers that a policy writes to stop or to fool the rewards."""
 
 import asyncio
-import time
 
 import pytest
 
@@ -33,13 +32,13 @@ def test_answers(case):
 def test_an_event_loop_goes_on_while_answers_run_out_of_time():
   """32 rollouts with one endless answer: counted as such, asked once, and nobody else waits."""
   question = Question("q", "?", (), ("x^2",), kind="math")
-  pauses = []
+  turns = 0
 
   async def other():
+    nonlocal turns
     while True:
-      begin = time.perf_counter()
       await asyncio.sleep(0.01)
-      pauses.append(time.perf_counter() - begin)
+      turns += 1
 
   async def main():
     beside = asyncio.create_task(other())
@@ -50,7 +49,7 @@ def test_an_event_loop_goes_on_while_answers_run_out_of_time():
 
   with corpus.bounds(seconds=10):
     assert set(asyncio.run(main())) == {rewards.Verdict(0.0, timed_out=True)}
-  assert max(pauses) < 1
+  assert turns > 5  # of 40 in the 0.4 s of two endless answers; where they block the loop, at most 3
 
 
 def test_thousands_of_open_boxes():

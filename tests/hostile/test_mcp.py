@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import uuid
 import zlib
 
@@ -23,6 +24,7 @@ from axpo_jax.agent.tools.base import EpisodeState, PastCall, ToolBox
 from axpo_jax.agent.tools.mcp_config import McpConfig
 from axpo_jax.agent.tools.mcp_connection import McpError
 from axpo_jax.agent.tools.mcp_server import McpServer
+from tests.children import until
 from tests.hostile import corpus
 
 SERVER = str(pathlib.Path(__file__).with_name("mcp_servers.py"))
@@ -30,7 +32,7 @@ SERVER = str(pathlib.Path(__file__).with_name("mcp_servers.py"))
 
 @contextlib.contextmanager
 def serving(attack="", **fields):
-  settings = {"name": "hostile", "scope": "any", "time_limit": 3.0, "connect_seconds": 5.0}
+  settings = {"name": "hostile", "scope": "any", "time_limit": 3.0, "connect_seconds": 30.0}
   if "url" not in fields:
     settings["command"] = (sys.executable, "-S", SERVER, attack)
   server = McpServer(McpConfig(**(settings | fields)))
@@ -115,9 +117,9 @@ def test_a_schema_whose_check_never_ends(attack):
   ("a lone surrogate", "tool_error", "cannot be read"),
 ])
 def test_an_answer(attack, error, shown):
-  with serving(attack) as server:
+  with serving(attack, time_limit=20.0) as server:
     box = boxed(server)
-    with corpus.bounds(seconds=8, megabytes=100):
+    with corpus.bounds(seconds=20, megabytes=100):
       seen = call(box)
   assert seen.error == error and shown in seen.text and not seen.images
   seen.text.encode("utf-8")
@@ -127,22 +129,19 @@ def test_lines_without_end(monkeypatch):
   """Each ends its session; what was read of it does not wait for Python's garbage collector."""
   monkeypatch.setattr(mcp_connection, "MAX_MESSAGE", 8 << 20)
   gc.disable()
+  tracemalloc.start()  # the process's resident memory also grows by what malloc keeps
   try:
-    with serving("a line without end", time_limit=10.0) as server:
+    with serving("a line without end", time_limit=60.0) as server:
       box = boxed(server)
-      with corpus.bounds(seconds=20, megabytes=256):
+      with corpus.bounds(seconds=60, megabytes=256):
         assert "was lost" in call(box).text
-        before = resident_mb()
+        before, _ = tracemalloc.get_traced_memory()
         for _ in range(4):
           assert "was lost" in call(box).text
-    assert resident_mb() - before < 32
+    until(lambda: tracemalloc.get_traced_memory()[0] - before < 4 << 20)  # lost sessions close beside us
   finally:
+    tracemalloc.stop()
     gc.enable()
-
-
-def resident_mb():
-  pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-  return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def test_many_pictures():
@@ -178,7 +177,7 @@ def test_a_server_killed_while_nobody_calls_is_started_again_unnoticed():
     assert call(box).text == "hello"
     for child in children():
       os.kill(child, 9)
-    time.sleep(0.3)
+    until(lambda: not server._shared.alive)
     assert call(box).text == "hello"
 
 
@@ -203,10 +202,7 @@ raise SystemExit("something else went wrong")
   done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, check=False, text=True,
                         cwd=pathlib.Path(__file__).parents[2])
   assert done.stderr.strip() == "something else went wrong"
-  deadline = time.monotonic() + 5
-  while tagged(tag):
-    assert time.monotonic() < deadline
-    time.sleep(0.05)
+  until(lambda: not tagged(tag))
 
 
 def tagged(tag):
@@ -216,11 +212,8 @@ def tagged(tag):
 
 def nothing_left(server):
   """Waits for sessions that end in the background."""
-  for _ in range(100):
-    if not server._own and not children():
-      return True
-    time.sleep(0.05)
-  return False
+  until(lambda: not server._own and not children())
+  return True
 
 
 def children():
@@ -291,7 +284,7 @@ def test_the_calls_of_a_transcript_are_made_again():
 
 
 def test_sessions_are_bounded_and_given_back():
-  with serving(sessions=2, connect_seconds=1.0) as server:
+  with serving(sessions=2, connect_seconds=3.0) as server:
     box, made = episodes(server, [], [], [])
     assert [call(box, "x", "echo", one).error for one in made] == [None, None, "tool_error"]
     assert len(server._own) == 2 and len(children()) == 2
@@ -307,8 +300,9 @@ def test_a_session_that_was_lost_is_told_and_begun_anew():
   with serving(sessions=2) as server:
     box, (episode,) = episodes(server, [])
     assert call(box, "a", "remember", episode).text == "ok"
+    (connection,) = server._own
     os.kill(children()[0], 9)
-    time.sleep(0.3)
+    until(lambda: not connection.alive)
     assert call(box, "", "recall", episode).error == "session_lost"
     assert call(box, "", "recall", episode).text == "[]"
     box.end_episode(episode)

@@ -7,27 +7,18 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 
 import pytest
 
 import axpo_jax
+from tests.children import until
 
 REPO = pathlib.Path(axpo_jax.__file__).parents[1]
 CHECKPOINT = str(REPO / "axpo_jax" / "assets" / "warm_start")
 KEY = "tell-nobody-17"
 LOOPBACK = ("0100007F:", "00000000000000000000000001000000:")  # as /proc/net writes 127.0.0.1 and ::1
-
-
-def until(condition, seconds: float):
-  """Waits for `condition()`; its value."""
-  deadline = time.monotonic() + seconds
-  while not (value := condition()):
-    assert time.monotonic() < deadline, "it did not happen"
-    time.sleep(0.1)
-  return value
 
 
 def status_of(pid: int) -> dict[str, str]:

@@ -10,8 +10,6 @@ import axpo_jax
 from axpo_jax.agent.episode import EpisodeLimits, continue_episode, start_transcript
 from axpo_jax.agent.tools.base import ToolBox
 from axpo_jax.agent.tools.corpus import Document, LocalSearch
-from axpo_jax.agent.tools.kernels import KernelConfig
-from axpo_jax.agent.tools.python import PythonTool
 from axpo_jax.agent.tools.search import SearchTool
 from axpo_jax.agent.tools.zoom import ImageZoomIn
 from axpo_jax.engine.protocol import (
@@ -24,25 +22,11 @@ from axpo_jax.engine.protocol import (
 from axpo_jax.miniworld import perception, search, world
 from axpo_jax.miniworld.engine import TeacherEngine
 from axpo_jax.miniworld.habits import TeacherConfig
-from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageLimits, ImageProcessor
 
 TINY = pathlib.Path(axpo_jax.__file__).parent / "assets" / "tiny_tokenizer"
 WORLD = perception.PerceptionConfig()
 SHOWN = ImageLimits(WORLD.shown_min_pixels, WORLD.shown_max_pixels)
-
-
-@pytest.fixture(scope="module")
-def chat():
-  return Chat.from_pretrained(TINY)
-
-
-@pytest.fixture(scope="module")
-def python_tool(python_isolation):
-  tool = PythonTool(KernelConfig(isolation=python_isolation, memory_mb=1024, warm=1))
-  tool.start()
-  yield tool
-  tool.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,10 @@
 """The teacher's habits: bad values, and its rates against sums done by hand."""
 
-import dataclasses
 
 import pytest
 
 from axpo_jax.miniworld.habits import TeacherConfig
-
-
-def always(**probabilities):
-  zero = {field.name: 0.0 for field in dataclasses.fields(TeacherConfig)
-          if field.name.startswith("p_")}
-  return TeacherConfig(**{**zero, **probabilities})
+from tests.miniworld.habits import always
 
 
 @pytest.mark.parametrize("wrong, message", [

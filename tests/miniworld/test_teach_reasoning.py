@@ -11,11 +11,10 @@ import re
 import pytest
 
 from axpo_jax.agent.tools.base import EpisodeState, ToolBox
-from axpo_jax.agent.tools.kernels import KernelConfig
-from axpo_jax.agent.tools.python import PythonTool
 from axpo_jax.miniworld import perception, reasoning, teacher
 from axpo_jax.miniworld.habits import TeacherConfig
 from axpo_jax.miniworld.script import Step
+from tests.miniworld.habits import always
 
 CONFIG = reasoning.ReasoningConfig(canvas=perception.PerceptionConfig(cell_px=40))
 ANSWER = re.compile(r"<answer>\n\\boxed\{(.+)\}\n</answer>$")
@@ -23,11 +22,9 @@ CALL = re.compile(r"<tool_call>\n(.*)\n</tool_call>$", re.DOTALL)
 
 
 @pytest.fixture(scope="module")
-def run_code(python_isolation):
+def run_code(python_tool):
   """Runs a cell in a fresh kernel; returns the observation."""
-  tool = PythonTool(KernelConfig(isolation=python_isolation, memory_mb=1024, warm=1))
-  tool.start()
-  box = ToolBox([tool], ["execute"])
+  box = ToolBox([python_tool], ["execute"])
 
   def run(arguments):
     state = EpisodeState("q", [])
@@ -35,14 +32,7 @@ def run_code(python_isolation):
     box.end_episode(state)
     return observation
 
-  yield run
-  tool.close()
-
-
-def always(**probabilities):
-  zero = {field.name: 0.0 for field in dataclasses.fields(TeacherConfig)
-          if field.name.startswith("p_")}
-  return TeacherConfig(**{**zero, **probabilities})
+  return run
 
 
 def questions(n, **fields):

@@ -16,6 +16,7 @@ from axpo_jax.agent.tools.search import SearchTool
 from axpo_jax.miniworld import search, teacher
 from axpo_jax.miniworld.habits import TeacherConfig
 from axpo_jax.miniworld.script import Step
+from tests.miniworld.habits import always
 
 ANSWER = re.compile(r"<answer>\n\\boxed\{(.+)\}\n</answer>$")
 CALL = re.compile(r"<tool_call>\n(.*)\n</tool_call>$", re.DOTALL)
@@ -32,12 +33,6 @@ def look_up():
     return asyncio.run(call).text
 
   return run
-
-
-def always(**probabilities):
-  zero = {field.name: 0.0 for field in dataclasses.fields(TeacherConfig)
-          if field.name.startswith("p_")}
-  return TeacherConfig(**{**zero, **probabilities})
 
 
 def play(question, config, seed, look_up):

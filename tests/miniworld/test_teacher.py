@@ -1,6 +1,5 @@
 """The scripted teacher: its turns' format, its script for perception, and what it says elsewhere."""
 
-import dataclasses
 import json
 import math
 import random
@@ -12,6 +11,7 @@ from axpo_jax.data.question import Question
 from axpo_jax.miniworld import perception, reasoning, script, teach_perception, teacher, world
 from axpo_jax.miniworld.habits import TeacherConfig
 from axpo_jax.miniworld.script import Step
+from tests.miniworld.habits import always
 
 CONFIG = perception.PerceptionConfig(cell_px=40)  # faster to draw; the teacher sees no pixels
 ANSWER = re.compile(r"<answer>\n\\boxed\{(.+)\}\n</answer>")
@@ -23,12 +23,6 @@ def make(index, **fields):
 
 def find(size):
   return next(q for q in map(make, range(100)) if q.meta["size"] == size)
-
-
-def always(**probabilities):
-  zero = {field.name: 0.0 for field in dataclasses.fields(TeacherConfig)
-          if field.name.startswith("p_")}
-  return TeacherConfig(**{**zero, **probabilities})
 
 
 def looked(box):

@@ -6,15 +6,13 @@ behind a one or a zero.
 
 import dataclasses
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 from PIL import Image
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from axpo_jax.model import hf
 from axpo_jax.model.config import ModelConfig, TextConfig, VisionConfig
@@ -41,7 +39,7 @@ class Reference:
   """The same random weights twice, and the Hugging Face folder they were exchanged through."""
 
   config: ModelConfig
-  torch: Qwen3VLForConditionalGeneration
+  torch: Any  # transformers' model, imported where it is made
   graphdef: nnx.GraphDef
   params: nnx.State
   folder: object
@@ -81,6 +79,8 @@ class Case:
     return model.logits(self.run(model, **changes)[0])[0]
 
   def torch_kwargs(self) -> dict:
+    import torch
+
     ids = torch.tensor(self.ids_T[None].astype(np.int64))
     kwargs = {"input_ids": ids}
     if self.pixels is not None:
@@ -90,7 +90,10 @@ class Case:
     return kwargs
 
 
-def random_torch_model(config: ModelConfig, seed: int = 0) -> Qwen3VLForConditionalGeneration:
+def random_torch_model(config: ModelConfig, seed: int = 0):
+  import torch
+  from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
   model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config.to_hf())).float().eval()
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
@@ -126,9 +129,16 @@ def tied(tmp_path_factory) -> Reference:
   return _make_reference(config, tmp_path_factory.mktemp("tied"))
 
 
+@pytest.fixture(params=["tied", "untied"])
+def reference(request):
+  return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="session")
 def random_image():
   """image(h, w, seed): a processed image of h x w patches, by transformers' own processor."""
+  from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
   vision = CONFIG.vision
   processor = Qwen2VLImageProcessorPil(
     patch_size=vision.patch_size, temporal_patch_size=vision.temporal_patch_size,

@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import pytest
-from transformers import Qwen3VLConfig
 
 from axpo_jax.model.config import PRESETS, ModelConfig, UnsupportedConfig
 
@@ -36,6 +35,8 @@ def test_presets(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_hf_round_trip_through_transformers(name, tmp_path):
   """Ours -> the released files' spelling -> transformers' own spelling -> ours."""
+  from transformers import Qwen3VLConfig
+
   config = PRESETS[name]
   options = {"dtype": config.dtype}
   assert ModelConfig.from_hf(config.to_hf(), **options) == config
@@ -93,6 +94,8 @@ def test_wrong_options_are_refused(change, message):
 @pytest.mark.parametrize("top", [True, False, None])
 def test_tying_is_what_transformers_makes_of_it(top, inside):
   """The top level decides, whatever text_config says."""
+  from transformers import Qwen3VLConfig
+
   raw = PRESETS["tiny"].to_hf()
   for target, value in ((raw, top), (raw["text_config"], inside)):
     del target["tie_word_embeddings"]
@@ -104,6 +107,8 @@ def test_tying_is_what_transformers_makes_of_it(top, inside):
 @pytest.mark.parametrize("change", [{"rope_parameters": {"rope_theta": 500.0}}, {"rope_theta": 500.0},
                                     {"rope_parameters": {"rope_type": "axial", "rope_theta": 500.0}}])
 def test_rotary_settings_of_the_tower_are_read_as_transformers_reads_them(change):
+  from transformers import Qwen3VLConfig
+
   raw = PRESETS["tiny"].to_hf()
   raw["vision_config"] |= change
   theirs = Qwen3VLConfig(**raw)
@@ -114,6 +119,8 @@ def test_rotary_settings_of_the_tower_are_read_as_transformers_reads_them(change
 
 
 def test_head_size_that_is_left_out_is_that_of_transformers():
+  from transformers import Qwen3VLConfig
+
   raw = PRESETS["2b"].to_hf()
   del raw["text_config"]["head_dim"]
   assert ModelConfig.from_hf(raw).text.head_dim == Qwen3VLConfig(**raw).text_config.head_dim == 128

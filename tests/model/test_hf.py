@@ -8,20 +8,13 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from transformers import Qwen3VLForConditionalGeneration
 
 from axpo_jax.model import hf, sharding
 from axpo_jax.model.config import PRESETS, ModelConfig
 from axpo_jax.model.qwen3_vl import Qwen3VL
-
-
-@pytest.fixture(params=["tied", "untied"])
-def reference(request):
-  return request.getfixturevalue(request.param)
 
 
 def tensors_of(folder) -> dict[str, np.ndarray]:
@@ -41,6 +34,9 @@ def assert_same_bits(a: dict, b: dict) -> None:
 @pytest.fixture
 def bf16_folder(reference, tmp_path):
   """transformers' own bfloat16 checkpoint in several shards with an index."""
+  import torch
+  from transformers import Qwen3VLForConditionalGeneration
+
   folder = tmp_path / "bf16"
   model = Qwen3VLForConditionalGeneration(reference.torch.config).to(torch.bfloat16)
   model.load_state_dict(reference.torch.state_dict())
@@ -91,6 +87,9 @@ def _write(folder, tensors, config) -> None:
 
 def test_transformers_loads_what_we_save(reference, make_case, tmp_path):
   """Weights of our own making: transformers gives our logits."""
+  import torch
+  from transformers import Qwen3VLForConditionalGeneration
+
   config = reference.config
   model = Qwen3VL(config, rngs=nnx.Rngs(3))
   hf.save_checkpoint_hf(tmp_path / "ours", model, config)

@@ -11,10 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-  Qwen2VLImageProcessorPil,
-  smart_resize,
-)  # fmt: skip
 
 from axpo_jax.model.images import (
   ImageError,
@@ -38,6 +34,8 @@ def picture(width, height, seed=0, mode="RGB"):
 
 
 def reference(image, limits, patch_size=16):
+  from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
   processor = Qwen2VLImageProcessorPil(
     patch_size=patch_size, temporal_patch_size=2, merge_size=2, image_mean=MEAN, image_std=STD,
     size={"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels},
@@ -156,6 +154,8 @@ def test_bad_images_and_limits_are_named():
        low=st.integers(1, 200_000), more=st.integers(0, 200_000))
 def test_no_image_is_larger_than_its_limit(width, height, factor, low, more):
   """Or it is refused: `smart_resize` itself exceeds its limit for long images and for narrow limits."""
+  from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
   limits = ImageLimits(low, low + more)
   try:
     size = fitted_size(width, height, factor, limits)

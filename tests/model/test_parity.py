@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
-from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 from axpo_jax.model import hf
 from axpo_jax.model.vision_inputs import bilinear_corners, grid_positions, mrope_positions
@@ -29,13 +27,10 @@ def relative(a, b) -> float:
   return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-@pytest.fixture(params=["tied", "untied"])
-def reference(request):
-  return request.getfixturevalue(request.param)
-
-
 @pytest.mark.parametrize("name", GRIDS)
 def test_logits(reference, make_case, name):
+  import torch
+
   case = make_case(GRIDS[name], seed=len(name))
   with torch.no_grad():
     want = reference.torch(**case.torch_kwargs()).logits[0].numpy()
@@ -68,6 +63,8 @@ def test_intermediates(untied, make_case):
 
 
 def _torch_intermediates(model, case) -> dict[str, np.ndarray]:
+  import torch
+
   seen = {}
 
   def out_of(name):
@@ -114,6 +111,8 @@ def test_gradient_of_every_parameter(request, make_case, head, remat):
 
 
 def _torch_gradients(model, case, targets) -> dict[str, np.ndarray]:
+  import torch
+
   model.zero_grad()
   logits = model(**case.torch_kwargs()).logits[0, :-1]
   torch.nn.functional.cross_entropy(logits, torch.tensor(targets.astype(np.int64))).backward()
@@ -138,6 +137,9 @@ def test_positions(untied, make_case, name):
 
 @pytest.mark.parametrize("grid_hw", [(2, 2), (6, 10), (48, 48), (64, 2), (94, 50)])
 def test_bilinear_corners_bit_for_bit(grid_hw):
+  import torch
+  from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
   index, weight = bilinear_corners(grid_positions(grid_hw, 2), grid_hw, 48)
   want_index, want_weight = get_vision_interpolation_indices_and_weights(
     torch.tensor([[1, *grid_hw]]), 48, mode="bilinear", align_corners=True, spatial_merge_size=2

@@ -4,12 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
-from transformers import Qwen3VLConfig
-from transformers.models.qwen3_vl.modeling_qwen3_vl import (
-  Qwen3VLTextRotaryEmbedding,
-  Qwen3VLVisionRotaryEmbedding,
-)
 
 from axpo_jax.model import rope
 from axpo_jax.model.config import PRESETS
@@ -19,6 +13,8 @@ from axpo_jax.model.config import PRESETS
   (128, 5e6), (128, 5e5), (64, 1e6), (36, 1e4), (32, 1e4), (24, 1e4)])
 def test_frequencies_are_torchs(dim, theta):
   """On any CPU. NumPy's float32 power is 2 ulp off in up to 14 places where there is AVX-512."""
+  import torch
+
   theirs = (1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float) / dim))).numpy()
   ours = rope._inverse_frequencies(dim, theta)
   assert ours.dtype == np.float32
@@ -27,6 +23,10 @@ def test_frequencies_are_torchs(dim, theta):
 
 
 def test_cosines_and_sines_of_a_long_sequence_are_those_of_transformers():
+  import torch
+  from transformers import Qwen3VLConfig
+  from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
+
   config = PRESETS["8b"]
   positions_BxTx3 = np.broadcast_to(np.arange(16_384)[None, :, None], (1, 16_384, 3))
   ours = rope.text_rope(positions_BxTx3, theta=config.text.rope_theta,
@@ -40,6 +40,10 @@ def test_cosines_and_sines_of_a_long_sequence_are_those_of_transformers():
 
 @pytest.mark.parametrize("theta", [10_000.0, 500.0])
 def test_angles_of_the_tower_are_those_of_transformers(theta):
+  import torch
+  from transformers import Qwen3VLConfig
+  from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionRotaryEmbedding
+
   vision = dataclasses.replace(PRESETS["8b"].vision, rope_theta=theta)
   config = dataclasses.replace(PRESETS["8b"], vision=vision)
   grid_Px2 = np.stack(np.meshgrid(np.arange(40), np.arange(60), indexing="ij"), -1).reshape(-1, 2)

@@ -1,3 +1,3 @@
 """The little world of the agent's tests."""
 
-from tests.agent.conftest import chat, processor, replay, scripted, world  # noqa: F401
+from tests.agent.conftest import replay, scripted, world  # noqa: F401

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import axpo_jax
 from axpo_jax.agent.episode import EpisodeLimits
 from axpo_jax.agent.parse import SpecialIds
 from axpo_jax.agent.rollout import ENGINE_ERROR
@@ -20,7 +19,7 @@ from axpo_jax.agent.transcript import Kind, Transcript
 from axpo_jax.data.question import Question
 from axpo_jax.engine.protocol import Sample, SamplingParams
 from axpo_jax.model.chat import Chat
-from axpo_jax.model.images import ImageLimits, ImageProcessor
+from axpo_jax.model.images import ImageLimits
 from axpo_jax.rl.algorithm import assign_credit
 from axpo_jax.rl.credit import CreditConfig
 from axpo_jax.rl.resample import DynamicConfig, ResampleConfig
@@ -35,7 +34,6 @@ from axpo_jax.rollouts.groups import (
 from axpo_jax.train import examples
 from axpo_jax.train.packing import PackingError
 
-TINY = pathlib.Path(axpo_jax.__file__).parent / "assets" / "tiny_tokenizer"
 AXPO = ResampleConfig(ratio=0.25, k=4)
 # Rollouts of a question: does it call a tool, is it right, how sure is it of the call.
 # q0 triggers (both calls fail; number 2 is the less sure), q1 does not (its call succeeds).
@@ -96,16 +94,6 @@ class Script:
 
 def logprob(place: int) -> float:
   return -1e-3 * (place + 1)
-
-
-@pytest.fixture(scope="module")
-def chat():
-  return Chat.from_pretrained(TINY)
-
-
-@pytest.fixture(scope="module")
-def processor():
-  return ImageProcessor.from_checkpoint(TINY)
 
 
 def question(name, image=None) -> Question:

@@ -32,5 +32,5 @@ def get_config() -> ConfigDict:
   c.eval.update(questions=2, rollouts=2, max_turns=2, max_response_tokens=192, max_total_tokens=384,
                 every=2)
   c.checkpoint.every = 2
-  c.log.update(dump_every=2, tensorboard=False)
+  c.log.update(dump_every=1, tensorboard=False)
   return c

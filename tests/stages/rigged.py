@@ -1,8 +1,7 @@
 """A policy that nobody trained and that yet calls tools, fails, and is sometimes right; and questions
 for it. For tests of whole runs.
 
-The checkpoint is written by `transformers`. Its weights are rigged: each token says how the next one
-is drawn.
+Its weights are rigged: each token says how the next one is drawn.
 """
 
 import dataclasses
@@ -12,8 +11,10 @@ import shutil
 
 import numpy as np
 from PIL import Image
+from safetensors.numpy import save_file
 
 import axpo_jax
+from axpo_jax.model import hf
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.config import PRESETS
 
@@ -65,27 +66,26 @@ def rig(embedding, head, chat: Chat, rng) -> None:
 
 
 def write_policy(folder: pathlib.Path, layers: int = 2) -> pathlib.Path:
-  """A Hugging Face folder with the tiny tokenizer."""
-  import torch
-  from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
+  """A Hugging Face folder with the tiny tokenizer. Random matrices; norms are one, biases zero."""
   chat = Chat.from_pretrained(TOKENIZER)
-  model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**model_config(chat, layers).to_hf())).float()
-  rng = np.random.default_rng(0)
-  with torch.no_grad():
-    for _, weight in sorted(model.named_parameters()):
-      if weight.ndim > 1:
-        weight.copy_(torch.tensor(rng.normal(size=weight.shape, scale=0.05)))
-    rig(model.get_input_embeddings().weight.numpy(), model.get_output_embeddings().weight.numpy(),
-        chat, rng)
-  model.save_pretrained(folder)
+  config, rng, tensors = model_config(chat, layers), np.random.default_rng(0), {}
+  for entry in sorted(hf.name_table(config), key=lambda entry: entry.name):
+    if len(entry.shape) > 1:
+      tensors[entry.name] = rng.normal(size=entry.shape, scale=0.05).astype(np.float32)
+    else:
+      tensors[entry.name] = np.full(entry.shape, entry.name.endswith("weight"), np.float32)
+  rig(tensors["model.language_model.embed_tokens.weight"], tensors["lm_head.weight"], chat, rng)
+  folder.mkdir(parents=True, exist_ok=True)
+  save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
   for file in TOKENIZER.iterdir():
     shutil.copy(file, folder)
+  (folder / "config.json").write_text(json.dumps({**config.to_hf(), "dtype": "float32"}))
   return folder
 
 
 def write_questions(folder: pathlib.Path) -> pathlib.Path:
   """A file of twelve questions with an image each, as JSON lines."""
+  folder.mkdir(parents=True, exist_ok=True)
   rng = np.random.default_rng(0)
   lines = []
   for i in range(12):
@@ -96,6 +96,19 @@ def write_questions(folder: pathlib.Path) -> pathlib.Path:
   path = folder / "questions.jsonl"
   path.write_text("".join(json.dumps(line) + "\n" for line in lines))
   return path
+
+
+def write(folder: pathlib.Path) -> None:
+  """The policy and the questions, in subfolders."""
+  write_policy(folder / "policy")
+  write_questions(folder / "data")
+
+
+def flags(folder) -> list[str]:
+  """Of a run with what `write` left in a folder, or in its copy on a store."""
+  questions = folder / "data" / "questions.jsonl"
+  return [f"--config.model.checkpoint={folder / 'policy'}", f"--config.data.path={questions}",
+          f"--config.data.eval_path={questions}"]
 
 
 def untimed(lines):

@@ -15,7 +15,7 @@ from axpo_jax.model.images import ImageLimits
 from axpo_jax.rollouts.dump import dump_rollouts
 from axpo_jax.stages import export
 from axpo_jax.stages.conversations import Conversations, Prompts
-from tests.agent.conftest import chat, processor, replay, scripted, world  # noqa: F401
+from tests.agent.conftest import replay, scripted, world  # noqa: F401
 
 # Written in pieces that no tokenizer would choose: only token ids bring them back.
 CALL = ('lo', 'ok\n</think>\n\n<tool_call>\n{"name": "image_zoom_in", "arguments": {"bbox_2d": [100, 100, 300, 300], '

@@ -28,73 +28,43 @@ from tests.stages.rigged import untimed
 REPO = pathlib.Path(axpo_jax.__file__).parents[1]
 MAIN = REPO / "launch" / "main.py"
 STORE = epath.Path(gcs.BUCKET)
-FLAGS = ["--config=tests/stages/micro_config.py", "--config.sft.steps=2", "--config.rl.steps=2",
-         "--config.eval.every=1", "--config.log.dump_every=1", "--config.log.tensorboard=True"]
 
 
-def launch(workdir, inputs, program=(str(MAIN),), more=()) -> subprocess.CompletedProcess:
-  """A run of the micro config with policy and questions from `inputs`; metrics have steps 1 and 2 of
-  SFT, then 2 (an evaluation), and 3 and 4 of RL."""
-  questions = inputs / "data" / "questions.jsonl"
-  return subprocess.run(
-    [sys.executable, *program, f"--workdir={workdir}", *FLAGS,
-     f"--config.model.checkpoint={inputs / 'policy'}", f"--config.data.path={questions}",
-     f"--config.data.eval_path={questions}", *more],
-    cwd=REPO, env=children.environment(1), capture_output=True, text=True, timeout=3600)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> pathlib.Path:
-  folder = tmp_path_factory.mktemp("inputs")
-  for name, write in (("policy", rigged.write_policy), ("data", rigged.write_questions)):
-    (folder / name).mkdir()
-    write(folder / name)
-  return folder
-
-
-@pytest.fixture(scope="module")
-def unbroken(inputs, tmp_path_factory) -> pathlib.Path:
-  folder = tmp_path_factory.mktemp("unbroken")
-  done = launch(folder, inputs)
-  assert done.returncode == 0, done.stderr[-4000:]
-  return folder
-
-
-def assert_same(run, unbroken):
+def assert_same(run, micro_run):
   """All numbers, all policies and what was sampled."""
-  assert untimed(read_metrics(run)) == untimed(read_metrics(unbroken))
+  assert untimed(read_metrics(run)) == untimed(read_metrics(micro_run))
   for stage in ("sft", "rl"):
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
       place = f"{stage}/policy/{file}"
-      assert (run / place).read_bytes() == (unbroken / place).read_bytes(), place
-  for step in (1, 2):
+      assert (run / place).read_bytes() == (micro_run / place).read_bytes(), place
+  for step in range(1, 5):
     place = f"rl/rollouts/step_{step:06d}.jsonl"
     ours, theirs = ([json.loads(line)["transcript"] for line in (folder / place).read_text().splitlines()]
-                    for folder in (run, unbroken))
+                    for folder in (run, micro_run))
     assert ours == theirs
 
 
 @pytest.mark.slow
-def test_killed_on_an_object_store_it_is_the_run_in_a_folder(inputs, unbroken):
+def test_killed_on_an_object_store_it_is_the_run_in_a_folder(inputs, micro_run):
   """Everything is there: policy and questions that are read, and all that is written."""
   with gcs.running():
     for name, last in (("policy", "config.json"), ("data", "questions.jsonl")):
       paths.upload(inputs / name, STORE / name, last)
-    run = STORE / "runs" / "one"
+    run, flags = STORE / "runs" / "one", [*rigged.flags(STORE), "--config.log.tensorboard=True"]
     # After the last step's line, before its checkpoint.
-    died = launch(run, STORE, children.dying(4))
+    died = children.launch(run, flags, program=children.dying(8))
     assert died.returncode == -signal.SIGKILL, died.stderr[-4000:]
-    assert [line["step"] for line in read_metrics(run)] == [1, 2, 2, 3, 4]
-    done = launch(run, STORE)
+    assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4, 4, 5, 6, 7, 8]
+    done = children.launch(run, flags)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert_same(run, unbroken)
+    assert_same(run, micro_run)
     assert all((run / file).exists() for file in ("curves.png", "config.json", "summary.md"))
     assert paths.glob(run / "tensorboard", "events.*")
     images = {image["shown"] for line in (run / "rl/rollouts/step_000001.jsonl").read_text().splitlines()
               for image in json.loads(line)["transcript"]["images"]}
     assert images and all((run / f"rl/rollouts/images/{key}.png").exists() for key in images)
     # No call of RL is missing in the log, though the process had no chance to send its last lines.
-    assert calls(run) == calls(unbroken) != set()
+    assert calls(run) == calls(micro_run) != set()
   assert not (REPO / "gs:").exists()  # where pathlib would have put it
 
 
@@ -200,37 +170,38 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.slow
-def test_told_to_stop_it_saves_and_goes_on(inputs, unbroken, tmp_path):
+def test_told_to_stop_it_saves_and_goes_on(inputs, micro_run, tmp_path):
   """At the end of SFT's step, and at once in an evaluation, which here would never end."""
-  for place, steps, stage, saved in (("sft", [1], "sft", [1]), ("evaluation", [1, 2, 2], "rl", [1])):
-    told = launch(tmp_path, inputs, ["-c", TOLD, place])
+  for place, steps, stage, saved in (
+    ("sft", [1], "sft", [1]), ("evaluation", [1, 2, 3, 4, 4, 5], "rl", [2])):
+    told = children.launch(tmp_path, rigged.flags(inputs), program=("-c", TOLD, place))
     assert told.returncode == preemption.EXIT_CODE, told.stderr[-4000:]
     assert told.stderr.endswith("stopped by SIGTERM: the same command goes on from here\n")
     assert [line["step"] for line in read_metrics(tmp_path)] == steps, place
     folders = (tmp_path / stage / "checkpoints").iterdir()
     assert sorted(int(folder.name) for folder in folders) == saved, place
-  done = launch(tmp_path, inputs)
+  done = children.launch(tmp_path, rigged.flags(inputs))
   assert done.returncode == 0, done.stderr[-4000:]
-  assert_same(tmp_path, unbroken)
+  assert_same(tmp_path, micro_run)
 
 
 @pytest.mark.slow
 def test_told_among_shards_it_keeps_those_that_are_finished(inputs, tmp_path):
   """In each of the stages that only sample; the other shard, which here would never end, is sampled when
   the run goes on."""
-  more = ["--config.stages=('teach','screen','eval')", "--config.eval.questions=2"]
-  more += [f"--config.{stage}.{name}" for stage in ("teach", "screen", "eval")
+  flags = [*rigged.flags(inputs), "--config.stages=('teach','screen','eval')", "--config.eval.questions=2"]
+  flags += [f"--config.{stage}.{name}" for stage in ("teach", "screen", "eval")
            for name in ("shard=1", "rollouts=1")]
-  more += [f"--config.{stage}.questions=2" for stage in ("teach", "screen")]
+  flags += [f"--config.{stage}.questions=2" for stage in ("teach", "screen")]
   folders = [tmp_path / "teach" / "shards", tmp_path / "screen" / "shards", tmp_path / "eval" / "held_out"]
   kept = {}
   for folder in folders:
-    told = launch(tmp_path, inputs, ["-c", TOLD, folder.parent.name], more)
+    told = children.launch(tmp_path, flags, program=("-c", TOLD, folder.parent.name))
     assert told.returncode == preemption.EXIT_CODE, told.stderr[-4000:]
     assert "stopped by SIGTERM" in told.stderr
     kept[folder], = folder.glob("records_*.jsonl")
     kept[folder] = kept[folder].read_bytes()
-  done = launch(tmp_path, inputs, more=more)
+  done = children.launch(tmp_path, flags)
   assert done.returncode == 0, done.stderr[-4000:]
   for folder in folders:
     first, second = sorted(folder.glob("records_*.jsonl"))
@@ -241,12 +212,11 @@ def test_told_among_shards_it_keeps_those_that_are_finished(inputs, tmp_path):
 @pytest.mark.slow
 def test_of_two_processes_either_may_be_told(inputs, tmp_path):
   """The other one hears of it among rollouts that would never end; both stop at one step."""
-  port, questions = free_port("127.0.0.1"), inputs / "data" / "questions.jsonl"
+  port = free_port("127.0.0.1")
   processes = [subprocess.Popen(
-    [sys.executable, "-c", TOLD, "rollouts, told from outside", f"--workdir={tmp_path / 'run'}", *FLAGS,
-     "--config.stages=('rl',)", "--config.eval.every=-1", "--config.mesh.fsdp=2",
-     "--config.checkpoint.every=5", f"--config.model.checkpoint={inputs / 'policy'}",
-     f"--config.data.path={questions}", f"--config.data.eval_path={questions}",
+    [sys.executable, "-c", TOLD, "rollouts, told from outside", f"--config={children.MICRO}",
+     f"--workdir={tmp_path / 'run'}", *rigged.flags(inputs), "--config.stages=('rl',)", "--config.rl.steps=2",
+     "--config.eval.every=-1", "--config.mesh.fsdp=2", "--config.checkpoint.every=5",
      f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process_id={i}"],
     cwd=REPO, env=children.environment(1, children.PATIENT), stdout=subprocess.PIPE,
     stderr=subprocess.PIPE, text=True)

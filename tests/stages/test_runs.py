@@ -4,13 +4,10 @@ of `rigged`."""
 import asyncio
 import dataclasses
 import functools
-import importlib.util
 import json
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -19,7 +16,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import axpo_jax
 from axpo_jax import paths
 from axpo_jax.config_checks import validate
 from axpo_jax.errors import ConfigError
@@ -28,62 +24,25 @@ from axpo_jax.rollouts import shards
 from axpo_jax.stages import engines, experiment, rl
 from axpo_jax.stages.context import run_context
 from axpo_jax.stages.metrics import read_metrics
+from configs import eval_8b
 from tests import children
-from tests.stages import rigged
+from tests.stages import micro_config, rigged
 from tests.stages.rigged import untimed
 
-REPO = pathlib.Path(axpo_jax.__file__).parents[1]
-MAIN = REPO / "launch" / "main.py"
-MICRO = REPO / "tests" / "stages" / "micro_config.py"
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> pathlib.Path:
-  return rigged.write_policy(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory) -> pathlib.Path:
-  return rigged.write_questions(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def overrides(checkpoint, questions) -> list[str]:
-  return [f"--config.model.checkpoint={checkpoint}", f"--config.data.path={questions}",
-          f"--config.data.eval_path={questions}"]
-
-
-def load_config(path):
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config()
+def overrides(inputs) -> list[str]:
+  return rigged.flags(inputs)
 
 
 def micro(overrides, **changes):
   """The micro config in this process; `changes` are overrides with "__" for dots."""
-  config = load_config(MICRO)
+  config = micro_config.get_config()
   for flag in overrides:
     name, value = flag.removeprefix("--config.").split("=")
     config.update_from_flattened_dict({name: value})
   config.update_from_flattened_dict({name.replace("__", "."): v for name, v in changes.items()})
   return config
-
-
-def launch(workdir, flags, *, config=MICRO, die_at=None) -> subprocess.CompletedProcess:
-  """What a user does, on one device. With `die_at`, the run is killed (-9) after that step."""
-  program = [str(MAIN)] if die_at is None else children.dying(die_at)
-  return subprocess.run(
-    [sys.executable, *program, f"--config={config}", f"--workdir={workdir}", *flags],
-    env=children.environment(1), capture_output=True, text=True, timeout=3600)
-
-
-@pytest.fixture(scope="module")
-def unbroken(overrides, tmp_path_factory) -> pathlib.Path:
-  folder = tmp_path_factory.mktemp("unbroken")
-  done = launch(folder, overrides)
-  assert done.returncode == 0, done.stderr[-4000:]
-  (folder / "printed.txt").write_text(done.stdout)
-  return folder
 
 
 @pytest.fixture
@@ -93,20 +52,20 @@ def one_device(monkeypatch):
     sharding.make_mesh, devices=jax.devices()[:1]))
 
 
-def test_run_leaves_what_it_promises(unbroken):
+def test_run_leaves_what_it_promises(micro_run):
   for stage in ("sft", "rl"):
     for file in ("model.safetensors", "config.json", "tokenizer.json", "preprocessor_config.json"):
-      assert (unbroken / stage / "policy" / file).exists()
-    assert (unbroken / stage / "checkpoints" / "4").exists()
-  assert (unbroken / "rl" / "rollouts" / "step_000002.txt").read_text()
-  assert (unbroken / "curves.png").stat().st_size > 10_000
-  table = (unbroken / "summary.md").read_text()
+      assert (micro_run / stage / "policy" / file).exists()
+    assert (micro_run / stage / "checkpoints" / "4").exists()
+  assert (micro_run / "rl" / "rollouts" / "step_000002.txt").read_text()
+  assert (micro_run / "curves.png").stat().st_size > 10_000
+  table = (micro_run / "summary.md").read_text()
   assert "tool-attempt rate" in table
-  assert table in (unbroken / "printed.txt").read_text()
+  assert table in (micro_run / "printed.txt").read_text()
 
 
-def test_metrics_of_a_run(unbroken):
-  lines = read_metrics(unbroken)
+def test_metrics_of_a_run(micro_run):
+  lines = read_metrics(micro_run)
   assert [line["step"] for line in lines] == [1, 2, 3, 4, 4, 5, 6, 7, 8]  # SFT, evaluation, RL
   sft, (start, *rl) = lines[:4], lines[4:]
   assert sft[-1]["sft/nll"] < sft[0]["sft/nll"]
@@ -124,31 +83,31 @@ def test_metrics_of_a_run(unbroken):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_run_repeats_the_unbroken_one(unbroken, overrides, tmp_path):
+def test_killed_and_resumed_run_repeats_the_unbroken_one(micro_run, overrides, tmp_path):
   # In SFT; in RL before its first checkpoint (the evaluation stays); in RL between two.
   for die_at in (3, 5, 7):
-    died = launch(tmp_path, overrides, die_at=die_at)
+    died = children.launch(tmp_path, overrides, program=children.dying(die_at))
     assert died.returncode == -signal.SIGKILL, died.stderr[-4000:]
     assert read_metrics(tmp_path)[-1]["step"] == die_at
-  assert launch(tmp_path, overrides).returncode == 0
-  assert untimed(read_metrics(tmp_path)) == untimed(read_metrics(unbroken))
+  assert children.launch(tmp_path, overrides).returncode == 0
+  assert untimed(read_metrics(tmp_path)) == untimed(read_metrics(micro_run))
   for stage in ("sft", "rl"):
     file = pathlib.Path(stage) / "policy" / "model.safetensors"
-    assert (tmp_path / file).read_bytes() == (unbroken / file).read_bytes()
+    assert (tmp_path / file).read_bytes() == (micro_run / file).read_bytes()
 
 
-def test_finished_run_is_not_run_again(unbroken, overrides, one_device, capsys):
-  before = (unbroken / "metrics.jsonl").read_bytes()
-  experiment.run(micro(overrides), unbroken)
+def test_finished_run_is_not_run_again(micro_run, overrides, one_device, tmp_path, capsys):
+  run = shutil.copytree(micro_run, tmp_path / "run")
+  experiment.run(micro(overrides), run)
   assert "rl: done before" in capsys.readouterr().out
-  assert (unbroken / "metrics.jsonl").read_bytes() == before
+  assert (run / "metrics.jsonl").read_bytes() == (micro_run / "metrics.jsonl").read_bytes()
 
 
-def test_workdir_of_another_config_is_refused(unbroken, overrides):
-  before = (unbroken / "config.json").read_bytes()
+def test_workdir_of_another_config_is_refused(micro_run, overrides):
+  before = (micro_run / "config.json").read_bytes()
   with pytest.raises(ConfigError, match="another configuration"):
-    experiment.run(micro(overrides, seed=1), unbroken)
-  assert (unbroken / "config.json").read_bytes() == before
+    experiment.run(micro(overrides, seed=1), micro_run)
+  assert (micro_run / "config.json").read_bytes() == before
 
 
 @pytest.mark.slow
@@ -163,13 +122,13 @@ def test_axpo_without_budget_is_grpo_bit_for_bit(overrides, one_device, tmp_path
 
 
 @pytest.mark.slow
-def test_eight_devices_give_the_numbers_of_one(unbroken, overrides, tmp_path):
+def test_eight_devices_give_the_numbers_of_one(micro_run, overrides, tmp_path):
   """RL step 1 again, from the same SFT policy, on a mesh of 2 x 2 x 2, which splits rows too, and with
   the reference in the host's memory."""
-  flags = [f"--config.model.checkpoint={unbroken / 'sft' / 'policy'}", *overrides[1:]]
+  flags = [f"--config.model.checkpoint={micro_run / 'sft' / 'policy'}", *overrides[1:]]
   experiment.run(micro(flags, stages=("rl",), rl__steps=1, eval__questions=1, mesh__fsdp=2,
                        mesh__context=2, mesh__tensor=2, rl__reference_offload=True), tmp_path)
-  one, eight = untimed(read_metrics(unbroken))[5], untimed(read_metrics(tmp_path))[1]
+  one, eight = untimed(read_metrics(micro_run))[5], untimed(read_metrics(tmp_path))[1]
   names = [name for name in one if not name.startswith(("pack/", "eval/")) and name != "step"]
   assert len(names) > 60
   for name in names:
@@ -196,7 +155,7 @@ def test_config_of_the_8b_trains_any_checkpoint(overrides, tmp_path, python_isol
   flags += [f"--config.{section}.{name}={limit}" for section in ("agent", "eval") for name, limit in (
     ("max_new_tokens", 64), ("max_response_tokens", 192), ("max_total_tokens", 704))]
   flags.append("--config.batch.length=704")  # the tools' descriptions alone take 300 tokens
-  done = launch(tmp_path, flags, config=REPO / "configs" / "axpo_8b.py")
+  done = children.launch(tmp_path, flags, config="configs/axpo_8b.py")
   assert done.returncode == 0, done.stderr[-4000:]
   start, step = read_metrics(tmp_path)
   assert start["eval/pass_at_1"] >= 0
@@ -226,12 +185,11 @@ class FlakyEngine:
 
 
 def test_what_fails_is_counted_and_the_run_goes_on(
-    overrides, questions, one_device, tmp_path, monkeypatch):
-  data = tmp_path / "data"
-  shutil.copytree(questions.parent, data)
+    inputs, overrides, one_device, tmp_path, monkeypatch):
+  data = shutil.copytree(inputs / "data", tmp_path / "data")
   cut = (data / "1.png").read_bytes()[:60]  # the header is whole, the pixels are not
   (data / "1.png").write_bytes(cut)
-  lines = questions.read_text().splitlines(keepends=True)
+  lines = (data / "questions.jsonl").read_text().splitlines(keepends=True)
   (data / "questions.jsonl").write_text("".join(lines[i] for i in (0, 1, 3, 4)))
   make = engines.make_engine
   monkeypatch.setattr(engines, "make_engine", lambda *args: FlakyEngine(make(*args)))
@@ -374,7 +332,7 @@ def test_evaluation_of_benchmarks(overrides, one_device, tmp_path, capsys):
     "sample_id": str(number), "query": "Which letter?", "query_image": None, "area": "news",
     "gt_answer": "B", "alternative_gt_answers": ["B C"]} for number in range(2)]),
     folder / "mmsearch" / "end2end.parquet")
-  small, config = micro(overrides), load_config(REPO / "configs" / "eval_8b.py")
+  small, config = micro(overrides), eval_8b.get_config()
   config.update(model=small.model, agent=small.agent.copy_and_resolve_references(),
                 mesh=small.mesh, log=small.log, images=small.images)
   config.rollout.update(engine="embedded", embedded=small.rollout.embedded)

@@ -10,11 +10,10 @@ import pytest
 from axpo_jax.agent.tools import audit
 from axpo_jax.agent.tools.base import EpisodeState
 from axpo_jax.agent.tools.function import tool
-from axpo_jax.config import ASSETS, base_config
+from axpo_jax.config import base_config
 from axpo_jax.config_checks import validate
 from axpo_jax.errors import ConfigError
 from axpo_jax.miniworld import search
-from axpo_jax.model.chat import Chat
 from axpo_jax.stages.toolbox import AUDIT_FILE, toolbox
 from tests import sizes
 
@@ -32,11 +31,6 @@ def repeat(text: str) -> str:
 
 
 not_a_tool = 3
-
-
-@pytest.fixture(scope="module")
-def chat():
-  return Chat.from_pretrained(ASSETS / "tiny_tokenizer")
 
 
 @pytest.fixture
