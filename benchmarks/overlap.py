@@ -35,8 +35,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from axpo_jax.agent.tools.base import EpisodeState, Observation, Tool, ToolBox
-from axpo_jax.rollouts.ahead import Ahead
 from axpo_jax.rollouts.groups import Group
+from axpo_jax.rollouts.prefetch import Prefetch
 from axpo_jax.stages.context import run_context
 from axpo_jax.stages.questions import question_batches
 from axpo_jax.stages.rl import Collected, Loop
@@ -190,7 +190,7 @@ def _round(runner: asyncio.Runner, loop: Loop, steps: int, staleness: int) -> fl
 async def _steps(loop: Loop, steps: int, staleness: int) -> list[dict[str, float]]:
   """Metrics of the first steps, with the seconds since the step before. While the last one is
   trained, the next is collected as ever."""
-  ahead = Ahead(loop.collect, 0, steps + staleness)
+  ahead = Prefetch(loop.collect, 0, steps + staleness)
 
   def collected():
     ahead.allow(loop.steps_done + staleness)

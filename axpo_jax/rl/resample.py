@@ -95,13 +95,13 @@ class DynamicConfig:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GroupView:
-  """What the plan sees of one question.
+  """What the plan reads of one question.
 
   Attributes:
     rewards_N: binary rewards as judged, before any shaping.
     used_tool_N: whether the rollout opened at least one tool call.
     candidate_N: whether the rollout can be cut and continued (it has a prefix end, and token and
-      turn budget left behind it). Only candidates of the resampled subgroup are ever selected.
+      turn budget left after it). Only candidates of the resampled subgroup are ever selected.
     confidence_N: mean sampling probability of the tokens behind the cut (see `confidence`); NaN
       where the rollout is no candidate.
     index: the question's number within the step; comes back as Selection.group. Unique.

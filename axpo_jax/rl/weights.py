@@ -64,7 +64,7 @@ def _aggregated(tokens_S: np.ndarray, config: LossConfig) -> tuple[np.ndarray, f
 
 
 def drifted(gap_sums_S: np.ndarray, tokens_S: np.ndarray, factor: float) -> np.ndarray:
-  """Sequences on which sampler and trainer do not speak of one policy: bool [S].
+  """Sequences on which the probabilities of sampler and trainer differ too much: bool [S].
 
   Args:
     gap_sums_S: sum over a sequence's tokens of (trainer's - sampler's log-probability), in nats.

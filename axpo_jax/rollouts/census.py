@@ -22,7 +22,7 @@ TRUNCATED_STOPS = frozenset({"turn_limit", "token_limit", "length"})
 # By these words thinking mentions a tool: mention_without_call_rate.
 TOOL_WORDS = ("zoom", "tool", "search", "python", "crop")
 
-# Of the statistics of ordinary rollouts and of resampling, those that are told by family too.
+# Of the statistics of ordinary rollouts and of resampling, those that are reported by family too.
 BY_FAMILY = (
   "questions", "reward_mean", "tool_attempt_rate", "tool_success_rate", "no_tool_success_rate",
   "tool_all_wrong_rate", "tool_all_wrong_rate_after", "calls_per_tool_rollout", "tool_error_rate")
@@ -35,7 +35,7 @@ STATES = ("absent", "all_wrong", "mixed", "all_right")
 
 @dataclasses.dataclass(frozen=True)
 class RolloutStats:
-  """One rollout, or one continuation, as the census sees it.
+  """What the census reads of one rollout or continuation.
 
   Attributes:
     reward: as judged (0 or 1), before any shaping.

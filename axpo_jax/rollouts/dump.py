@@ -211,7 +211,7 @@ def rollout_from_line(line: str | bytes, store: ImageStore, processor: ImageProc
   """One rollout of a dump.
 
   Args:
-    place: where the line stands, for the message.
+    place: file and line, for the message.
 
   Raises:
     TranscriptError: the line is damaged.

@@ -1,7 +1,7 @@
 """Sampled shards: n judged rollouts of every question of a stream, on the disk and restartable.
 
-In: questions one after the other, and somebody who answers them (an `Actor`, of any engine). Out: a
-folder of shards, and the records in it. Teacher sampling, the difficulty filter and evaluation are
+In: a stream of questions, and an `Actor` (of any engine) that answers them. Out: a folder of shards, and the
+records in it. Teacher sampling, the difficulty filter and evaluation are
 this and nothing else. The folder:
 
   rollouts_00000.jsonl  all rollouts of the first questions, failed ones too, as rollouts.dump writes them
@@ -56,7 +56,7 @@ class ShardError(ValueError):
 
 
 class SamplingError(RunStopped):
-  """Every rollout of a shard failed: whoever samples is not there."""
+  """Every rollout of a shard failed: the engine is not available."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Record:
 
   Attributes:
     id: of the question.
-    place: of the question in its stream, from 0.
+    place: number of the question in its stream, from 0.
     asked: rollouts that were asked for.
     stats: of every rollout, failed ones too, in the order of the shard's rollouts; none if the
       question could not be asked.
@@ -332,7 +332,7 @@ class _Run:
     if rollouts and all(rollout.failed for rollout in rollouts):
       raise SamplingError(
         f"all {len(rollouts)} rollouts of shard {number} failed, the first with: "
-        f"{rollouts[0].error or rollouts[0].stop}. Finished shards are kept: mend it and run the "
+        f"{rollouts[0].error or rollouts[0].stop}. Finished shards are kept: repair the cause and run the "
         "same command again")
     notes = [{"group": place, "category": question.category, "acting": question.acting,
               "gold": list(question.answers), "rollout": i, "question": question.text}

@@ -34,7 +34,6 @@ from axpo_jax.rl.recovery import Recovery
 from axpo_jax.rl.resample import prefix_budget
 from axpo_jax.rollouts import census, collect
 from axpo_jax.rollouts.acting import acting_census
-from axpo_jax.rollouts.ahead import Ahead
 from axpo_jax.rollouts.dump import dump_rollouts
 from axpo_jax.rollouts.groups import (
   Group,
@@ -45,6 +44,7 @@ from axpo_jax.rollouts.groups import (
   outcome_of,
   tried_prefixes,
 )
+from axpo_jax.rollouts.prefetch import Prefetch
 from axpo_jax.stages import (
   actors,
   distributed,
@@ -345,12 +345,12 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
       lambda: evaluate.measured(read_metrics(writer.path), first_step)):
     writer.write(first_step, await loop.evaluate())
   trained = question_batches(config, loop.bench.folder)  # what a checkpoint holds: see Collected.position
-  ahead = Ahead(loop.collect, loop.steps_done, config.rl.steps)
+  prefetch = Prefetch(loop.collect, loop.steps_done, config.rl.steps)
   position, recovery, unwritten = None, loop.recovery, loop.unwritten
 
   def collected():
-    ahead.allow(loop.steps_done + config.rollout.staleness)
-    return ahead.next()
+    prefetch.allow(loop.steps_done + config.rollout.staleness)
+    return prefetch.next()
 
   def save(**host: Any):
     trained.set_state(position)
@@ -366,7 +366,7 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
           position, recovery = batch.position, batch.recovery
           if _each(loop.steps_done, config.log.dump_every) and distributed.is_main():
             await loop.dump(batch.groups)
-        metrics = unwritten | await _evaluation(loop, ahead)
+        metrics = unwritten | await _evaluation(loop, prefetch)
         _watch(metrics, config.log)
         await asyncio.to_thread(toolbox.flush)  # the audit log has what the metrics tell of
         writer.write(first_step + loop.steps_done, metrics)
@@ -382,15 +382,15 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
         save(unwritten=_numbers(unwritten))
       raise
     finally:
-      await ahead.close()
+      await prefetch.close()
   checkpoints.wait()
 
 
-async def _evaluation(loop: Loop, ahead: Ahead) -> dict[str, float]:
+async def _evaluation(loop: Loop, prefetch: Prefetch) -> dict[str, float]:
   """Metrics of the step's evaluation; none where it is not due."""
   if loop.config.eval.every < 0 or not loop.is_due(loop.config.eval.every):
     return {}
-  await distributed.on_main_async(ahead.settle)
+  await distributed.on_main_async(prefetch.settle)
   return await loop.evaluate()
 
 

@@ -1,6 +1,10 @@
-"""A micro-batch: its arrays, its place on the devices, its numbers, and its file.
+"""A micro-batch: its arrays, their sharding, statistics of its packing, and its file.
 
-`packing.pack` makes Batches on the host; `step.Learner` eats them.
+`packing.pack` makes Batches on the host, `step.Learner` trains on them. Where trajectories branch, one position
+predicts several next tokens, so a batch lists the tokens to compute and the targets to score separately:
+
+  tokens    q u e s t i o n  t h i n k  c a l l A  c a l l B       two calls after one shared beginning
+  targets                    t h i n k  c a l l A  c a l l B       "c" twice, both predicted at the last "k"
 
 Legend: B rows, T tokens of a row, G targets of a row, C, N blocks of attention (see
 `model.attention.key_blocks`), R, P rows and patches of the vision tower.
@@ -30,17 +34,17 @@ class Batch:
   Attributes:
     tokens_BxT: int32 ids, 0 on padding.
     positions_BxTx3: int32 M-RoPE positions.
-    ends_BxT: int32, 0 for padding, else the place behind the last token of the row that sees this
-      one. Trajectories with a common beginning stand depth first, see `train.tree`.
-    at_BxG: int32, the place in the row that predicts the target. One place may have several.
+    ends_BxT: int32, 0 for padding, else one more than the last position of the row that may attend to this
+      token. Trajectories with a common beginning are laid out depth first, see `train.tree`.
+    at_BxG: int32, the position in the row that predicts the target. One position may have several.
     targets_BxG: int32 ids.
     weights_BxG: float32, weight of the target in the loss; 0 for padding. `pack` gives every target 1,
       `weigh` what an update wants.
     advantages_BxG: float32.
     behaviour_logp_BxG: float32, the sampler's log-probability of the target.
     lag_BxG: int32, versions by which the weights that drew the target are behind.
-    key_blocks_BxCxN: int32, which blocks of keys a block of queries sees; None: all.
-    image_index_BxT: int32, -1 or the token's place among the merged image tokens of `vision`.
+    key_blocks_BxCxN: int32, which blocks of keys a block of queries attends to; None: all.
+    image_index_BxT: int32, -1 or the token's index among the merged image tokens of `vision`.
     vision: packed patches; None (and image_index_BxT None) if no example of the `pack` call has an
       image.
     old_logp_BxG: float32, the target's log-probability under the weights at the start of the step;
@@ -145,7 +149,7 @@ def sums_by_example(batches: Sequence[Batch], values: Sequence[np.ndarray], exam
 
 def packing_metrics(batches: Sequence[Batch], examples: Sequence[Sized]) -> dict[str, float]:
   """How full the host batches of these examples are, and what sharing has saved: counts, and the
-  shares of places that hold a token, a target or a patch."""
+  shares of positions, target slots and patch slots that are not padding."""
   tokens = sum(int((batch.ends_BxT > 0).sum()) for batch in batches)
   plain = sum(map(len, examples))
   out = {
@@ -169,7 +173,7 @@ def _share(masks: Iterable[np.ndarray]) -> float:
 
 
 def save_batch(path: str | os.PathLike, batch: Batch) -> None:
-  """Writes every array of a batch to one .npz, for a look at a batch that broke the step."""
+  """Writes every array of a batch to one .npz, to inspect a batch that broke the step."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(batch)
   arrays = {sharding.path_name(key): np.asarray(value) for key, value in leaves}
   path, packed = epath.Path(path), io.BytesIO()

@@ -2,7 +2,7 @@
 
 A transcript's arrays are collapsed (one id an image); the trainer's are expanded. Everything a token
 carries (mask, advantage, behaviour log-probability) is made in collapsed form and then spread by the
-transcript's own map, so there is one place where the two forms meet.
+transcript's own map, so the two forms meet in this module alone.
 """
 
 from collections.abc import Sequence

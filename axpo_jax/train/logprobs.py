@@ -73,7 +73,7 @@ def token_logprobs(
 
 
 def _chunk(hidden_BxSxD, unembed_VxD, targets_BxS, banned_V, temperature):
-  # The cast stands inside the chunk so that its transpose adds up the chunks' gradients in the
+  # The cast is inside the chunk so that its transpose adds up the chunks' gradients in the
   # dtype of the master parameters, not in bfloat16.
   logits_BxSxV = jnp.einsum("bsd,vd->bsv", hidden_BxSxD, unembed_VxD.astype(hidden_BxSxD.dtype),
                             preferred_element_type=jnp.float32) / temperature

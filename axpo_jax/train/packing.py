@@ -2,9 +2,9 @@
 
 In: Examples, one per trajectory, everything aligned with the token it belongs to. Out: Batches with
 rows of tokens to compute, and for every row a list of the targets that are scored, each with the
-position that predicts it. What trajectories share (prompt, images, a frozen prefix) stands once,
+position that predicts it. What trajectories share (prompt, images, a frozen prefix) is stored once,
 see `train.tree`: a position may then predict several targets, of different weight and advantage.
-Tokens behind a trajectory's last target are left out. An image that several trajectories of a
+Tokens after a trajectory's last target are left out. An image that several trajectories of a
 micro-batch show is encoded once. All batches of one call have the same shapes, so the step
 compiles once for them.
 
@@ -193,7 +193,7 @@ def _tables(examples: Sequence[Example]) -> list[np.ndarray]:
 
 
 def _height(used: int, rows: int, multiple: int) -> int:
-  """Rows of a micro-batch: all, or half of them where that saves an eighth of the step's places.
+  """Rows of a micro-batch: all, or half of them where that saves an eighth of the step's tokens.
   More heights would be more programs, and of no use to steps of many micro-batches."""
   rows, half = (-(-size // multiple) * multiple for size in (rows, -(-rows // 2)))
   padded, padded_half = (-(-used // height) * height for height in (rows, half))
@@ -233,7 +233,7 @@ _TARGET_FIELDS = {"at_BxG": np.int32, "targets_BxG": np.int32, "weights_BxG": np
 
 
 def _targets(example: Example, where_T: np.ndarray, number: int) -> tuple[np.ndarray, ...]:
-  """The values of `_TARGET_FIELDS` for example `number`, whose tokens stand at `where_T`."""
+  """The values of `_TARGET_FIELDS` for example `number`, whose tokens are at `where_T`."""
   mask = np.flatnonzero(example.loss_mask_T)
   return (where_T[mask - 1], example.ids_T[mask], np.ones(len(mask)),
           example.advantages_T[mask], example.behaviour_logp_T[mask],
@@ -242,7 +242,7 @@ def _targets(example: Example, where_T: np.ndarray, number: int) -> tuple[np.nda
 
 
 def _target_fields(scored_R: Sequence[Sequence[np.ndarray]], length: int) -> dict[str, np.ndarray]:
-  """Targets of all rows: as many places as tokens, or twice, four times as many. Padding costs a
+  """Targets of all rows: as many slots as tokens, or twice, four times as many. Padding costs a
   share of the output head, a program for every number of targets would cost more."""
   most, width = max((len(s[0]) for s in scored_R if s), default=0), max(length, 1)
   while width < most:
@@ -282,7 +282,7 @@ def _with_images(batches, rows_of_batches, examples, row_buckets, patch_buckets,
 
 
 def _new_image_tokens(rows, examples):
-  """(row, first place, example, image_T, image_offset_T) of all that has tokens of its own."""
+  """(row, first position, example, image_T, image_offset_T) of all that has tokens of its own."""
   for row, row_placed in enumerate(rows):
     for placed in row_placed:
       example = examples[placed.number]

@@ -1,8 +1,11 @@
-"""Collecting ahead: rollouts of the next steps go on while this one is trained.
+"""Prefetching rollouts: those of the next steps are collected while this step is trained.
 
-In: a coroutine that collects the rollouts of one step, and how many steps it may run ahead. Out: the
+In: a coroutine that collects the rollouts of one step, and up to which step it may run. Out: the
 collections, in order. Two never run at once, so that a step's rollouts have the sampler to themselves
 and its counters are the step's own.
+
+  staleness 1   collect 1 | collect 2 | collect 3 | ...
+                          | train 1   | train 2   | ...
 """
 
 import asyncio
@@ -13,7 +16,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
+class Prefetch(Generic[T]):
   """Runs `collect(step)` for steps `first`, `first` + 1, ... before `last`, as far as allowed."""
 
   def __init__(self, collect: Callable[[int], Awaitable[T]], first: int, last: int):

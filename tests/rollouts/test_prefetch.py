@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from axpo_jax.rollouts.ahead import Ahead
+from axpo_jax.rollouts.prefetch import Prefetch
 
 
 class Diary:
@@ -36,7 +36,7 @@ async def turns(count: int = 50) -> None:
 def test_never_further_ahead_than_allowed_and_one_at_a_time(staleness):
   async def run():
     diary = Diary()
-    ahead = Ahead(diary.collect, first=2, last=8)
+    ahead = Prefetch(diary.collect, first=2, last=8)
     for done in range(2, 8):
       ahead.allow(done + staleness)
       assert await ahead.next() == f"rollouts {done}"
@@ -51,7 +51,7 @@ def test_never_further_ahead_than_allowed_and_one_at_a_time(staleness):
 def test_settled_means_nothing_runs():
   async def run():
     diary = Diary()
-    ahead = Ahead(diary.collect, 0, 10)
+    ahead = Prefetch(diary.collect, 0, 10)
     ahead.allow(2)
     await ahead.settle()
     assert diary.begun == [0, 1, 2] and diary.running == 0
@@ -65,7 +65,7 @@ def test_settled_means_nothing_runs():
 def test_failure_reaches_the_trainer_and_stops_those_behind():
   async def run():
     diary = Diary(fails_at=1)
-    ahead = Ahead(diary.collect, 0, 10)
+    ahead = Prefetch(diary.collect, 0, 10)
     ahead.allow(3)
     assert await ahead.next() == "rollouts 0"
     with pytest.raises(RuntimeError, match="step 1 broke"):
@@ -80,7 +80,7 @@ def test_failure_reaches_the_trainer_and_stops_those_behind():
 def test_close_ends_what_runs():
   async def run():
     diary = Diary()
-    ahead = Ahead(diary.collect, 0, 10)
+    ahead = Prefetch(diary.collect, 0, 10)
     ahead.allow(5)
     await asyncio.sleep(0)
     await asyncio.sleep(0)
