@@ -53,7 +53,7 @@ PUBLIC_SETS = ("virl39k", "fvqa", "pyvision", "mmfinereason", "deepeyes", "visua
 FILE_SOURCES = ("jsonl", "parquet", "datasets", *PUBLIC_SETS, *BENCHMARKS)
 DATA_SOURCES = ("miniworld", *FILE_SOURCES)
 OLD_LOGPROBS = ("current", "trainer")
-TOOLS = ("image_zoom_in", "python", "tavily-search", "image_search")
+TOOLS = ("image_zoom_in", "python", "shell", "tavily-search", "image_search")
 SEARCH_BACKENDS = ("tavily", "local", "recorded", "miniworld")
 ENGINES = ("embedded", "sglang")
 # Limits of one episode that every sampling stage has: see `_agent`.
@@ -243,7 +243,7 @@ def _agent() -> ConfigDict:
   return _section(
     EpisodeLimits, "max_turns", "max_response_tokens", "max_total_tokens", "max_images",
     system_prompt="full",     # "full", "short", or the text itself
-    # Of image_zoom_in, python, tavily-search, image_search, and functions of yours as "module:name"
+    # Of image_zoom_in, python, shell, tavily-search, image_search, and functions of yours as "module:name"
     # (docs/tools.md).
     # What executes code or reaches the network is offered by the config that wants it.
     tools=("image_zoom_in",),

@@ -149,7 +149,7 @@ def _records(config: ConfigDict) -> Iterator[tuple[str, Callable[[], Any]]]:
   for stage in sampling_stages(config):
     section = "eval" if stage == "eval" else "rollout"
     yield f"config.{section}: ", lambda stage=stage: sampling(config, stage)
-  if "python" in (*config.agent.tools, *config.eval.extra_tools):
+  if {"python", "shell"} & {*config.agent.tools, *config.eval.extra_tools}:
     yield "config.agent.python: ", lambda: _kernels(config.agent.python)
   yield from _engine_records(config)
 

@@ -21,6 +21,7 @@ from axpo_jax.agent.tools.mcp_connection import McpError
 from axpo_jax.agent.tools.mcp_server import McpServer
 from axpo_jax.agent.tools.python import PythonTool
 from axpo_jax.agent.tools.search import Backend, NoBackend, SearchTool
+from axpo_jax.agent.tools.shell import ShellTool
 from axpo_jax.agent.tools.tavily import MissingKey, Tavily
 from axpo_jax.agent.tools.text import middle_cutter
 from axpo_jax.agent.tools.zoom import ImageZoomIn
@@ -87,7 +88,8 @@ def _tools(config: ConfigDict, factor: int, extra: tuple[str, ...]) -> list[Tool
   crops = ImageLimits(config.images.zoom_min_pixels, config.images.zoom_max_pixels)
   known: Mapping[str, Callable[[], Tool]] = {
     ImageZoomIn.name: lambda: ImageZoomIn(crops, factor=factor),
-    PythonTool.name: lambda: _python(agent.python),
+    PythonTool.name: lambda: _sandboxed(PythonTool, agent.python),
+    ShellTool.name: lambda: _sandboxed(ShellTool, agent.python),
     SearchTool.name: lambda: _search(config),
     ImageSearch.name: lambda: ImageSearch(agent.image_search.cache,
                                           max_results=agent.image_search.max_results)}
@@ -108,8 +110,8 @@ def kernel_config(section: ConfigDict) -> KernelConfig:
                          if name not in ("url", "timeout", "max_timeout", "max_concurrent")})
 
 
-def _python(section: ConfigDict) -> PythonTool:
-  tool = PythonTool(kernel_config(section), url=section.url, timeout=section.timeout,
+def _sandboxed(kind: type[PythonTool], section: ConfigDict) -> PythonTool:
+  tool = kind(kernel_config(section), url=section.url, timeout=section.timeout,
                     max_timeout=section.max_timeout, max_concurrent=section.max_concurrent or None)
   tool.start()
   return tool

@@ -51,6 +51,8 @@ class PythonTool(Tool):
   scope = "execute"
   aliases = ("code_interpreter",)
   waits = True
+  _argument, _unit = "code", "cell"
+  _takes, _description = "The code of the cell.", _DESCRIPTION
 
   def __init__(self, config: KernelConfig | None = None, *, url: str = "", timeout: int = 12,
                max_timeout: int = 60, max_concurrent: int | None = None):
@@ -61,10 +63,10 @@ class PythonTool(Tool):
     # An executor bounds the cells that run there by itself.
     self.max_concurrent = max_concurrent or (1024 if url else len(os.sched_getaffinity(0)))
     self.schema = {"type": "function", "function": {
-        "name": self.name, "description": _DESCRIPTION,
-        "parameters": {"type": "object", "required": ["code"], "properties": {
-            "code": {"type": "string", "description": "The code of the cell."},
-            "timeout": {"type": "integer", "description": "Seconds the cell may take.",
+        "name": self.name, "description": self._description,
+        "parameters": {"type": "object", "required": [self._argument], "properties": {
+            self._argument: {"type": "string", "description": self._takes},
+            "timeout": {"type": "integer", "description": f"Seconds the {self._unit} may take.",
                         "default": timeout}}}}}
 
   def start(self) -> None:
@@ -91,7 +93,7 @@ class PythonTool(Tool):
         episode.memory[self.name] = None
         return problem
     timeout = min(max(arguments["timeout"], 1), self._max_timeout)
-    result = await kernel.run(arguments["code"], timeout, episode.images[kernel.images_sent:])
+    result = await kernel.run(self._cell(arguments), timeout, episode.images[kernel.images_sent:])
     if result.kernel_is_gone:
       episode.memory[self.name] = None
     return _observation(result, timeout, len(episode.images))
@@ -100,6 +102,10 @@ class PythonTool(Tool):
     kernel = episode.memory.pop(self.name, None)
     if kernel is not None:
       background.loop().call_soon_threadsafe(kernel.kill)
+
+  def _cell(self, arguments: dict[str, Any]) -> str:
+    """The code that a call stands for."""
+    return arguments["code"]
 
   @property
   def _names(self) -> frozenset[str]:
@@ -110,9 +116,10 @@ class PythonTool(Tool):
     """Runs the cells of a cut transcript again; returns what went wrong, if anything did."""
     for cell in past:
       # Twice the time it had: it finished then, and the machine may be busier now.
-      timeout = 2 * min(max(self.check(cell.call.arguments)["timeout"], 1), self._max_timeout)
+      arguments = self.check(cell.call.arguments)
+      timeout = 2 * min(max(arguments["timeout"], 1), self._max_timeout)
       images = episode.images[kernel.images_sent:cell.images]
-      result = await kernel.run(self.check(cell.call.arguments)["code"], timeout, images)
+      result = await kernel.run(self._cell(arguments), timeout, images)
       if result.kernel_is_gone:
         return failure(NOT_REBUILT, "the kernel died while the earlier cells were run again; all "
                        "variables are lost")
