@@ -15,7 +15,9 @@ REPO = PACKAGE.parent
 
 # Room -> what its files may import of ours: rooms, or single modules.
 ALLOWED = {
-  "__init__": set(),
+  # The public names, for type checkers: see `test_the_package_itself_loads_nothing`.
+  "__init__": {"agent", "api", "config", "data", "diagnose", "errors", "rl", "rollouts", "stages.metrics"},
+  "api": {"stages", "rollouts", "agent", "data", "rl", "config", "errors", "repository"},
   "errors": set(),
   "repository": set(),
   # The dataclasses that sections are made from.
@@ -111,6 +113,18 @@ def test_wrong_import_would_be_noticed(tmp_path):
   assert not allowed("agent.rewards", "engine")
   assert not allowed("model.qwen3_vl", "agent")
   assert allowed("model.chat.Chat", "agent")
+
+
+def test_the_package_itself_loads_nothing():
+  """And the public names that read logs or plan AXPO load no JAX."""
+  program = ("import sys, axpo_jax\n"
+             "assert not [name for name in sys.modules if name.startswith('axpo_jax.')] and 'numpy' not in sys.modules\n"
+             "axpo_jax.read_logs, axpo_jax.diagnose_logs, axpo_jax.plan_resamples, axpo_jax.assign_credit\n"
+             "assert 'jax' not in sys.modules\n"
+             "assert all(getattr(axpo_jax, name) is not None for name in axpo_jax.__all__)\n"
+             "assert set(axpo_jax.__all__) <= set(dir(axpo_jax))")
+  done = subprocess.run([sys.executable, "-c", program], cwd=REPO, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
 
 
 def test_light_modules_do_not_load_jax():

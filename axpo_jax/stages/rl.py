@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
 from absl import logging
@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from axpo_jax import seeds
+from axpo_jax.data.question import Question
 from axpo_jax.errors import RunStopped
 from axpo_jax.model import lora, programs
 from axpo_jax.model.chat import Chat
@@ -86,29 +87,37 @@ class Collected:
 
 
 class Loop:
-  """One RL stage: everything that lives from step to step."""
+  """One RL stage: everything that lives from step to step.
 
-  def __init__(self, config: ConfigDict, bench: RunContext, policy: str,
-               workdir: epath.Path, urls: Sequence[str] = ()):
-    self.config, self.bench, self.workdir = config, bench, workdir
+  Args:
+    policy: checkpoint folder of the policy that is trained, which is also the reference.
+    workdir: folder of the stage.
+    urls: of the SGLang servers, if they sample.
+    questions: batches of training questions without an end; None: those of config.data.
+  """
+
+  def __init__(self, config: ConfigDict, context: RunContext, policy: str, workdir: epath.Path,
+               urls: Sequence[str] = (), questions: Iterator[list[Question]] | None = None):
+    self.config, self.context, self.workdir = config, context, workdir
     self.recipe = Recipe.from_config(config.rl, config.agent.max_response_tokens)
     self.recovery = Recovery()  # of the last step that was collected
     self.learner = Learner(
-      bench.trained_config, learners.optimizer(config.optimizer, config.rl.steps * config.rl.updates,
-                                            config.model.freeze_vision, bench.lora),
-      policy_objective(self.recipe.loss, config.rollout.staleness), bench.mesh, bench.rules,
-      banned_ids=bench.chat.banned_ids, temperature=config.rollout.temperature,
-      chunk=config.batch.logprob_chunk, frozen_dtype=policies.frozen_dtype(bench, policy))
-    self.reference = policies.load_params(bench, policy, config.seed)
-    self.questions = question_batches(config, bench.folder)
-    self.engine = engines.make_engine(config, bench, self.reference, urls, workdir)
+      context.trained_config,
+      learners.optimizer(config.optimizer, config.rl.steps * config.rl.updates,
+                         config.model.freeze_vision, context.lora),
+      policy_objective(self.recipe.loss, config.rollout.staleness), context.mesh, context.rules,
+      banned_ids=context.chat.banned_ids, temperature=config.rollout.temperature,
+      chunk=config.batch.logprob_chunk, frozen_dtype=policies.frozen_dtype(context, policy))
+    self.reference = policies.load_params(context, policy, config.seed)
+    self.questions = question_batches(config, context.folder) if questions is None else questions
+    self.engine = engines.make_engine(config, context, self.reference, urls, workdir)
     self.state = self._first_state()
     if not config.rl.loss.kl_coef:
       self.reference = None  # nothing asks it
     elif config.rl.reference_offload and self.reference is not None:
       self.reference = move_params(self.reference, "pinned_host")
     # Of several processes only the main one collects.
-    self.actor = actors.make_actor(config, bench, self.engine) if distributed.is_main() else None
+    self.actor = actors.make_actor(config, context, self.engine) if distributed.is_main() else None
     self.steps_done = 0  # RL steps; each makes up to `rl.updates` optimizer steps
     self.lost_steps = 0  # the last so many steps had no rollout that did not fail
     self.unwritten: dict[str, float] | None = None  # metrics of the last of them, not evaluated yet
@@ -116,24 +125,24 @@ class Loop:
   def _first_state(self) -> TrainState:
     """Trains a copy of the policy, for the policy is also the reference; with adapters it stays as it
     is and is both."""
-    config, bench, params = self.config, self.bench, self.reference
-    if bench.lora is None:
+    config, context, params = self.config, self.context, self.reference
+    if context.lora is None:
       return self.learner.init(self.learner.own_copy(params), config.seed)
     self.reference = None
     return self.learner.init(
-      with_adapters(params, bench.trained_config, config.seed, bench.mesh, bench.rules), config.seed)
+      with_adapters(params, context.trained_config, config.seed, context.mesh, context.rules), config.seed)
 
   async def sync(self) -> None:
     """Gives the sampler the current weights. It forgets its cached prefixes, so that a step or an
     evaluation begins alike whatever ran before it, in an unbroken run or a resumed one."""
     # Merged in the sampler's dtype: in float32 it would be all kernels of the model a second time.
-    merged = lora.merge(self.state.params, self.bench.lora, engines.weights_dtype(self.config))
+    merged = lora.merge(self.state.params, self.context.lora, engines.weights_dtype(self.config))
     await self.engine.update_weights(merged, self.steps_done)
 
   async def evaluate(self) -> dict[str, float]:
     await self.sync()
     return await distributed.on_main_async(
-      lambda: evaluate.run(self.config, self.bench, self.engine))
+      lambda: evaluate.run(self.config, self.context, self.engine))
 
   async def collect(self, step: int) -> Collected:
     """Rollouts and continuations of one step, by whatever weights the sampler holds."""
@@ -195,7 +204,7 @@ class Loop:
     """Writes the last step's rollouts, in a thread for the same reason as the update."""
     await asyncio.to_thread(dump, groups, self.credits(groups),
                             self.workdir / "rollouts" / f"step_{self.steps_done:06d}.jsonl",
-                            self.bench.chat)
+                            self.context.chat)
 
   def rollout_metrics(self, sampled: list[Group], groups: list[Group]) -> dict[str, float]:
     """The census of the step, before anything is learnt from it.
@@ -203,9 +212,9 @@ class Loop:
     Args:
       sampled: all questions. groups: those of them that are trained on.
     """
-    stats = group_stats(sampled, self.recipe.resample, self.bench.chat)
+    stats = group_stats(sampled, self.recipe.resample, self.context.chat)
     trained = stats if len(sampled) == len(groups) else group_stats(
-      groups, self.recipe.resample, self.bench.chat)
+      groups, self.recipe.resample, self.context.chat)
     asked = len(groups) * self.config.rl.num_rollouts
     engine = dataclasses.asdict(self.engine.stats())
     # Counted since the process began, so a resumed run differs: a matter of time, not of learning.
@@ -226,7 +235,7 @@ class Loop:
     config = self.config
     kept = [group for group in groups if group.rollouts]
     credits = self.credits(kept)
-    trained = examples.credited(kept, credits, self.bench.model_config.image_token_id,
+    trained = examples.credited(kept, credits, self.context.model_config.image_token_id,
                                 self.steps_done)
     metrics = census.credit_census(credits)
     parts = algorithm.split_updates(list(zip(trained, credits, strict=True)), config.rl.updates)
@@ -242,7 +251,7 @@ class Loop:
     return metrics | _joined(logged)
 
   def _packed(self, trained: list[Example]) -> list[Batch]:
-    return pictures.fetched(learners.pack_examples(self.config, self.bench, trained), trained)
+    return pictures.fetched(learners.pack_examples(self.config, self.context, trained), trained)
 
   def _weighed(self, batches: list[Batch], credits: list[Credit], questions: float
                ) -> tuple[list[Batch], float, dict[str, float]]:
@@ -305,7 +314,7 @@ class Clock:
     return {f"time/{phase}_s": seconds for phase, seconds in self.seconds.items()}
 
 
-def run(config: ConfigDict, bench: RunContext, policy: str, root: epath.Path,
+def run(config: ConfigDict, context: RunContext, policy: str, root: epath.Path,
         first_step: int) -> epath.Path:
   """Trains the policy in folder `policy` and returns the folder of the result.
 
@@ -317,8 +326,8 @@ def run(config: ConfigDict, bench: RunContext, policy: str, root: epath.Path,
   folder = root / "rl"
   with (engines.servers(config, policy, folder) as urls,
         Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints):
-    distributed.on_main(selection.tell, selection.questions(config, bench.folder)[1], folder)
-    loop = Loop(config, bench, policy, folder, urls)
+    distributed.on_main(selection.tell, selection.questions(config, context.folder)[1], folder)
+    loop = Loop(config, context, policy, folder, urls)
     if checkpoints.latest() is not None:
       learner = loop.learner
       restored = checkpoints.restore(learner.stored(learner.abstract_state()),
@@ -336,7 +345,7 @@ def run(config: ConfigDict, bench: RunContext, policy: str, root: epath.Path,
         runner.run(_train(loop, checkpoints, writer, first_step))
       finally:
         runner.run(loop.engine.close())
-  return policies.export(loop.state.params, config, bench, policy, loop.workdir / "policy")
+  return policies.export(loop.state.params, config, context, policy, loop.workdir / "policy")
 
 
 async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
@@ -344,7 +353,7 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
   if config.eval.every >= 0 and not distributed.on_main(
       lambda: evaluate.measured(read_metrics(writer.path), first_step)):
     writer.write(first_step, await loop.evaluate())
-  trained = question_batches(config, loop.bench.folder)  # what a checkpoint holds: see Collected.position
+  trained = question_batches(config, loop.context.folder)  # what a checkpoint holds: see Collected.position
   prefetch = Prefetch(loop.collect, loop.steps_done, config.rl.steps)
   position, recovery, unwritten = None, loop.recovery, loop.unwritten
 

@@ -40,7 +40,7 @@ def installed(tmp_path_factory) -> pathlib.Path:
 def run(installed, folder, name, *flags) -> subprocess.CompletedProcess:
   environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
   return subprocess.run([str(installed / name), *flags], cwd=folder, env=environment, capture_output=True, text=True,
-                        timeout=300)
+                        timeout=1200)
 
 
 @pytest.mark.slow
@@ -68,13 +68,9 @@ def test_scripts_run_in_an_empty_folder(installed, tmp_path):
 
 @pytest.mark.slow
 def test_the_miniature_trains_from_the_wheel(installed, tmp_path):
-  """One step of each stage, from the checkpoint that the wheel ships."""
-  flags = ["--config=configs/axpo_tiny.py", "--config.sft.steps=1", "--config.sft.examples=2", "--config.rl.steps=1",
-           "--config.rl.questions=1", "--config.rl.num_rollouts=2", "--config.eval.every=-1",
-           "--config.agent.tools=('image_zoom_in',)", "--config.data.miniworld.families.search=0.0",
-           "--config.data.miniworld.families.reasoning=0.0"]
-  done = run(installed, tmp_path, "axpo-train", *flags, "--workdir=run")
+  """One step of SFT, from the checkpoint and the teacher that the wheel ships."""
+  done = run(installed, tmp_path, "axpo-train", "--config=configs/axpo_tiny.py", "--config.stages=('sft',)",
+             "--config.sft.steps=1", "--config.sft.examples=2", "--config.batch.rows=1", "--workdir=run")
   assert done.returncode == 0, done.stderr[-3000:]
-  assert (tmp_path / "run" / "rl" / "policy" / "model.safetensors").exists()
-  page = run(installed, tmp_path, "axpo-report", "run")
-  assert page.returncode == 0, page.stderr
+  assert (tmp_path / "run" / "sft" / "policy" / "model.safetensors").exists()
+  assert "sft/nll" in (tmp_path / "run" / "metrics.jsonl").read_text()
