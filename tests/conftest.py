@@ -28,7 +28,8 @@ if _OWN_STORE:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 # Files whose tests are whole runs of a minute each: they go first.
 _LONGEST = {"test_runs.py", "test_sweep.py", "test_sidecar.py", "test_compile.py", "test_lora.py",
-            "test_preemption.py", "test_processes.py", "test_processes_sglang.py", "test_sglang_steps.py"}
+            "test_preemption.py", "test_processes.py", "test_processes_sglang.py", "test_sglang_steps.py",
+            "test_sglang_faults.py", "test_attention_kernels.py"}
 TINY = pathlib.Path(__file__).parents[1] / "axpo_jax" / "assets" / "tiny_tokenizer"
 # How the reason of a skip begins that the summary repeats, in large letters.
 _NOT_HERE = "NOT TESTED HERE: "
