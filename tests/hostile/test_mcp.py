@@ -55,14 +55,16 @@ def call(box, text="hello", name="echo", episode=None):
 
 @pytest.mark.parametrize("attack, message", [
   ("a handshake that hangs", "cannot be reached: TimeoutError"),
-  ("a listing that hangs", "did not list its tools within 1 seconds"),
+  ("a listing that hangs", "did not list its tools within 3 seconds"),
   ("a listing of pages without end", "more than 256 tools or 50 pages"),
   ("a schema of 5,000 levels", "its answer cannot be read"),
   ("300 tools", "more than 256 tools"),
   ("many large schemas", "name those you want in `only`"),
 ])
 def test_a_start_that_is_refused(attack, message):
-  with (corpus.bounds(seconds=6), serving(attack, connect_seconds=1.0) as server,
+  # Those that hang take the whole of it; the others must not meet it on a busy machine.
+  limit = 3.0 if "hangs" in attack else 30.0
+  with (corpus.bounds(seconds=limit + 10), serving(attack, connect_seconds=limit) as server,
         pytest.raises(McpError, match=message)):
     server.tools()
 
@@ -96,7 +98,7 @@ def test_special_tokens_of_a_server_are_text_in_the_prompt(chat):
 @pytest.mark.parametrize("attack", [
   "a pattern that is never matched", "definitions that double", "a schema that refers to itself"])
 def test_a_schema_whose_check_never_ends(attack):
-  with serving(attack) as server, corpus.bounds(seconds=4):
+  with serving(attack, time_limit=20.0) as server, corpus.bounds(seconds=20):
     assert call(boxed(server), "a" * 40 + "!").error is None  # the server may judge
 
 
