@@ -8,7 +8,7 @@ rollouts, over three families of questions: perception (zoom), search (two hops)
 try them every tool-using rollout is wrong: the Thinking-Acting Gap.
 
 A policy of about one million parameters that has learnt to see, to copy and to call (the groundwork
-that ships with the package; `configs/practice_tiny.py` says how it is made) learns the agent's habits from a
+that ships with the package; `experiments/miniworld` says how it is made) learns the agent's habits from a
 scripted teacher, and then by AXPO when to act and how. The run ends with a table, start against end,
 a row per family, and curves.png.
 """

@@ -13,8 +13,10 @@ from axpo_jax.eval.benchmarks import BENCHMARKS
 from axpo_jax.rl.recipes import RECIPES
 from tests import sizes
 
-FOLDER = pathlib.Path(axpo_jax.__file__).parents[1] / "configs"
-FILES = sorted(FOLDER.glob("*.py"))
+REPO = pathlib.Path(axpo_jax.__file__).parents[1]
+FOLDER = REPO / "configs"
+# Those under experiments/ made the shipped miniature.
+FILES = sorted((*FOLDER.glob("*.py"), *REPO.glob("experiments/miniworld/*_tiny.py")))
 LARGE = ("axpo_2b", "axpo_4b", "axpo_8b", "eval_8b", "grpo_8b", "sft_8b")
 
 

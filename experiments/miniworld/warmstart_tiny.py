@@ -1,6 +1,6 @@
 """Makes the warm start that the tiny configs begin with: a policy that has learnt to see.
 
-  python launch/main.py --config=configs/warmstart_tiny.py --workdir=runs/warmstart
+  python launch/main.py --config=experiments/miniworld/warmstart_tiny.py --workdir=runs/warmstart
 
 About one million random parameters learn from dense perception tasks (where is ...? what is at ...?
 list the marks; read this crop) to point and to read. No tools and no agent prompt: those come in

@@ -1,12 +1,12 @@
 """Teaches the warm start to copy and to call, which searching and computing rest on.
 
-  python launch/main.py --config=configs/groundwork_tiny.py --workdir=runs/groundwork
+  python launch/main.py --config=experiments/miniworld/groundwork_tiny.py --workdir=runs/groundwork
 
 The warm start has never had to copy a name or a number. Here it repeats lines, looks facts up in short
 texts and writes the sum that a question asks for, besides the tasks it knows; and it sees a teacher
 that always calls a tool where one is needed, and never errs. When to call is not taught here: that is
 left to SFT, whose teacher mostly thinks instead, and to RL. Expect 25 to 30 minutes on two cores; the
-loss falls from 8.9 to 0.06 nats a token. `configs/practice_tiny.py` goes on from the result,
+loss falls from 8.9 to 0.06 nats a token. `practice_tiny.py` goes on from the result,
 runs/groundwork/sft/policy.
 """
 

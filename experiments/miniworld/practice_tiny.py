@@ -1,18 +1,18 @@
 """Teaches what `groundwork_tiny.py` has made to read its crops: the last step before SFT.
 
-  python launch/main.py --config=configs/practice_tiny.py --workdir=runs/practice \
+  python launch/main.py --config=experiments/miniworld/practice_tiny.py --workdir=runs/practice \
     --config.model.checkpoint=runs/groundwork/sft/policy
 
 After the groundwork the policy points well when it zooms, but what is written in the crop it guesses:
 the mark was drawn across four tokens, and few examples had a crop. Here a crop is 48 pixels wide, so
 that its middle token holds the letter, and most examples have one. Of zooms at small letters 40 %
 are then right, 11 % before. Expect five to ten minutes on two cores. The result,
-runs/practice/sft/policy, is what `axpo_jax/assets/practised` holds and `axpo_tiny.py` begins with.
+runs/practice/sft/policy, is what `axpo_jax/assets/practised` holds and `configs/axpo_tiny.py` begins with.
 """
 
 from ml_collections import ConfigDict
 
-from configs.groundwork_tiny import get_config as groundwork_tiny
+from experiments.miniworld.groundwork_tiny import get_config as groundwork_tiny
 
 
 def get_config() -> ConfigDict:
