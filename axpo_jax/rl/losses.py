@@ -83,17 +83,13 @@ def policy_loss(
            lambda x: mean_by_sequence(x, mask, sequence)), config)
   gap = jnp.where(mask, old_logp - behaviour_logp, 0.0)
   tis, corrected = sampler_weight(gap, config)
-  sampler_metrics = _gap_metrics(old_logp, behaviour_logp, corrected, mask)
-  for k in range(max_lag + 1) if max_lag else ():
-    of_lag = _gap_metrics(old_logp, behaviour_logp, corrected, mask & (lag == k))
-    sampler_metrics |= {f"lag_{k}/{name}": value for name, value in of_lag.items()}
+  sampler_metrics = _sampler_metrics(old_logp, behaviour_logp, corrected, mask, lag, max_lag)
   per_token = -tis * surrogate
   totals = {"tokens": mask, "weight": weights, "policy_loss": -tis * surrogate * weights}
   # Around 1, where the ratio is: the difference of two sums near 1 would lose its variance in float32.
   off_one = ratio - 1.0
-  totals |= {"ratio_off_one": off_one, "ratio_off_one_squared": off_one**2}
-  totals |= {**clipped, "advantage": advantages}
-  totals["advantage_nonzero"] = advantages != 0
+  totals |= {"ratio_off_one": off_one, "ratio_off_one_squared": off_one**2, **clipped,
+             "advantage": advantages, "advantage_nonzero": advantages != 0}
   if ref_logp is not None:
     kl = k3(logp, clean(ref_logp), config.kl_cap)
     per_token += config.kl_coef * kl
@@ -117,6 +113,15 @@ def k3(logp: jax.Array, ref_logp: jax.Array, cap: float) -> jax.Array:
   # The outer bound only keeps exp from overflowing: an infinite slope times zero would be NaN.
   d = jnp.clip(ref_logp - logp, -MAX_LOG_RATIO, MAX_LOG_RATIO)
   return jnp.minimum(jnp.expm1(d) - d, cap)
+
+
+def _sampler_metrics(old_logp, behaviour_logp, corrected, mask, lag, max_lag):
+  """`_gap_metrics` of all tokens and, with a `max_lag`, of those of each lag."""
+  metrics = _gap_metrics(old_logp, behaviour_logp, corrected, mask)
+  for k in range(max_lag + 1) if max_lag else ():
+    of_lag = _gap_metrics(old_logp, behaviour_logp, corrected, mask & (lag == k))
+    metrics |= {f"lag_{k}/{name}": value for name, value in of_lag.items()}
+  return metrics
 
 
 def _gap_metrics(old_logp, behaviour_logp, corrected, mask):

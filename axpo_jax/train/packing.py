@@ -113,9 +113,7 @@ def pack(
       too large, a target without a predecessor or a banned one; the message names the example and the
       numbers. Or a length that is not a multiple of `block`.
   """
-  block = block or _block(length)
-  if length % block:
-    raise PackingError(f"rows of {length} tokens: batch.length must be a multiple of {block}")
+  block = _block(length, block)
   for number, example in enumerate(examples):
     check_example(example, length, banned_ids, max(patch_buckets), vocab_size, f"example {number}")
   if not examples:
@@ -222,9 +220,13 @@ def _fill(rows_R, examples, length: int, block: int | None) -> dict[str, np.ndar
   return fields | _target_fields(scored_R, length)
 
 
-def _block(length: int) -> int:
+def _block(length: int, asked: int | None) -> int:
+  """Tokens of a block of attention: as asked for, or as suits rows of `length` tokens."""
   suiting = [block for block in LONG_BLOCKS if length % block == 0 and length >= LONG_ROW]
-  return suiting[0] if suiting else BLOCK
+  block = asked or (suiting[0] if suiting else BLOCK)
+  if length % block:
+    raise PackingError(f"rows of {length} tokens: batch.length must be a multiple of {block}")
+  return block
 
 
 _TARGET_FIELDS = {"at_BxG": np.int32, "targets_BxG": np.int32, "weights_BxG": np.float32,
