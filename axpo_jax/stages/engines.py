@@ -14,8 +14,8 @@ from axpo_jax import paths
 from axpo_jax.engine.embedded.engine import EmbeddedEngine
 from axpo_jax.engine.protocol import Engine
 from axpo_jax.engine.sglang.engine import SGLangEngine
+from axpo_jax.engine.sglang.server.sidecar import Sidecar
 from axpo_jax.engine.sglang.server.spec import API_KEY_VARIABLE, SidecarError
-from axpo_jax.engine.sglang.server.supervisor import Sidecar
 from axpo_jax.engine.sglang.weight_push import PushFolder
 from axpo_jax.errors import ConfigError
 from axpo_jax.model.config import LoraConfig

@@ -326,7 +326,7 @@ def run(config: ConfigDict, context: RunContext, policy: str, root: epath.Path,
   folder = root / "rl"
   with (engines.servers(config, policy, folder) as urls,
         Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints):
-    distributed.on_main(selection.tell, selection.questions(config, context.folder)[1], folder)
+    distributed.on_main(selection.report_tally, selection.questions(config, context.folder)[1], folder)
     loop = Loop(config, context, policy, folder, urls)
     if checkpoints.latest() is not None:
       learner = loop.learner

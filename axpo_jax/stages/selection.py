@@ -18,7 +18,7 @@ from axpo_jax.rollouts import shards
 
 def trajectories(sft: ConfigDict, processor: ImageProcessor, folder: epath.Path | None
                  ) -> tuple[shards.Trajectories, filters.Tally | None]:
-  """What SFT reads, on the disk until it is asked for. The filter is for shards; a dump is read whole.
+  """The trajectories of SFT, each read from disk when it is used. Only shards are filtered, not dumps.
 
   Args:
     sft: the config's section.
@@ -48,8 +48,7 @@ def trajectories(sft: ConfigDict, processor: ImageProcessor, folder: epath.Path 
 
 def questions(config: ConfigDict, folder: epath.Path | None
               ) -> tuple[list[shards.Record] | None, filters.Tally | None]:
-  """Records of the questions that RL trains on; (None, None) where nothing was sampled that could
-  tell.
+  """Records of the questions that RL trains on; (None, None) without samples to filter by.
 
   Args:
     folder: of the run, whose stages "screen" and "teach" are read if the config names no folders.
@@ -82,9 +81,8 @@ def _records(field: str, path: str, config: ConfigDict, folder: epath.Path | Non
     raise ConfigError(f"{field}={path!r}: {error}") from error
 
 
-def tell(tally: filters.Tally | None, folder: epath.Path) -> None:
-  """Prints what a filter did, and writes it to filter.json of a stage's folder; nothing where none was
-  used."""
+def report_tally(tally: filters.Tally | None, folder: epath.Path) -> None:
+  """Prints what a filter kept, and writes it to filter.json in a stage's folder. None: no filter was used."""
   if tally is None:
     return
   print(f"{folder.name}: {tally}")

@@ -51,7 +51,7 @@ def run(config: ConfigDict, context: RunContext, policy: str, root: epath.Path,
     supervised_objective(), context.mesh, context.rules, banned_ids=context.chat.banned_ids,
     chunk=config.batch.logprob_chunk, frozen_dtype=policies.frozen_dtype(context, policy))
   data = sft_batches(config, context)
-  distributed.on_main(selection.tell, data.tally, workdir)
+  distributed.on_main(selection.report_tally, data.tally, workdir)
   with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
     params = functools.partial(policies.trained_params, context, policy, config.seed)
     if checkpoints.latest() is None:

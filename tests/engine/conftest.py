@@ -22,8 +22,8 @@ from aiohttp import web
 from flax import nnx
 from PIL import Image
 
-from axpo_jax.engine.background import LoopThread
 from axpo_jax.engine.embedded.engine import EmbeddedEngine
+from axpo_jax.engine.loop_thread import LoopThread
 from axpo_jax.engine.protocol import Engine, SampleRequest, SamplingParams
 from axpo_jax.engine.settings import EmbeddedConfig, FleetConfig, PushConfig, SGLangConfig
 from axpo_jax.engine.sglang.engine import SGLangEngine

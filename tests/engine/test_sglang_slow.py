@@ -6,7 +6,7 @@ import asyncio
 import pytest
 from aiohttp import web
 
-from axpo_jax.engine.background import LoopThread
+from axpo_jax.engine.loop_thread import LoopThread
 from axpo_jax.engine.sglang.api import TooSlow
 from axpo_jax.engine.sglang.server.spec import free_port
 

@@ -15,13 +15,13 @@ import pytest
 
 import axpo_jax
 from axpo_jax.engine.sglang.server import Sidecar, SidecarError, SidecarSpec, sizing
+from axpo_jax.engine.sglang.server.sidecar import Keeper, Program, ask, group_members
 from axpo_jax.engine.sglang.server.spec import (
   API_KEY_VARIABLE,
   free_port,
   server_command,
   server_environment,
 )
-from axpo_jax.engine.sglang.server.supervisor import Keeper, Program, ask, group_members
 from tests.children import until
 
 CHECKPOINT = str(pathlib.Path(axpo_jax.__file__).parent / "assets" / "warm_start")

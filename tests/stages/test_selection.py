@@ -78,7 +78,7 @@ def test_trajectories_for_sft(run, capsys):
   for path, start in found._places:  # the very lines of the right rollouts
     lines.append(path.read_text()[start:].splitlines()[0])
   assert lines == ["rollout q0 0", "rollout q0 1", "rollout q2 0", "rollout q2 1"]
-  selection.tell(tally, run.folder / "sft")
+  selection.report_tally(tally, run.folder / "sft")
   assert "4 of 13 trajectories kept (30.8%)" in capsys.readouterr().out
   assert json.loads((run.folder / "sft" / "filter.json").read_text())["reasons"]["too long"] == 2
   c.sft.max_length = 10

@@ -1,7 +1,7 @@
 """The engine whose samples come from SGLang servers.
 
 In: sample requests and, once a step, the trainer's weights. Out: samples drawn by servers that hold
-exactly these weights. A server is a base URL here; `server.supervisor` starts and restarts them.
+exactly these weights. A server is a base URL here; `server.sidecar` starts and restarts them.
 
 Errors. A request that fails at one server is retried at another, `attempts` times and within a deadline.
 What remains is a typed error: `RequestError` for a request that no server can serve, `ServerError` if all
@@ -31,7 +31,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from axpo_jax.engine.background import LoopThread
+from axpo_jax.engine.loop_thread import LoopThread
 from axpo_jax.engine.protocol import (
   EngineClosed,
   EngineStats,
