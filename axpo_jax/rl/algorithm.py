@@ -161,6 +161,8 @@ def assign_credit(
     prefix        A = (r_prefix - mean(r~)) / std(r~)            before the cut; the failed call is masked
     continuation  A_k = (r_k - mean_K(r)) / std_K(r)             from the cut on; the copied prefix is masked
 
+  With `config.turn_weight`, the tokens of a turn also get the advantage of its own reward.
+
   Order: the N rollouts of a question, then its branches' continuations, question by question.
   Sequences with zero advantage stay: their KL counts, and so do their tokens in the one token mean
   over every unmasked token of the step. Dropping them would make the step's size depend on luck.
@@ -183,7 +185,7 @@ def assign_credit(
         credits[branch.source - len(plain_N)] = Credit(number, branch.source, None, PREFIX, earned)
     for m, resampled_K in enumerate(resampled_MxK):
       credits += [Credit(number, k, m, CONTINUATION, float(a)) for k, a in enumerate(resampled_K)]
-  return credits
+  return credit_lib.with_turns(credits, groups, config) if config.turn_weight else credits
 
 
 def _grouped(rewards_N: np.ndarray, rewards_MxK: Sequence[np.ndarray], config: CreditConfig

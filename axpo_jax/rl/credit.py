@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from axpo_jax.rl.advantages import mean_and_std, reward_vector, standardise
+from axpo_jax.rl.advantages import group_advantages, mean_and_std, reward_vector, standardise
 
 PREFIX_CREDITS = ("any", "mean", "excess", "none")
 ALL, PREFIX, CONTINUATION = "all", "prefix", "continuation"
@@ -30,6 +30,8 @@ class CreditConfig:
     ddof: ours; 1 is the unbiased standard deviation, 0 the population's.
     eps: ours; added to every standard deviation.
     normalise_std: False only centres the rewards (Dr.GRPO).
+    turn_weight: ours; weight of the advantage of a turn's own reward, which its tokens get beside that of
+      the whole rollout. 0: turns have none.
     leave_one_out: True compares a reward with the mean of the *others* of its group (RLOO,
       arXiv 2402.14740); needs normalise_std=False.
   """
@@ -40,6 +42,7 @@ class CreditConfig:
   eps: float = 1e-6
   normalise_std: bool = True
   leave_one_out: bool = False
+  turn_weight: float = 0.0
 
   def __post_init__(self):
     if self.prefix_credit not in PREFIX_CREDITS:
@@ -67,6 +70,7 @@ class Branch:
     source: position in the group of the rollout whose prefix it is.
     rewards_K: as judged.
     num_calls_K, lengths_K: tool calls, and response tokens; only shaping reads them.
+    turn_rewards_K: of each turn, from the rollout's first on; credit.turn_weight needs them.
     frozen: False where they begin at the question, so that there is no prefix to credit.
   """
 
@@ -75,6 +79,7 @@ class Branch:
   num_calls_K: np.ndarray | None = None
   lengths_K: np.ndarray | None = None
   frozen: bool = True
+  turn_rewards_K: Sequence[Sequence[float]] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,12 +90,14 @@ class GroupOutcome:
     rewards_N: as judged.
     branches: at most one per source.
     num_calls_N, lengths_N: tool calls, and response tokens; only shaping reads them.
+    turn_rewards_N: of each turn; credit.turn_weight needs them.
   """
 
   rewards_N: np.ndarray
   branches: Sequence[Branch] = ()
   num_calls_N: np.ndarray | None = None
   lengths_N: np.ndarray | None = None
+  turn_rewards_N: Sequence[Sequence[float]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +112,7 @@ class Credit:
       source's prefix end; its own call and what follows are masked. "continuation": those from
       the prefix end on; the copied prefix is masked.
     advantage: the same for all those tokens.
+    turns: what the tokens of each turn get beside it; empty: nothing.
   """
 
   group: int
@@ -112,6 +120,7 @@ class Credit:
   branch: int | None
   region: str
   advantage: float
+  turns: tuple[float, ...] = ()
 
 
 def prefix_advantage(
@@ -147,6 +156,42 @@ def _excess_advantage(others: np.ndarray, rewards_K: np.ndarray, config: CreditC
   if not config.normalise_std:
     return excess
   return excess / (mean_and_std(pooled, config.ddof)[1] + config.eps)
+
+
+def turn_advantages(rewards: Sequence[Sequence[float]], config: CreditConfig) -> list[tuple[float, ...]]:
+  """Weighted advantages of the turns of a group's rollouts.
+
+  Turn t of a rollout is compared with turn t of the others that have one; a turn that no other rollout has
+  gets 0.
+
+  Args:
+    rewards: of each rollout, one a turn.
+  """
+  out = [[0.0] * len(own) for own in rewards]
+  for turn in range(max(map(len, rewards), default=0)):
+    have = [i for i, own in enumerate(rewards) if len(own) > turn]
+    if len(have) > 1:
+      earned = group_advantages([rewards[i][turn] for i in have], **config.scale)
+      for i, advantage in zip(have, earned):
+        out[i][turn] = config.turn_weight * float(advantage)
+  return [tuple(own) for own in out]
+
+
+def with_turns(credits: Sequence[Credit], groups: Sequence[GroupOutcome], config: CreditConfig
+               ) -> list[Credit]:
+  """The credits with the advantages of their turns.
+
+  Raises:
+    ValueError: a group has no rewards of turns.
+  """
+  found: dict[tuple[int, int | None], list[tuple[float, ...]]] = {}
+  for number, group in enumerate(groups):
+    members = [(None, group.turn_rewards_N), *((m, b.turn_rewards_K) for m, b in enumerate(group.branches))]
+    for branch, rewards in members:
+      if rewards is None:
+        raise ValueError(f"credit.turn_weight={config.turn_weight}, but group {number} has no rewards of turns.")
+      found[number, branch] = turn_advantages(rewards, config)
+  return [dataclasses.replace(c, turns=found[c.group, c.branch][c.rollout]) for c in credits]
 
 
 def check_branches(number: int, group: GroupOutcome) -> None:

@@ -118,12 +118,16 @@ def outcome_of(group: Group) -> GroupOutcome:
   def rewards(rollouts: Sequence[Rollout]) -> np.ndarray:
     return np.array([rollout.reward for rollout in rollouts], np.float64)
 
+  def turns(rollouts: Sequence[Rollout]) -> list[list[float]]:
+    return [rollout.transcript.rewards for rollout in rollouts]
+
   return GroupOutcome(
     rewards(group.rollouts),
     [BranchOutcome(branch.source, rewards(branch.rollouts),
-                   **{f"{name}_K": x for name, x in counts(branch.rollouts).items()}, frozen=branch.frozen)
+                   **{f"{name}_K": x for name, x in counts(branch.rollouts).items()}, frozen=branch.frozen,
+                   turn_rewards_K=turns(branch.rollouts))
      for branch in group.branches],
-    **{f"{name}_N": x for name, x in counts(group.rollouts).items()})
+    **{f"{name}_N": x for name, x in counts(group.rollouts).items()}, turn_rewards_N=turns(group.rollouts))
 
 
 def tried_prefixes(groups: Iterable[Group]) -> list[Tried]:

@@ -18,13 +18,13 @@ from axpo_jax.rollouts.groups import Group
 from axpo_jax.train.packing import Example
 
 
-def from_transcript(transcript: Transcript, mask_C: np.ndarray, advantage: float,
+def from_transcript(transcript: Transcript, mask_C: np.ndarray, advantage: float | np.ndarray,
                     image_token_id: int, version: int | None = None) -> Example:
   """The expanded example of a transcript.
 
   Args:
     mask_C: bool, which collapsed tokens carry loss.
-    advantage: the same for all of them.
+    advantage: the same for all of them, or one for each collapsed token.
     version: of the weights that will be trained on it, to which tokens' lag is counted; None: no lag.
   """
   expanded = transcript.expand()
@@ -32,6 +32,7 @@ def from_transcript(transcript: Transcript, mask_C: np.ndarray, advantage: float
   images = [image.shown for image in transcript.images]
   grids = [image.merged_hw for image in images]
   mask_T = mask_C[source_T]
+  advantage = advantage[source_T] if isinstance(advantage, np.ndarray) else advantage
   logprobs_T = np.asarray(transcript.logprobs, np.float32)[source_T]
   return Example(
     ids_T=expanded.ids_T, positions_Tx3=mrope_positions(expanded.ids_T, grids, image_token_id),
@@ -69,4 +70,9 @@ def _credited(group: Group, credit: Credit, image_token_id: int, version: int | 
     branch = group.branches[credit.branch]
     rollout, cut = branch.rollouts[credit.rollout], branch.prefix_end
   mask_C = loss_mask(rollout.transcript.sampled, credit.region, cut)
-  return from_transcript(rollout.transcript, mask_C, credit.advantage, image_token_id, version)
+  advantage = credit.advantage
+  if credit.turns:
+    advantage = np.full(len(mask_C), credit.advantage)
+    for (start, stop), own in zip(rollout.transcript.turns, credit.turns):
+      advantage[start:stop] += own
+  return from_transcript(rollout.transcript, mask_C, advantage, image_token_id, version)

@@ -1,5 +1,7 @@
 """Recovery credit, continuation groups and masks: the worked values, and what must not change."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,7 +9,14 @@ from hypothesis import strategies as st
 
 from axpo_jax.rl.advantages import group_advantages
 from axpo_jax.rl.algorithm import assign_credit, loss_mask
-from axpo_jax.rl.credit import Branch, Credit, CreditConfig, GroupOutcome, prefix_advantage
+from axpo_jax.rl.credit import (
+  Branch,
+  Credit,
+  CreditConfig,
+  GroupOutcome,
+  prefix_advantage,
+  turn_advantages,
+)
 
 PAPER = CreditConfig()
 
@@ -230,3 +239,25 @@ def test_bad_config():
     CreditConfig(ddof=2)
   with pytest.raises(ValueError, match="no prefix advantage"):
     prefix_advantage(np.zeros(4), 0, np.ones(4), CreditConfig(prefix_credit="none"))
+
+
+def test_turns_are_compared_with_the_same_turn_of_the_other_rollouts():
+  config = CreditConfig(turn_weight=0.5)
+  rewards = [[1.0, 0.0], [0.0], [0.0, 0.0, 9.0], []]
+  first = np.array([1.0, 0.0, 0.0])
+  want = 0.5 * (first - first.mean()) / (first.std(ddof=1) + 1e-6)
+  found = turn_advantages(rewards, config)
+  assert [len(own) for own in found] == [2, 1, 3, 0]
+  np.testing.assert_allclose([own[0] for own in found[:3]], want, rtol=1e-12)
+  assert found[0][1] == found[2][1] == 0 and found[2][2] == 0  # equal; and nothing to compare with
+
+
+def test_turns_reach_the_credits_and_leave_the_rest_as_it_is():
+  group = GroupOutcome(np.array([1.0, 0.0]), [Branch(1, np.array([1.0, 0.0]), turn_rewards_K=[[0.0], [1.0]])],
+                       turn_rewards_N=[[1.0], [0.0]])
+  plain = assign_credit([group], CreditConfig())
+  turned = assign_credit([group], CreditConfig(turn_weight=1.0))
+  assert [dataclasses.replace(credit, turns=()) for credit in turned] == plain
+  assert [np.sign(credit.turns[0]) for credit in turned] == [1, -1, -1, 1]
+  with pytest.raises(ValueError, match="no rewards of turns"):
+    assign_credit([GroupOutcome(np.array([1.0, 0.0]))], CreditConfig(turn_weight=1.0))

@@ -45,9 +45,10 @@ def config_of(checkpoint, folder, **changes):
   return config
 
 
-def run(checkpoint, folder, **changes):
+def run(checkpoint, folder, *, turn_weight=0.0, **changes):
   """Metrics of both steps and the dumped rollouts of the last."""
   config = config_of(checkpoint, folder, **changes)
+  config.rl.credit.turn_weight = turn_weight
   experiment.run(config, folder / "run")
   lines = [line for line in read_metrics(folder / "run") if "rollout/reward_mean" in line]
   dumped = [json.loads(line) for line in
@@ -59,7 +60,7 @@ def run(checkpoint, folder, **changes):
 @pytest.mark.slow
 def test_a_guessing_game_with_a_reward_of_ones_own(checkpoint, tmp_path):
   lines, dumped = run(checkpoint, tmp_path, environment="own_environment:GuessingGame",
-                      environment_args='{"per_guess": -0.25}', reward="environment + own_reward:care")
+                      environment_args='{"per_guess": -0.25}', turn_weight=0.5, reward="environment + own_reward:care")
   assert all(line["rollout/failed"] == 0 for line in lines)
   assert any(line.get("rollout/stop/done", 0) > 0 for line in lines)
   assert {"rollout/reward/environment", "rollout/reward/care/failed_calls",

@@ -113,6 +113,17 @@ def test_regions_split_a_rollout(group, context):
   assert first == last + 1
 
 
+def test_tokens_of_a_turn_get_its_own_advantage_too(group, context):
+  turns = tuple(0.25 * (i + 1) for i in range(len(group.rollouts[0].transcript.turns)))
+  (plain,), (turned,) = (
+    examples.credited([group], [Credit(0, 0, None, ALL, -1.0, own)], context.model_config.image_token_id)
+    for own in ((), turns))
+  extra_T = turned.advantages_T - plain.advantages_T
+  runs = np.split(extra_T[plain.loss_mask_T], np.flatnonzero(np.diff(np.flatnonzero(plain.loss_mask_T)) > 1) + 1)
+  assert [set(run.tolist()) for run in runs] == [{own} for own in turns]
+  assert not extra_T[~plain.loss_mask_T].any()
+
+
 def test_other_processes_train_on_the_same_and_get_no_pixels_with_it(group, context):
   sent = pickle.dumps(for_training([group]))
   (received,) = pickle.loads(sent)
