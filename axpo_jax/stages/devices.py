@@ -1,4 +1,4 @@
-"""Whether the devices at hand can do what a run asks for, before anything is allocated.
+"""Checks that this machine's devices can do what a run asks for, before anything is allocated.
 
 In: a config and its RunContext. Out: nothing, or a ConfigError with the numbers and the fields to change.
 """
@@ -18,7 +18,7 @@ from axpo_jax.train.state import abstract_state
 
 
 def check(config: ConfigDict, context: RunContext) -> None:
-  """Whether this process's devices can do what the config asks for, before anything is allocated.
+  """Checks this process's devices against the config, before anything is allocated.
 
   Raises:
     ConfigError: names the fields to change.
@@ -27,9 +27,9 @@ def check(config: ConfigDict, context: RunContext) -> None:
   if config.rollout.engine != "embedded" or not stages:
     return
   if config.rollout.staleness and "rl" in stages and context.mesh.size > 1:
-    # The sampler's thread and the update's would each start programs with collectives. Devices that
-    # get two of them in different orders wait for each other for ever. And nothing is lost: sampler and
-    # trainer share the devices, so there is little that one could do beside the other.
+    # The sampler's thread and the update's thread both start programs with collectives. Two devices that
+    # receive two such programs in different orders deadlock. Refusing costs little: sampler and trainer
+    # share the devices and could hardly overlap.
     raise ConfigError(
       f"config.rollout.staleness={config.rollout.staleness} with the embedded sampler works on one "
       f"device; config.mesh has {context.mesh.size}: set staleness=0, or config.rollout.engine=sglang")
@@ -44,7 +44,7 @@ def check(config: ConfigDict, context: RunContext) -> None:
 
 
 def _training_bytes(config: ConfigDict, context: RunContext) -> float:
-  """What RL holds of a device while it samples: parameters and optimizer state, and the reference."""
+  """Bytes a device holds during RL's sampling: parameters, optimizer state and the reference policy."""
   trained = learners.optimizer(config.optimizer, 1, config.model.freeze_vision, context.lora)
   model = nnx.eval_shape(lambda: Qwen3VL(context.trained_config, rngs=nnx.Rngs(0)))
   frozen = policies.frozen_dtype(context, config.model.checkpoint)

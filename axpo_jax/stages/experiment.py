@@ -1,8 +1,8 @@
 """A whole run: the stages a config names, one after the other, each resumable.
 
-A stage begins with a policy folder and ends with one (Hugging Face layout), which is the next
-stage's beginning. A stage whose folder is there is done. Stages that only sample ("teach", "screen",
-"eval") end with the policy that they began with; later stages read their shards.
+A stage takes a policy folder (Hugging Face layout) and returns one, which the next stage takes. A stage
+whose folder exists is skipped. Stages that only sample ("teach", "screen", "eval") return the policy that
+they were given; later stages read their shards.
 """
 
 import json
@@ -49,7 +49,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   distributed.on_main(claim.check, root, config)
   programs.use_cache(config.compilation_cache)
   context = run_context(config, root)
-  # What fails up to `take` leaves the folder as it was.
+  # A failure before `claim.take` leaves the folder unchanged.
   distributed.on_main(preflight.check_files, config, context)
   distributed.on_main(devices.check, config, context)
   distributed.on_main(preflight.start_tools, config, context)
@@ -81,8 +81,7 @@ def _say(text: str) -> None:
 
 
 def _check_folders(config: ConfigDict, root: epath.Path) -> None:
-  """What servers read must be a folder of theirs too, which neither a store nor a folder of this
-  machine alone is."""
+  """Refuses folders that SGLang servers could not read: object stores, and folders of this machine alone."""
   section = config.rollout.sglang
   for name in ("push_folder", "image_folder"):
     if section[name] and paths.is_remote(paths.parse(section[name], f"config.rollout.sglang.{name}")):

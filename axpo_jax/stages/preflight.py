@@ -1,7 +1,7 @@
-"""What a run reads in its course, read a little before its folder is claimed.
+"""Checks a run's input files and tools before the run claims its folder.
 
-In: a checked config and the parts that were built from it. Out: nothing, or a ConfigError that names file
-and field. Weights are looked at by their headers, questions by the first few, tools by starting them.
+In: a checked config and its RunContext. Out: nothing, or a ConfigError that names file and field. Of weights
+the headers are read, of question files the first records; tools are started.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _SHOWN = 3  # tensors that do not fit, in the message
 
 
 def check_files(config: ConfigDict, context: RunContext) -> None:
-  """Looks at the files that the run reads.
+  """Checks the files that the run reads.
 
   Raises:
     ConfigError: something is missing, damaged or of another kind.

@@ -43,15 +43,18 @@ ActorOf = Callable[[Question], collect.Actor]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One folder of shards: who is asked, how often, and by whom it is judged (None: as in training).
+  """The questions of one folder of shards.
 
-  `forces`: a folder of shards whose rollouts are repeated with a call forced behind their thinking.
+  Attributes:
+    section: of the config; its `rollouts` and `shard` are read.
+    benchmark: scores the answers; None: the training reward does.
+    forces: a folder of shards whose rollouts are repeated with a call forced behind their thinking.
   """
 
   name: str
   folder: epath.Path
   questions: Callable[[], Iterable[Question]]
-  section: ConfigDict  # with `rollouts` and `shard`
+  section: ConfigDict
   benchmark: benchmarks.Benchmark | None = None
   forces: epath.Path | None = None
 
@@ -69,7 +72,7 @@ def teach(config: ConfigDict, context: RunContext, policy: str, root: epath.Path
 
 def screen(config: ConfigDict, context: RunContext, policy: str, root: epath.Path,
            first_step: int) -> str:
-  """What the policy at hand makes of the training questions: the difficulty filter's counts."""
+  """Samples the training questions with the current policy. The difficulty filter reads the counts."""
   job = Job("screen", root / "screen" / "shards",
             lambda: training_questions(config, config.screen.questions), config.screen)
   _sample([job], config, _policy(config, context, policy, root / "screen", "screen"))
@@ -123,7 +126,7 @@ def _benchmark_questions(config: ConfigDict, benchmark: benchmarks.Benchmark) ->
 
 def _sample(jobs: list[Job], config: ConfigDict,
             sampler: contextlib.AbstractAsyncContextManager) -> list[list[shards.Record]]:
-  """The records of each job; whoever samples is there only if something is left to sample."""
+  """The records of each job. The sampler starts only if some shard is not finished."""
   if distributed.on_main(lambda: all(shards.done(job.folder) for job in jobs)):
     return distributed.on_main(lambda: [list(shards.records(job.folder)) for job in jobs])
 
@@ -157,7 +160,7 @@ async def _job(job: Job, config: ConfigDict, actor: ActorOf) -> list[shards.Reco
 
 @contextlib.asynccontextmanager
 async def _scorer(job: Job, config: ConfigDict) -> AsyncIterator[shards.Scorer | None]:
-  """Who judges a job's answers; None: the episodes did."""
+  """The scorer of a job's answers; None: the episodes scored them already."""
   if job.benchmark is None:
     yield None
     return
@@ -171,7 +174,7 @@ async def _scorer(job: Job, config: ConfigDict) -> AsyncIterator[shards.Scorer |
 
 
 async def _judge_again(jobs: Iterable[Job], config: ConfigDict, context: RunContext) -> None:
-  """Asks for the verdicts that a judge did not give when the run was here before."""
+  """Asks for the verdicts that are missing from an earlier start of the run."""
   for job in jobs:
     async with _scorer(job, config) as score:
       if score is not None:
@@ -182,7 +185,7 @@ def _opening(actor: ActorOf, thoughts: forced.Thoughts) -> ActorOf:
   return lambda question: forced.opener(actor(question), thoughts)
 
 
-# Whoever samples: a context that gives the actor of each question.
+# The samplers. Each is a context manager whose value gives the actor of a question.
 
 
 @contextlib.asynccontextmanager
@@ -204,7 +207,7 @@ async def _policy(config: ConfigDict, context: RunContext, policy: str, folder: 
 @contextlib.asynccontextmanager
 async def _endpoint(config: ConfigDict, context: RunContext, policy: str, folder: epath.Path,
                     stage: str) -> AsyncIterator[ActorOf | None]:
-  """A chat endpoint, which has the teacher."""
+  """The teacher behind a chat endpoint."""
   section, idle = config.teach, _idle(config, context, stage)
   engine = OpenAIEngine(context.chat, OpenAIConfig(
     section.url, section.model, api_key=os.environ.get(KEY_VARIABLE, ""),
@@ -223,8 +226,10 @@ async def _script(config: ConfigDict, context: RunContext, policy: str, folder: 
 
 
 def _idle(config: ConfigDict, context: RunContext, stage: str) -> collect.Actor | None:
-  """An actor without an engine, made before weights are loaded: a tool that lacks its key says so at
-  once. Of several processes only the main one acts."""
+  """An actor without an engine, made before weights are loaded, so that a tool without its key fails first.
+
+  None in all processes but the main one, which alone acts.
+  """
   return actors.make_actor(config, context, None, stage) if distributed.is_main() else None
 
 

@@ -1,7 +1,7 @@
-"""From sections of the config to the records that read them; and all of them at once, as a check.
+"""The records that sections of the config are read into.
 
-In: a config. Out: frozen records, which check their own values when they are built. A run builds some of
-them hours after its start (RL's after SFT), so `check` builds every one before anything starts.
+In: a config. Out: frozen dataclasses, which check their own values when they are built. A run builds some of
+them hours after its start (RL's after SFT), so `check` builds all of them before anything starts.
 """
 
 import contextlib
@@ -58,15 +58,17 @@ def reader(config: ConfigDict, source: str) -> readers.ReaderConfig:
 
 
 def patch_rows(config: ConfigDict, vision: VisionConfig) -> tuple[int, ...]:
-  """Lengths of rows of image patches, in training and sampling: the last holds the largest image that
-  the config lets anyone be shown, a question's or a tool's."""
+  """Lengths of rows of image patches, in training and sampling.
+
+  The last holds the largest image that the config allows, of a question or of a tool.
+  """
   images = config.images
   usual, largest = images.max_pixels, max(images.max_pixels, images.zoom_max_pixels)
   return patch_lengths(usual // vision.patch_size**2, largest // vision.patch_size**2)
 
 
 def computed_as(base: ModelConfig, section: ConfigDict) -> ModelConfig:
-  """A model of these sizes, computed as the section `model` says."""
+  """A model of these sizes with the dtypes, remat and attention of the section `model`."""
   return dataclasses.replace(base, **{name: section[name] for name in (
     "dtype", "param_dtype", "remat", "attention", "attention_chunk")})
 
@@ -163,8 +165,7 @@ def _model(config: ConfigDict) -> ModelConfig:
 
 
 def _processor(config: ConfigDict) -> None:
-  """The image processor's numbers are the vision tower's, or pictures would be cut into other patches
-  than the model reads."""
+  """Checks that the image processor cuts images into the patches that the vision tower reads."""
   folder, vision = config.model.tokenizer or config.model.checkpoint, _model(config).vision
   form = ImageProcessor.from_checkpoint(paths.local(folder, hf.SMALL_FILES)).format
   for ours, theirs in (("patch_size", "patch_size"), ("temporal_patch_size", "temporal_patch_size"),
