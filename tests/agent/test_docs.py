@@ -1,9 +1,13 @@
 """docs/tools.md: its example works, its tables name what there is."""
 
 import asyncio
+import importlib
 import pathlib
 import re
 import types
+
+import numpy as np
+import PIL.Image
 
 from axpo_jax.agent import reward_terms
 from axpo_jax.agent.tools.base import EpisodeState, ToolBox
@@ -11,6 +15,7 @@ from axpo_jax.agent.tools.image_search import ImageSearch
 from axpo_jax.agent.tools.python import PythonTool
 from axpo_jax.agent.tools.search import SearchTool
 from axpo_jax.agent.tools.zoom import ImageZoomIn
+from axpo_jax.data import readers
 
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "tools.md").read_text()
 
@@ -60,3 +65,30 @@ def test_the_reward_of_the_extending_page():
   assert asyncio.run(scope["care"](rollout)) == {"failed_calls": -0.1, "short": 0.1}
   for term in reward_terms.TERMS:
     assert f"| `{term}` |" in EXTENDING
+
+
+def test_the_tool_of_the_extending_page():
+  weather = extending("weather")["weather"]
+  box = ToolBox([weather], ["network"])
+  seen = asyncio.run(box.call("weather", {"city": "Ulm"}, EpisodeState("q", [])))
+  assert seen.text == "It rains in Ulm." and box.runs_beside("weather")
+
+
+def test_the_data_set_of_the_extending_page(tmp_path):
+  rows = [("Which colour?", "red", PIL.Image.new("RGB", (40, 40), "red"))]
+  extending("def write")["write"](rows, tmp_path)
+  (question,) = readers.read_questions(tmp_path / "questions.jsonl", readers.ReaderConfig())
+  assert question.answers == ("red",) and len(question.images) == 1 and question.category == "mine"
+
+
+def test_the_example_of_a_tool(monkeypatch):
+  monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[2] / "examples"))
+  own = importlib.import_module("own_tool").brightness
+  picture = PIL.Image.fromarray(np.repeat(np.uint8([[0, 200]]), 10, axis=0)).resize((100, 10), 0)
+  box = ToolBox([own], ["read_image"])
+
+  def call(left, right):
+    return asyncio.run(box.call("brightness", {"left": left, "right": right}, EpisodeState("q", [picture])))
+
+  assert call(0, 500).text == "0.0 of 255" and call(500, 1000).text == "200.0 of 255"
+  assert call(500, 500).error == "tool_error"
