@@ -1,8 +1,8 @@
-"""Checks of a configuration before anything is loaded, so that a run fails in its first seconds.
+"""Checks a configuration before anything is loaded, so that a run fails in its first seconds.
 
 In: the whole tree of `config.base_config`. Out: nothing, or a `ConfigError` that names the field, its
-value and what to set it to. What needs no JAX is checked first; then every record of every stage is
-built once (`stages.sections`), since a run builds some of them hours after its start.
+value and what to set it to. Checks without JAX come first. Then every record of every stage is built
+once (`stages.sections`), since a run builds some of them hours after its start.
 """
 
 import math
@@ -39,7 +39,7 @@ _CHOICES = {
   "rollout.sidecar.device": ("cuda", "cpu"), "rl.old_logprobs": OLD_LOGPROBS,
   "agent.reward_failure": ("leave_out", "zero"),
 }
-# The least value of numbers that no record checks.
+# Lower bounds of numbers that no record checks.
 _LEAST = {
   **dict.fromkeys((
     "rl.steps", "rl.questions", "rl.updates", "rl.max_lost_steps", "sft.steps", "sft.examples", "sft.max_length",
@@ -59,7 +59,7 @@ _LEAST = {
       for name in ("calls", "seconds", "bytes", "images")),
     *(f"{section}.{name}" for section in ("optimizer", "sft.optimizer")
       for name in ("learning_rate", "weight_decay", "clip_norm"))), 0),
-  # With one rollout a question nothing is there to compare it with: every advantage is 0.
+  # A single rollout has nothing to be compared with: its advantage is 0.
   "rl.num_rollouts": 2,
   "eval.every": -1,
 }

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     return
   if not _WORKDIR.value:
     raise app.UsageError("--workdir=<folder> is needed: checkpoints and metrics go there.")
-  logging.set_verbosity(logging.WARNING)  # libraries tell much of their own at INFO
+  logging.set_verbosity(logging.WARNING)  # libraries log much of their own at INFO
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install torch
   validate(_CONFIG.value)
   machine.prepare(_CONFIG.value)

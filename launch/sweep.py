@@ -10,10 +10,10 @@ first; "{workdir}" in a value is the sweep's folder, so that a point can begin w
 
   {"name": "rl-0", "after": "sft-0", "config.model.checkpoint": "{workdir}/sft-0/sft/policy", ...}
 
-What stands behind `--` goes to every point.
+Flags behind `--` go to every point.
 
-The same command run again goes on: finished points are skipped, others resume from their checkpoints. A
-point that fails does not stop the others; its log is in its folder. --only takes some of the points, so
+The same command run again continues the sweep: finished points are skipped, others resume from their
+checkpoints. A point that fails does not stop the others; its log is in its folder. --only takes some of the points, so
 that several sessions or machines share a sweep. With --print nothing is run: one command a point is
 printed, for a cluster's scheduler, and --parallel=0 prints the table of what is there. Points that differ
 in config.seed alone share a line of the table: mean and 95 % interval.
@@ -75,8 +75,11 @@ _LONGEST_NAME = 120
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-  """One run: what it overrides, its folder and its command, and the folder of the point that must be
-  done first."""
+  """One run of the sweep.
+
+  Attributes:
+    after: folder of the point that must be done first; None: no other.
+  """
 
   overrides: Mapping[str, str]
   folder: epath.Path
@@ -93,7 +96,7 @@ class Point:
     return file.exists() and json.loads(file.read_text()) == list(self.command)
 
   def run(self) -> str:
-    """Runs it to its end; returns what went wrong, or nothing."""
+    """Runs the point to its end; returns what went wrong, or an empty text."""
     self.folder.mkdir(parents=True, exist_ok=True)
     log, made_by = self.folder / "log.txt", self.folder / _MADE_BY
     if not made_by.exists():
@@ -117,7 +120,7 @@ def _made_by() -> dict[str, str]:
 
 
 def _environment(compiled: pathlib.Path) -> dict[str, str]:
-  """Ours, with a folder for compiled programs unless it names one."""
+  """This process's environment, with a folder for compiled programs unless it names one."""
   return {"JAX_COMPILATION_CACHE_DIR": str(compiled.resolve()),
           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5", **os.environ}
 
@@ -219,7 +222,7 @@ def _point(given: Mapping[str, str], common: Sequence[str]) -> Point:
 
 
 def _name(overrides: Mapping[str, str]) -> str:
-  """A folder's name that tells the point."""
+  """A folder name made of the point's overrides."""
   name = ",".join(f"{key.removeprefix('config.')}={value}" for key, value in overrides.items())
   name = name.replace("/", "_")
   if len(name) <= _LONGEST_NAME:
@@ -228,8 +231,7 @@ def _name(overrides: Mapping[str, str]) -> str:
 
 
 def _run(points: Sequence[Point], parallel: int) -> dict[str, str]:
-  """Runs what is not done, in order but for points that others must precede; name -> error of what
-  failed."""
+  """Runs the points that are not done, each after the point it names in "after"; returns name -> error."""
   failures: dict[str, str] = {}
   running: dict[concurrent.futures.Future, Point] = {}
   waiting = [point for point in points if not point.done]
