@@ -218,7 +218,7 @@ def parse(expression: str, *, time_limit: float, known: Mapping[str, Function] |
                       getattr(function, "time_limit", time_limit)))
   labels = [term.name for term in terms]
   if doubled := sorted({label for label in labels if labels.count(label) > 1}):
-    raise RewardError(f"{expression!r} names {doubled} twice: parts are told apart by their names")
+    raise RewardError(f"{expression!r} names {doubled} twice: each part needs a name of its own")
   return RewardSum(terms, leave_out=leave_out)
 
 

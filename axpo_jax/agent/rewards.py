@@ -82,7 +82,7 @@ def judge(question: Question, answer: str) -> float:
   """1.0 if `answer` is right by any gold answer of `question`, else 0.0. May block for seconds.
 
   Raises:
-    MathematicsError: only math-verify can tell, and it cannot be asked.
+    MathematicsError: only math-verify can decide, and it cannot be asked.
   """
   return _verdict([mathematics.same(answer, gold) if found is None else found
                    for gold, found in _by_rule(question, answer)]).reward
@@ -99,7 +99,7 @@ def _verdict(found: list[bool | None]) -> Verdict:
 
 
 def _by_rule(question: Question, answer: str) -> list[tuple[str, bool | None]]:
-  """Each gold answer and whether it is met; None: math-verify must tell."""
+  """Each gold answer and whether it is met; None: math-verify must decide."""
   if len(answer) >= MAX_ANSWER:
     return []
   found = [(gold, _matches(question, answer, gold)) for gold in question.answers]

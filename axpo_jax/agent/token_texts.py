@@ -11,7 +11,7 @@ _LONGEST = 4  # bytes, so tokens, of one character in UTF-8
 
 def token_texts(ids: Sequence[int], decode: Callable[[Sequence[int]], str],
                 known: dict[int, str] | None = None) -> list[str]:
-  """Texts of tokens. A character that is spread over several tokens stands with the last of them,
+  """Texts of tokens. A character that is spread over several tokens goes to the last of them,
   and the others are empty.
 
   Args:

@@ -132,7 +132,7 @@ class Expanded:
     source_T: collapsed index of each expanded token.
     image_T: number of the image a pad belongs to, -1 for ordinary tokens.
     image_offset_T: which of the image's merged tokens a pad stands for; 0 for ordinary tokens.
-    start_C1: [C + 1]; collapsed token c stands at expanded [start_C1[c], start_C1[c + 1]).
+    start_C1: [C + 1]; collapsed token c is at expanded [start_C1[c], start_C1[c + 1]).
   """
 
   ids_T: np.ndarray

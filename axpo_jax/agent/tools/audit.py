@@ -184,7 +184,7 @@ async def replay(entries: Sequence[dict[str, Any]], tools: ToolBox,
       if entry["turn"] != state.turn:
         state.history, turn_calls = state.history + turn_calls, []
       state.turn = entry["turn"]
-      # An image that did not fit the episode's budget was not kept: the next line tells.
+      # An image that did not fit the episode's budget was not kept, as the next line shows.
       state.images = shown = shown[:entry["images_before"]]
       observation = await _again(entry, tools, state)
       turn_calls.append(PastCall(ToolCall(entry["tool"], entry["arguments"]), observation.error,

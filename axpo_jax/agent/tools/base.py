@@ -2,7 +2,7 @@
 
 In: a call by name with JSON arguments. Out: an Observation, always. A call that is malformed,
 refused, too slow or that makes the tool raise is answered with an observation that names the
-problem, so the policy can mend it; nothing a policy writes can end the run.
+problem, so the policy can correct it; nothing a policy writes can end the run.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Observation:
 
 
 def failure(kind: str, message: str) -> Observation:
-  """An observation that tells the policy what went wrong."""
+  """An observation that says what went wrong."""
   return Observation(f"Error: {message}", error=kind)
 
 
@@ -100,7 +100,7 @@ class EpisodeState:
       so that a tool with a state (a kernel) can replay them.
     memory: a tool's own state, by tool name; dies with the episode.
     usage: what the episode has used up; calls of the past count.
-    id: tells this episode from every other one in the audit log.
+    id: of this episode in the audit log.
     running: calls that have begun and not ended.
   """
 
@@ -339,7 +339,7 @@ async def _run(tool: Tool, arguments: dict[str, Any], episode: EpisodeState,
       observation = await tool.run(arguments, episode)
     # Converted once, here: what the policy sees, what later calls get and what is dumped are alike.
     return dataclasses.replace(observation, images=tuple(map(upright_rgb, observation.images)))
-  except Exception as error:  # the tool's fault, told to the policy and counted by kind
+  except Exception as error:  # the tool's fault: shown to the policy, and counted by kind
     if isinstance(error, TimeoutError) and limit.expired():
       return failure(TIMEOUT, f"{tool.name} took longer than {tool.time_limit:g} seconds")
     return failure(TOOL_ERROR, f"{tool.name} failed: {type(error).__name__}: {error}")

@@ -1,7 +1,7 @@
 """Kernels for the `python` tool, seen from the trainer: a pool of warm ones and how to talk to one.
 
 In: cells and images. Out: `CellResult`s. The processes are described in `sandbox.server`; this
-module starts the fork server, asks it for kernels ahead of need, and kills what it is told to.
+module starts the fork server, asks it for kernels ahead of need, and kills them on request.
 Everything here runs on one event loop (`background`).
 """
 

@@ -27,7 +27,7 @@ MAX_MESSAGE = 32 << 20  # bytes; pictures travel in messages, as base64
 _STDERR_BYTES = 2000  # of a local server's, kept for the error of a start that fails
 _BETWEEN_REQUESTS = 0.1  # seconds
 _ANSWER_ID = re.compile(rb'"id"\s*:\s*(\d{1,18})')
-_EXIT_SECONDS = 2.0  # that a local server has to end by itself, and again to end when it is told to
+_EXIT_SECONDS = 2.0  # that a local server has to end by itself, and again after SIGTERM
 
 
 class McpError(RuntimeError):
@@ -107,15 +107,15 @@ class Connection:
         raise ConnectionLost(f"the connection to the MCP server {self.config.label} was lost")
       return task.result()
     except mcp.MCPError as error:
-      told = self.config.redact(str(error))[:2000]
-      if self._ended.is_set():  # the code of the error does not tell: servers use it for others
+      said = self.config.redact(str(error))[:2000]
+      if self._ended.is_set():  # the error's code does not say so: servers use it for other errors too
         raise ConnectionLost(f"the connection to the MCP server {self.config.label} was lost"
                              ) from error
-      if self._refused and "session" in told.lower():
+      if self._refused and "session" in said.lower():
         self._ended.set()
         raise ConnectionLost(f"the MCP server {self.config.label} no longer knows the session",
                              unseen=True) from error
-      raise McpError(f"the MCP server {self.config.label}: {told}") from error
+      raise McpError(f"the MCP server {self.config.label}: {said}") from error
     except McpError:
       raise
     except Exception as error:  # of the network, of the protocol
@@ -342,12 +342,12 @@ async def _keep_end(stream: asyncio.StreamReader, kept: collections.deque[bytes]
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-  """Closes the server's input, then tells it to end, then kills it and what it has started."""
+  """Closes the server's input, then terminates it, then kills it and what it has started."""
   process.stdin.close()
-  for told in (None, signal.SIGTERM, signal.SIGKILL):
+  for number in (None, signal.SIGTERM, signal.SIGKILL):
     with contextlib.suppress(ProcessLookupError, PermissionError):
-      if told:
-        os.killpg(process.pid, told)
+      if number:
+        os.killpg(process.pid, number)
     with contextlib.suppress(TimeoutError):
       async with asyncio.timeout(_EXIT_SECONDS):
         while process.returncode is None:  # wait() would wait for its pipes too

@@ -221,7 +221,7 @@ class McpServer:
     return connection
 
   def _forget(self, episode: EpisodeState, connection: Connection) -> None:
-    """The session is lost, and the episode is told of it now."""
+    """Drops a lost session; the call that found it lost reports that to the policy."""
     episode.memory[self._key] = None
     background.keep(self._end(connection))
 

@@ -137,7 +137,7 @@ def cells_to_replay(history: list[PastCall], names: frozenset[str]) -> list[Past
 
 
 def _observation(result: CellResult, timeout: float, images: int) -> Observation:
-  """What the policy is told; its figures become the images from number `images` on."""
+  """What the policy is shown; its figures become the images from number `images` on."""
   parts = [result.stdout.strip("\n")]
   if result.stderr.strip():
     parts.append(f"[stderr]\n{result.stderr.strip()}")

@@ -109,7 +109,7 @@ def _serve(control: socket.socket, settings: Settings, proc: int, kernel: Any) -
 
 
 def _watch(settings: Settings, proc: int, known: set[int]) -> None:
-  """Buries the dead, weighs the living, kills those who killed their supervisor."""
+  """Reaps exited kernels, enforces memory limits, and kills kernels whose supervisor died."""
   with contextlib.suppress(ChildProcessError):
     while (dead := os.waitpid(-1, os.WNOHANG)[0]):
       known.discard(dead)

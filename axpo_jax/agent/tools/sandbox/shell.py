@@ -154,7 +154,7 @@ def _text_stream(descriptor: int) -> io.TextIOWrapper:
 def stop_others() -> None:
   """Kills what a cell left running. Only in a process namespace of its own, as process 2.
 
-  The check stands here because the same call elsewhere would kill every process of the user.
+  The check is here because the same call elsewhere would kill every process of the user.
   """
   if os.getpid() == 2 and os.getppid() == 1:
     with contextlib.suppress(ProcessLookupError):

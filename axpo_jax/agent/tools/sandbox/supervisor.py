@@ -80,7 +80,7 @@ class _Cell:
       isolation.leave_keyring()
       seccomp.put_on(sockets=self.separate)
       kernel.serve(socket.socket(fileno=mine))
-    except BaseException as error:  # last words; the supervisor tells the trainer
+    except BaseException as error:  # the supervisor reports it to the trainer
       os.write(2, f"{type(error).__name__}: {error}\n".encode())
     finally:
       os._exit(1)
