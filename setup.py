@@ -103,6 +103,6 @@ setup(
     "test": [*_AOT, *_DOCS, *_GCS, *_REPORT, *_S3, *_TOOLS,
              "atif>=1.8,<2", "datasets>=4", "gcp-storage-emulator>=2026.7",
              "hypothesis>=6.100", "moto[server]>=5.2", "playwright>=1.50", "pytest>=8",
-             "pytest-xdist>=3.7", "ruff>=0.9", "setuptools>=70.1", "torch==2.13.0"],
+             "pytest-xdist>=3.7", "ruff>=0.9", "setuptools>=70.1", "torch==2.13.0", "wandb>=0.20"],
   },
 )

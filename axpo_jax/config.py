@@ -54,6 +54,7 @@ FILE_SOURCES = ("jsonl", "parquet", "datasets", *PUBLIC_SETS, *BENCHMARKS)
 DATA_SOURCES = ("miniworld", *FILE_SOURCES)
 OLD_LOGPROBS = ("current", "trainer")
 TOOLS = ("image_zoom_in", "python", "shell", "tavily-search", "image_search")
+TRACKERS = ("wandb", "trackio")
 SEARCH_BACKENDS = ("tavily", "local", "recorded", "miniworld")
 ENGINES = ("embedded", "sglang")
 # Limits of one episode that every sampling stage has: see `_agent`.
@@ -102,6 +103,10 @@ def base_config() -> ConfigDict:
     # Alarm when the mean |log-prob gap| between sampler and trainer exceeds this (nats).
     gap_alarm=0.05,
     stop_on_gap=False,   # stop the run on that alarm instead of only warning
+    # Experiment trackers that get the metrics too, and tables of rollouts with pictures: "wandb", "trackio".
+    trackers=(),
+    project="axpo_jax",  # the run's project there
+    profile_steps=(),    # steps of SFT and of RL that jax.profiler traces, such as (3,)
   ))
   return c.lock()
 

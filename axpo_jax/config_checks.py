@@ -23,6 +23,7 @@ from axpo_jax.config import (
   STAGES,
   TEACHERS,
   TOOLS,
+  TRACKERS,
   apply_recipe,
   fields,
   longest_episode,
@@ -149,6 +150,10 @@ def _validate_values(config: ConfigDict) -> None:
   for low, high in _NOT_BELOW:
     if values[low] > values[high]:
       raise ConfigError(f"config.{low}={values[low]} is above config.{high}={values[high]}: swap them")
+  if unknown := sorted(set(config.log.trackers) - set(TRACKERS)):
+    raise ConfigError(f"config.log.trackers names {unknown}; there are {TRACKERS}")
+  if bad := [step for step in config.log.profile_steps if not isinstance(step, int) or step < 1]:
+    raise ConfigError(f"config.log.profile_steps names {bad}: steps are numbers from 1 on")
   stages = tuple(config.stages)
   if not stages:
     raise ConfigError(f"config.stages is empty: name some of {STAGES}")

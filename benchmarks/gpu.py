@@ -8,7 +8,7 @@ own, so that none finds another's memory taken, and prints one line of JSON:
   parity    log-probabilities of a sequence with an image in bfloat16: how far ours and transformers'
             are from transformers' own in float32, and from each other (nats, mean over tokens)
   training  seconds, tokens/s and MFU of an optimizer step over `--micro_batches` rows of `--tokens`
-            tokens each, an image included. The model FLOPs are those of `plan.flops.needed` times three:
+            tokens each, an image included. The model FLOPs are those of `model.flops.needed` times three:
             recomputation does not count
   decode    new tokens/s of `--batch` prompts, prefill included: the embedded engine against
             transformers' `generate`
@@ -31,9 +31,6 @@ import time
 from collections.abc import Callable, Sequence
 
 PARTS = ("parity", "training", "decode")
-# Dense bfloat16 FLOP/s by what the driver calls the card, NVIDIA's data sheets.
-PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
-         "L40S": 362e12, "L4": 121e12}
 
 
 def main() -> None:
@@ -171,9 +168,9 @@ def _timed(run: Callable[[], None], repetitions: int) -> tuple[float, list[float
 def _peak(args: argparse.Namespace) -> float:
   """FLOP/s of the card; 0 if it is not known."""
   import jax
-  kind = jax.devices()[0].device_kind
-  known = (flops for name, flops in PEAKS.items() if all(w in kind for w in name.split()))
-  return 1e12 * args.peak_tflops or next(known, 0.0)
+
+  from axpo_jax.model import flops
+  return 1e12 * args.peak_tflops or flops.peak(jax.devices()[0].device_kind) or 0.0
 
 
 if __name__ == "__main__":

@@ -21,12 +21,11 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from axpo_jax.engine.embedded.engine import EmbeddedEngine
 from axpo_jax.engine.protocol import SampleRequest, SamplingParams
 from axpo_jax.engine.settings import EmbeddedConfig
-from axpo_jax.model import hf, sharding
+from axpo_jax.model import flops, hf, sharding
 from axpo_jax.model.config import PRESETS, ModelConfig
 from axpo_jax.model.images import PatchFormat, ProcessedImage
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.model.vision_inputs import mrope_positions
-from axpo_jax.plan import flops
 from axpo_jax.train.batch import Batch, targets
 from axpo_jax.train.optimizer_config import OptimizerConfig
 from axpo_jax.train.packing import Example, pack

@@ -50,10 +50,9 @@ from axpo_jax.data.question import Question
 from axpo_jax.engine.protocol import Engine, EngineStats, SampleRequest
 from axpo_jax.miniworld.engine import TeacherEngine
 from axpo_jax.miniworld.habits import TeacherConfig
-from axpo_jax.model import hf
+from axpo_jax.model import flops, hf
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.images import ProcessedImage
-from axpo_jax.plan import flops
 from axpo_jax.rl.resample import prefix_budget
 from axpo_jax.rollouts import collect
 from axpo_jax.stages import actors, engines, learners, policies, sft

@@ -249,7 +249,7 @@ async def _soak(loop: Loop, seen: Seen, seconds: float, sidecar: Sidecar) -> Non
   async def step():
     batch, metrics = await loop.step(collect)
     seen.count(batch.groups, loop.config)
-    await loop.dump(batch.groups)
+    await loop.dump(batch.groups, 0)
     print(f"{seen.seconds():6.0f} s   step {len(seen.steps)}: {seen.episodes} episodes, {seen.failed} "
           f"failed, {seen.memory_mb[-1][1]:.0f} MB, reward {metrics['rollout/reward_mean']:.2f}",
           flush=True)

@@ -35,6 +35,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 
 from absl import app, flags
@@ -46,6 +47,7 @@ from axpo_jax import markdown, paths
 from axpo_jax.config_checks import validate
 from axpo_jax.errors import ConfigError
 from axpo_jax.eval import statistics
+from axpo_jax.stages import summary
 from axpo_jax.stages.metrics import read_metrics
 from launch import command
 
@@ -236,6 +238,7 @@ def _run(points: Sequence[Point], parallel: int) -> dict[str, str]:
   running: dict[concurrent.futures.Future, Point] = {}
   waiting = [point for point in points if not point.done]
   print(f"{len(points)} points, {len(points) - len(waiting)} of them done before", flush=True)
+  start, to_do, ended_now = time.monotonic(), len(waiting), 0
   with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
     while waiting or running:
       ready = [point for point in waiting if point.ready][:parallel - len(running)]
@@ -246,7 +249,11 @@ def _run(points: Sequence[Point], parallel: int) -> dict[str, str]:
       ended, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
       for job in ended:
         name, error = running.pop(job).folder.name, job.result()
-        print(f"{name}: {'FAILED' if error else 'done'}", flush=True)
+        ended_now += 1
+        # Those that run are counted whole: the estimate errs on the long side.
+        left = (time.monotonic() - start) / ended_now * (to_do - ended_now)
+        more = f"; {ended_now} of {to_do}, about {summary.duration(left)} left" if ended_now < to_do else ""
+        print(f"{name}: {'FAILED' if error else 'done'}{more}", flush=True)
         failures |= {name: error} if error else {}
   return failures | {point.folder.name: f"{point.after.name} is not done, which comes before it"
                      for point in waiting}

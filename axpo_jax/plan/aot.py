@@ -24,11 +24,10 @@ from flax import nnx
 from axpo_jax.engine.embedded import sampling
 from axpo_jax.engine.embedded.device import DecodeInputs, Device, PrefillInputs
 from axpo_jax.engine.settings import EmbeddedConfig
-from axpo_jax.model import sharding
+from axpo_jax.model import flops, sharding
 from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.model.vision_inputs import VisionInputs
-from axpo_jax.plan import flops
 from axpo_jax.train.batch import Batch, shardings
 from axpo_jax.train.step import Learner
 

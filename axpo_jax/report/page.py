@@ -24,12 +24,13 @@ from axpo_jax.report.pictures import Pictures
 from axpo_jax.report.runs import Run
 from axpo_jax.report.seeds import Method
 from axpo_jax.rollouts.shards import FORCED
+from axpo_jax.stages.summary import duration
 
 _ASSETS = pathlib.Path(__file__).parent / "assets"
 _SCRIPTS = ("data.js", "charts.js", "tokens.js", "trajectory.js", "browser.js")
 
 
-def render(runs: Sequence[Run], *, limit: int = 10_000, side: int = 640, title: str = "") -> str:
+def render(runs: Sequence[Run], *, limit: int = 10_000, side: int = 640, title: str = "", live: bool = False) -> str:
   """The page.
 
   Args:
@@ -37,6 +38,7 @@ def render(runs: Sequence[Run], *, limit: int = 10_000, side: int = 640, title: 
     limit: how many trajectories to put in.
     side: longest side of an image in pixels.
     title: of the page; by default the names of the runs, or of the methods that they are seeds of.
+    live: it is served by `watch`, and asks for newer ones.
   """
   methods = seeds.methods(runs)
   over_seeds = len(methods) < len(runs)
@@ -56,9 +58,9 @@ def render(runs: Sequence[Run], *, limit: int = 10_000, side: int = 640, title: 
     glance=seeds.glance(methods) if over_seeds else tables.glance(runs),
     benchmarks=seeds.benchmark_table(methods) if over_seeds else tables.benchmark_table(runs),
     figures=figures, collection=collection, count=len(collection.index["rows"]),
-    facts=_facts(runs, methods, collection),
+    facts=_facts(runs, methods, collection, live), live=live,
     blocks=blocks, images=pictures.found,
-    style=_asset("report.css"), scripts=[_asset(name) for name in _SCRIPTS])
+    style=_asset("report.css"), scripts=[_asset(name) for name in (*_SCRIPTS, *(("live.js",) if live else ()))])
 
 
 def pack(value: Any) -> str:
@@ -88,11 +90,13 @@ def _warnings(method: Method) -> list[tuple[str, str]]:
 
 
 def _facts(runs: Sequence[Run], methods: Sequence[Method],
-           collection: trajectories.Collection) -> list[str]:
+           collection: trajectories.Collection, live: bool) -> list[str]:
   """What the page is about, in a few words each."""
+  left = [run.metrics[-1]["time/left_s"] for run in runs if run.metrics and run.metrics[-1].get("time/left_s")]
   steps = [run.metrics[-1]["step"] for run in runs if run.metrics]
   facts = [f"{len(methods)} methods" if 1 < len(methods) < len(runs) else "",
            f"{len(runs)} runs" if len(runs) > 1 else "", f"{max(steps)} steps" if steps else "",
+           f"about {duration(max(left))} left" if live and left else "",
            f"{len(collection.index['rows']):,} of {collection.total:,} dumped trajectories"
            if collection.total else "",
            f"damaged lines left out: {collection.damaged:,}" if collection.damaged else "",

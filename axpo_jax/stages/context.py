@@ -4,6 +4,7 @@ In: a config. Out: a RunContext. Parameters are not in it: a stage loads them an
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 from etils import epath
@@ -18,6 +19,7 @@ from axpo_jax.model.config import PRESETS, LoraConfig, ModelConfig
 from axpo_jax.model.images import ImageProcessor
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.stages import sections
+from axpo_jax.stages.trackers import Tracker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,7 @@ class RunContext:
   Attributes:
     folder: of the run, for the audit log of tool calls; None keeps no log.
     lora: adapters that are trained in the place of the model's own parameters; None: no adapters.
+    trackers: that follow the run; in the main process alone.
   """
 
   model_config: ModelConfig
@@ -37,6 +40,7 @@ class RunContext:
   rules: sharding.Rules
   folder: epath.Path | None = None
   lora: LoraConfig | None = None
+  trackers: Sequence[Tracker] = ()
 
   @property
   def trained_config(self) -> ModelConfig:

@@ -5,6 +5,7 @@ whose folder exists is skipped. Stages that only sample ("teach", "screen", "eva
 they were given; later stages read their shards.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -26,6 +27,7 @@ from axpo_jax.stages import (
   sft,
   summary,
   toolbox,
+  trackers,
 )
 from axpo_jax.stages.context import RunContext, run_context
 from axpo_jax.stages.metrics import read_metrics
@@ -55,10 +57,14 @@ def run(config: ConfigDict, workdir: str) -> None:
   distributed.on_main(preflight.start_tools, config, context)
   distributed.on_main(claim.take, root, config)
   distributed.on_main(claim.reopen, root, config)
+  context = dataclasses.replace(
+    context, trackers=trackers.start(config, root) if distributed.is_main() else ())
   try:
     _run_stages(config, context, root)
   finally:
     toolbox.flush()
+    for tracker in context.trackers:
+      tracker.close()
   distributed.on_main(report, root)
 
 

@@ -13,14 +13,20 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from etils import epath
 
 from axpo_jax import paths
 
 METRICS_FILE = "metrics.jsonl"
+
+
+class Tracker(Protocol):
+  """Whoever follows a run; see `stages.trackers`."""
+
+  def log(self, step: int, numbers: Mapping[str, float | None]) -> None: ...
 
 
 class MetricsWriter:
@@ -30,15 +36,16 @@ class MetricsWriter:
     resume_step: the step of the restored checkpoint: lines of later steps are cut, and a torn
       last line. None starts a new file and drops what an earlier run left.
     tensorboard: also write event files (tensorboardX).
+    trackers: get every line too.
   """
 
   def __init__(self, folder: str | os.PathLike, *, resume_step: int | None = None,
-               tensorboard: bool = True):
+               tensorboard: bool = True, trackers: Sequence[Tracker] = ()):
     self.path = epath.Path(folder) / METRICS_FILE
     paths.make(self.path.parent)
     kept = _truncate(self.path, resume_step)
     self._file = _Remote(self.path, kept) if paths.is_remote(self.path) else _Local(self.path)
-    self._board = None
+    self._board, self._trackers = None, trackers
     if tensorboard:
       from tensorboardX import SummaryWriter  # here: a run without it need not have it
       # What the event files hold from `purge_step` on is hidden by TensorBoard.
@@ -67,6 +74,8 @@ class MetricsWriter:
         if value is not None:
           self._board.add_scalar(name, value, int(step))
       self._board.flush()
+    for tracker in self._trackers:
+      tracker.log(int(step), numbers)
 
   def close(self) -> None:
     self._file.close()

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from axpo_jax import seeds
+from axpo_jax.agent.rollout import Rollout
 from axpo_jax.data.question import Question
 from axpo_jax.errors import RunStopped
 from axpo_jax.model import lora, programs
@@ -51,10 +52,13 @@ from axpo_jax.stages import (
   distributed,
   engines,
   evaluate,
+  gauges,
   learners,
   policies,
+  progress,
   selection,
   toolbox,
+  trackers,
 )
 from axpo_jax.stages.context import RunContext
 from axpo_jax.stages.metrics import read_metrics
@@ -200,11 +204,14 @@ class Loop:
     """Whether the last step is one of those, or the stage's last."""
     return self.steps_done == self.config.rl.steps or _each(self.steps_done, every)
 
-  async def dump(self, groups: list[Group]) -> None:
-    """Writes the last step's rollouts, in a thread for the same reason as the update."""
-    await asyncio.to_thread(dump, groups, self.credits(groups),
-                            self.workdir / "rollouts" / f"step_{self.steps_done:06d}.jsonl",
-                            self.context.chat)
+  async def dump(self, groups: list[Group], first_step: int) -> None:
+    """Writes the last step's rollouts, in a thread for the same reason as the update. Trackers get some of
+    them as a table."""
+    path = self.workdir / "rollouts" / f"step_{self.steps_done:06d}.jsonl"
+    rollouts, notes = await asyncio.to_thread(dump, groups, self.credits(groups), path, self.context.chat)
+    for tracker in self.context.trackers:
+      await asyncio.to_thread(tracker.table, first_step + self.steps_done, trackers.chosen(rollouts, notes),
+                              self.context.chat)
 
   def rollout_metrics(self, sampled: list[Group], groups: list[Group]) -> dict[str, float]:
     """The census of the step, before anything is learnt from it.
@@ -240,7 +247,8 @@ class Loop:
     metrics = census.credit_census(credits)
     parts = algorithm.split_updates(list(zip(trained, credits, strict=True)), config.rl.updates)
     updates = [self._packed([example for example, _ in part]) for part in parts]
-    metrics |= packing_metrics([batch for batches in updates for batch in batches], trained)
+    packed, start = [batch for batches in updates for batch in batches], time.perf_counter()
+    metrics |= packing_metrics(packed, trained)
     updates = [self._annotated(batches) for batches in updates]
     logged = []
     for part, batches in zip(parts, updates, strict=True):
@@ -248,6 +256,8 @@ class Loop:
         batches, [earned for _, earned in part], len(groups) * len(part) / len(trained))
       self.state, result = self.learner.update(self.state, batches, divisor)
       logged.append(self.learner.metrics(result, batches, self.workdir / "nonfinite") | counted)
+    metrics |= gauges.utilisation(self.context.model_config, packed, time.perf_counter() - start,
+                                  self.context.mesh.devices.flat)
     return metrics | _joined(logged)
 
   def _packed(self, trained: list[Example]) -> list[Batch]:
@@ -335,11 +345,12 @@ def run(config: ConfigDict, context: RunContext, policy: str, root: epath.Path,
       loop.state = learner.restored(restored.state, lambda: loop.state.params)
       loop.steps_done, loop.unwritten = restored.step, restored.host.get("unwritten")
       loop.recovery = Recovery.from_json(restored.host.get("recovery", {}))
+    distributed.on_main(gauges.write_overview, loop.state.params, loop.learner.optimizer, folder)
     # The line of a step whose evaluation was broken off is written again.
     resume_step = first_step + loop.steps_done - bool(loop.unwritten)
     with (preemption.held(),
           distributed.metrics_writer(root, resume_step=resume_step,
-                                     tensorboard=config.log.tensorboard) as writer,
+                                     tensorboard=config.log.tensorboard, trackers=context.trackers) as writer,
           asyncio.Runner() as runner):
       try:
         runner.run(_train(loop, checkpoints, writer, first_step))
@@ -366,25 +377,26 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
     checkpoints.save(loop.steps_done, loop.learner.stored(loop.state),
                      host={"stage": "rl", "recovery": recovery.to_json(), **host}, iterator=trained)
 
-  with tqdm(total=config.rl.steps, initial=loop.steps_done - bool(unwritten), desc=config.rl.recipe,
-            disable=not distributed.is_main()) as bar:
+  before = loop.steps_done - bool(unwritten)
+  shown = progress.Progress(config.rl.recipe, config.rl.steps, before, shown=distributed.is_main())
+  with tqdm(total=config.rl.steps, initial=before, desc=config.rl.recipe,
+            disable=None if distributed.is_main() else True) as bar:
     try:
       while unwritten or loop.steps_done < config.rl.steps:
         if not unwritten:
-          batch, unwritten = await loop.step(collected)
+          with progress.profiled(loop.steps_done + 1, config.log.profile_steps, loop.workdir):
+            batch, unwritten = await loop.step(collected)
           position, recovery = batch.position, batch.recovery
           if _each(loop.steps_done, config.log.dump_every) and distributed.is_main():
-            await loop.dump(batch.groups)
-        metrics = unwritten | await _evaluation(loop, prefetch)
+            await loop.dump(batch.groups, first_step)
+        metrics = unwritten | await _evaluation(loop, prefetch) | gauges.memory() | shown.step(loop.steps_done)
         _watch(metrics, config.log)
         await asyncio.to_thread(toolbox.flush)  # the audit log has what the metrics tell of
         writer.write(first_step + loop.steps_done, metrics)
+        shown.show(metrics)
         unwritten = None
         if loop.is_due(config.checkpoint.every) and loop.steps_done not in checkpoints.steps():
           save()
-        bar.set_postfix(reward=f"{metrics.get('rollout/reward_mean', 0):.2f}",
-                        tools=f"{metrics.get('rollout/tool_attempt_rate', 0):.2f}",
-                        prefixes=int(metrics["axpo/prefixes"]))
         bar.update()
     except preemption.Stopped:
       if loop.steps_done and loop.steps_done not in checkpoints.steps():
@@ -433,9 +445,8 @@ def _watch(metrics: dict[str, float], log: ConfigDict) -> None:
   logging.warning(message)
 
 
-def dump(groups: list[Group], credits: Sequence[Credit], path: epath.Path,
-         chat: Chat) -> None:
-  """All rollouts of a step as JSON lines, readable text and images; `credits` are in their order."""
+def noted(groups: list[Group], credits: Sequence[Credit]) -> tuple[list[Rollout], list[dict[str, Any]]]:
+  """All rollouts of a step, and what a dump says of each; `credits` are in their order."""
   rollouts, notes = [], []
   for number, group in enumerate(groups):
     question = {"group": number, "category": group.question.category,
@@ -450,4 +461,12 @@ def dump(groups: list[Group], credits: Sequence[Credit], path: epath.Path,
                       "prefix_end": branch.prefix_end, "continuation": k})
   for note, earned in zip(notes, credits, strict=True):
     note |= {"region": earned.region, "advantage": earned.advantage}
+  return rollouts, notes
+
+
+def dump(groups: list[Group], credits: Sequence[Credit], path: epath.Path, chat: Chat
+         ) -> tuple[list[Rollout], list[dict[str, Any]]]:
+  """Writes all rollouts of a step as JSON lines, readable text and images; returns what `noted` gives."""
+  rollouts, notes = noted(groups, credits)
   dump_rollouts(path, rollouts, extra=notes, chat=chat)
+  return rollouts, notes

@@ -107,7 +107,7 @@ def evaluation(config: ConfigDict, context: RunContext, policy: str, root: epath
       lambda: evaluate.measured(read_metrics(root), first_step)):
     metrics = evaluate.metrics(groups[0], section.rollouts, sum(r.failed for r in found[0]))
     with distributed.metrics_writer(root, resume_step=first_step,
-                                    tensorboard=config.log.tensorboard) as writer:
+                                    tensorboard=config.log.tensorboard, trackers=context.trackers) as writer:
       writer.write(first_step, metrics | (forced.metrics(groups[1]) if forcing else {}))
   return policy
 

@@ -23,7 +23,17 @@ from axpo_jax.errors import ConfigError
 from axpo_jax.miniworld.world import MiniWorldSource
 from axpo_jax.model import programs
 from axpo_jax.model.images import ImageLimits
-from axpo_jax.stages import actors, distributed, learners, policies, sections, selection, toolbox
+from axpo_jax.stages import (
+  actors,
+  distributed,
+  gauges,
+  learners,
+  policies,
+  progress,
+  sections,
+  selection,
+  toolbox,
+)
 from axpo_jax.stages.context import RunContext
 from axpo_jax.stages.conversations import Conversations, Prompts
 from axpo_jax.train import examples as examples_lib
@@ -60,25 +70,31 @@ def run(config: ConfigDict, context: RunContext, policy: str, root: epath.Path,
       stored = checkpoints.restore(learner.stored(learner.abstract_state()), iterator=data.stream)
       state = learner.restored(stored.state, params)
     before = int(state.step)
-    with (preemption.held(), distributed.metrics_writer(root, resume_step=first_step + before,
-                                     tensorboard=config.log.tensorboard) as writer,
+    distributed.on_main(gauges.write_overview, state.params, learner.optimizer, workdir)
+    shown = progress.Progress("sft", sft.steps, before, shown=distributed.is_main())
+    with (preemption.held(),
+          distributed.metrics_writer(root, resume_step=first_step + before, tensorboard=config.log.tensorboard,
+                                     trackers=context.trackers) as writer,
           tqdm(total=sft.steps, initial=before, desc="sft",
-               disable=not distributed.is_main()) as bar):
+               disable=None if distributed.is_main() else True) as bar):
       for done in range(before + 1, sft.steps + 1):
         start = time.perf_counter()
         examples, counts = next(data)
         batches = learners.pack_examples(config, context, examples)
         loaded = time.perf_counter()
-        state, result = learner.update(state, batches, targets(batches))
-        metrics = learner.metrics(result, batches, workdir / "nonfinite")
-        metrics |= packing_metrics(batches, examples) | counts | programs.metrics()
-        metrics |= {"time/load_s": loaded - start, "time/update_s": time.perf_counter() - loaded}
-        writer.write(first_step + done, {
-          name.replace("train/", "sft/"): value for name, value in metrics.items()})
+        with progress.profiled(done, config.log.profile_steps, workdir):
+          state, result = learner.update(state, batches, targets(batches))
+          metrics = learner.metrics(result, batches, workdir / "nonfinite")
+        seconds = time.perf_counter() - loaded
+        metrics |= packing_metrics(batches, examples) | counts | programs.metrics() | gauges.memory()
+        metrics |= gauges.utilisation(context.model_config, batches, seconds, context.mesh.devices.flat)
+        metrics |= {"time/load_s": loaded - start, "time/update_s": seconds, **shown.step(done)}
+        metrics = {name.replace("train/", "sft/"): value for name, value in metrics.items()}
+        writer.write(first_step + done, metrics)
+        shown.show(metrics)
         stopping = distributed.on_main(preemption.told)
         if stopping or done % config.checkpoint.every == 0 or done == sft.steps:
           checkpoints.save(done, learner.stored(state), host={"stage": "sft"}, iterator=data.stream)
-        bar.set_postfix(nll=f"{metrics['train/nll']:.3f}")
         bar.update()
         if stopping:
           raise preemption.Stopped

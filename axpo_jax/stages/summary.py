@@ -63,6 +63,19 @@ def _mean(values: Sequence[float]) -> float | None:
   return sum(values) / len(values) if values else None
 
 
+def duration(seconds: float) -> str:
+  """A time for people: 0.4 s, 12 s, 3 min, 2 h 05 min, 3 d 4 h."""
+  if seconds < 10:
+    return f"{seconds:.1f} s"
+  if seconds < 90:
+    return f"{seconds:.0f} s"
+  minutes = round(seconds / 60)
+  if minutes < 90:
+    return f"{minutes} min"
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
 def table(lines: Sequence[Mapping]) -> str:
   """Start against end, as text that is also Markdown; then the same by family, if there are any."""
   rows = [("", "start", "end")]

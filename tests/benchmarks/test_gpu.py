@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from axpo_jax.plan import flops
+from axpo_jax.model import flops
 from benchmarks import gpu
 
 REPO = pathlib.Path(gpu.__file__).parents[1]

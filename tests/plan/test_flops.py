@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from axpo_jax.model import sharding
-from axpo_jax.plan import flops
+from axpo_jax.model import flops, sharding
 from axpo_jax.train.optimizer_config import OptimizerConfig
 from axpo_jax.train.packing import pack
 from axpo_jax.train.state import make_optimizer

@@ -134,22 +134,23 @@ def find_browser() -> str | None:
 
 
 @contextlib.contextmanager
-def open_page(path: pathlib.Path, **settings) -> Iterator:
-  """The file in headless Chromium, without a network; `page.problems` collects what its console
-  says and every request that is no part of the page."""
+def open_page(path: pathlib.Path | str, **settings) -> Iterator:
+  """The file (or the address of a page that is served here) in headless Chromium, without a network;
+  `page.problems` collects what its console says and every request that is no part of the page."""
   from playwright.sync_api import sync_playwright
 
   settings = {"viewport": {"width": 1360, "height": 900}, **settings}
   with sync_playwright() as playwright:
     browser = playwright.chromium.launch(
       executable_path=find_browser(), args=["--no-sandbox", "--disable-dev-shm-usage"])
-    page = browser.new_context(offline=True, **settings).new_page()
+    served = isinstance(path, str)
+    page = browser.new_context(offline=not served, **settings).new_page()
     page.set_default_timeout(120_000)
     page.problems = []
     page.on("console", lambda message: page.problems.append(f"{message.type}: {message.text}"))
     page.on("pageerror", lambda error: page.problems.append(str(error)))
     page.on("request", lambda request: page.problems.append(request.url)
-            if request.url.startswith("http") else None)
-    page.goto(path.resolve().as_uri())
+            if request.url.startswith("http") and not (served and request.url.startswith(path)) else None)
+    page.goto(path if served else path.resolve().as_uri())
     yield page
     browser.close()

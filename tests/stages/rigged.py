@@ -112,6 +112,6 @@ def flags(folder) -> list[str]:
 
 
 def untimed(lines):
-  """Metrics without seconds."""
-  return [{name: value for name, value in line.items() if not name.startswith("time/")}
+  """Metrics without seconds and memory, which are the machine's."""
+  return [{name: value for name, value in line.items() if not name.startswith(("time/", "memory/"))}
           for line in lines]

@@ -55,6 +55,18 @@ def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
         yield item
 
 
+# Dense bfloat16 FLOPs a second, by words of what the driver calls the device; the first that fits counts. TPUs:
+# docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}; GPUs: NVIDIA's data sheets.
+PEAKS = {"TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "B200": 2250e12, "H200": 989e12,
+         "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+
+
+def peak(device_kind: str) -> float | None:
+  """PEAKS of a `jax.Device.device_kind`; None if it is not known."""
+  return next((found for words, found in PEAKS.items()
+               if all(word in device_kind for word in words.split())), None)
+
+
 def needed(config: ModelConfig, *, tokens: int, targets: int, patches: int, seen: float,
            seen_patches: float) -> float:
   """FLOPs of one forward pass that nothing can save: every weight once a token, and attention to
