@@ -335,7 +335,7 @@ def _rollout() -> ConfigDict:
 
 def _sglang() -> ConfigDict:
   return _section(
-    SGLangConfig, "verify", "router_url", "request_s", "attempts", "drain_s", "load_s", "image_folder",
+    SGLangConfig, "verify", "request_s", "attempts", "drain_s", "load_s", "image_folder",
     length=0,                 # tokens of a sequence, at most; 0 = the longest episode of the run's
                               # stages. Servers need a larger context
     push_folder="",           # trainer and servers both see it (tmpfs, NFS); "" = in the workdir

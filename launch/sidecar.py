@@ -5,7 +5,7 @@
   python launch/sidecar.py --model=/models/Qwen3-VL-8B-Thinking --servers=8 --port=30000
   python launch/sidecar.py --print_sizing               # what fits on a GPU
 
-When all servers are healthy it prints one line of JSON, {"urls": [...], "router": ..., "logs": ...},
+When all servers are healthy it prints one line of JSON, {"urls": [...], "logs": ...},
 and stays; then point the trainer at them: --config.rollout.urls=... (docs/sidecar.md). What happens
 later (a restart and its reason) is told on stderr, each server's own words are in its log. Ctrl-C or
 SIGTERM stops it. Flags for SGLang itself go behind `--`.
@@ -36,8 +36,6 @@ _GPU_GB = flags.DEFINE_float("gpu_gb", 80, "Memory of one GPU in GB (1e9 bytes),
 _GPUS = flags.DEFINE_list("gpus", [], "GPU ids, in turn for each server. Default: 0, 1, 2, ...")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address that HTTP listens on.")
 _PORT = flags.DEFINE_integer("port", 30_000, "Of the first server; the others follow. 0: free ones.")
-_ROUTER = flags.DEFINE_bool("router", False, "Also start SGLang's router (for other clients).")
-_ROUTER_PORT = flags.DEFINE_integer("router_port", 0, "Of the router; 0: a free one.")
 _KEY_FILE = flags.DEFINE_string("api_key_file", None, "File that holds the key.")
 _CONTEXT = flags.DEFINE_integer("context_length", 0, "Most tokens of a sequence; 0: 40,960, or the model's.")
 _DTYPE = flags.DEFINE_string("dtype", "", "Default: bfloat16 on GPUs, float32 on a CPU.")
@@ -74,8 +72,7 @@ def _spec(extra_flags: list[str]) -> SidecarSpec:
   return SidecarSpec(
     model=_MODEL.value, device=_DEVICE.value, servers=_SERVERS.value, tensor_parallel=tensor,
     gpus=tuple(_GPUS.value), host=_HOST.value, port=_PORT.value, api_key=_api_key(),
-    router=_ROUTER.value, router_port=_ROUTER_PORT.value, context_length=_CONTEXT.value,
-    dtype=_DTYPE.value, mem_fraction=_MEMORY.value, max_total_tokens=_POOL.value,
+    context_length=_CONTEXT.value, dtype=_DTYPE.value, mem_fraction=_MEMORY.value, max_total_tokens=_POOL.value,
     max_running=_RUNNING.value, extra_flags=tuple(extra_flags), env=tuple(_ENV.value), start_timeout=_START.value,
     probe_every=_PROBE.value, hang_after=_HANG.value,
   )  # fmt: skip
@@ -87,7 +84,7 @@ def _tell(message: str) -> None:
 
 def _publish(sidecar: Sidecar) -> None:
   """The file first: who has read the line on stdout finds it there."""
-  line = json.dumps({"urls": sidecar.urls, "router": sidecar.router_url, "logs": _LOGS.value})
+  line = json.dumps({"urls": sidecar.urls, "logs": _LOGS.value})
   if _URLS_FILE.value:  # renamed into place: who waits for the file never reads half of it
     part = pathlib.Path(f"{_URLS_FILE.value}.part")
     part.write_text(line + "\n")

@@ -122,9 +122,7 @@ class SGLangConfig:
     load_s: seconds that a server may take to load weights.
     verify: compare checksums of the servers' tensors after each push. Switch it off for servers that
       quantise their weights.
-    router_url: SGLang's router in front of the servers, if one runs: it chooses who samples, and
-      weights still go to each server. Empty: requests go to the servers, sticky by session.
-    api_key: bearer token of the servers and the router; empty for none.
+    api_key: bearer token of the servers; empty for none.
     image_folder: folder that the servers see under the same path: images are sent as paths into it.
       Empty: they are sent with each request.
     image_cache_bytes: encoded images that are kept.
@@ -138,7 +136,6 @@ class SGLangConfig:
   drain_s: float = 0.0
   load_s: float = 600.0
   verify: bool = True
-  router_url: str = ""
   api_key: str = ""
   image_folder: str = ""
   image_cache_bytes: int = 1 << 30

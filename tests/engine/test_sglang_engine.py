@@ -133,25 +133,6 @@ def test_resamples_find_their_prefix_with_its_images(engine, ask, text, image, p
   assert engine.stats().images_encoded == 0
 
 
-def test_behind_a_router(connect, server, reference, proxy, ask, text):
-  """Samples come through it; weights cannot (its answer to their routes is 404) and need not."""
-  router = proxy(server.urls[0])
-  for route in ("/update_weights_from_disk", "/pause_generation"):
-    router.before[route] = lambda _: web.Response(status=404)
-  engine = connect(server.urls, router_url=router.url, attempts=2)
-  asyncio.run(engine.update_weights(reference.params, 0))
-  request = ask(text(0, 9))
-  ((sample,),) = run(engine, request)
-  assert_from(reference, request, sample)
-  assert len(router.seen["/generate"]) == 1
-  # What the router does wrong takes no server out: nobody knows whose fault it was.
-  router.before["/generate"] = lambda _: web.Response(status=503)
-  with pytest.raises(BadStatus, match="503"):
-    run(engine, request)
-  assert engine.gauges().items() >= {"servers_healthy": 1, "servers_lost": 0, "retries": 1}.items()
-  asyncio.run(engine.close())
-
-
 def test_images_by_path(connect, server, reference, ask, text, image, picture, tmp_path):
   folder = tmp_path / "images"
   engine = connect(server.urls, image_folder=str(folder))

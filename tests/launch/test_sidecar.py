@@ -55,11 +55,11 @@ class Launched:
     )  # fmt: skip
 
   def leaders(self) -> set[int]:
-    """The server and the router: each the leader of a session."""
+    """The servers: each the leader of a session."""
     return alive(lambda pid: status_of(pid)["PPid"] == str(self.process.pid))
 
   def server(self) -> int:
-    """The only leader with children of its own is SGLang; the router has none."""
+    """The process of SGLang once it has children of its own, else 0."""
     return next((pid for pid in self.leaders() if len(session(pid)) > 1), 0)
 
   def back_after(self, reason: str, times: int) -> int:
@@ -98,7 +98,7 @@ def listening(pids: set[int]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def launched(sidecar_python, tmp_path_factory):
-  running = Launched(tmp_path_factory.mktemp("sidecar"), "--router", "--hang_after=10")
+  running = Launched(tmp_path_factory.mktemp("sidecar"), "--hang_after=10")
   try:
     line = running.process.stdout.readline()
     assert line, running.errors.read_text()
@@ -112,7 +112,6 @@ def launched(sidecar_python, tmp_path_factory):
 def test_serves_where_it_says(launched):
   assert launched.told["urls"] == [launched.url]
   assert generates(launched.url, KEY) == 4
-  assert generates(launched.told["router"], KEY) == 4
 
 
 def test_key_is_asked_for_and_told_to_nobody(launched):
@@ -121,16 +120,6 @@ def test_key_is_asked_for_and_told_to_nobody(launched):
     assert KEY.encode() not in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
   for log in launched.folder.iterdir():
     assert KEY not in log.read_text(), log
-
-
-def test_weights_do_not_go_through_the_router(launched):
-  """Why the trainer is given the servers' URLs, not the router's."""
-  body = json.dumps({"model_path": CHECKPOINT}).encode()
-  headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
-  url = f"{launched.told['router']}/update_weights_from_disk"
-  with pytest.raises(urllib.error.HTTPError) as caught:
-    urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=30)
-  assert caught.value.code == 404
 
 
 def test_listens_on_loopback_only(launched):
@@ -153,7 +142,7 @@ def test_killed_and_hung_servers_come_back(launched):
 def test_killed_supervisor_leaves_no_process(launched):
   """Last of those that share the servers. Nobody is left to clean up, so the kernel must."""
   leaders = launched.leaders()
-  assert len(leaders) == 2
+  assert len(leaders) == 1
   os.kill(launched.process.pid, signal.SIGKILL)
   until(lambda: not set().union(*map(session, leaders)), 30)
 

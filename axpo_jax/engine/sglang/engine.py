@@ -87,7 +87,6 @@ class SGLangEngine:
     servers = [Server(url, config.api_key) for url in urls]
     self._fleet = Fleet(servers, config.fleet, self._install,
                         lambda: self._push.tag if self._push else None)
-    self._router = Server(config.router_url, config.api_key) if config.router_url else None
     self._locks = {member: asyncio.Lock() for member in self._fleet.members}
     self._updating = asyncio.Lock()
     self._loop = LoopThread("sglang-client")
@@ -202,10 +201,7 @@ class SGLangEngine:
           if len(failed) >= self.config.attempts:
             raise
           self.retries += 1
-      if self._router is None:
-        await self._fleet.check(member)
-      else:  # nobody knows which server it was; the router finds out
-        await asyncio.sleep(self.config.fleet.probe_s)
+      await self._fleet.check(member)
 
   async def _draw(self, member: Member, push: Push, request: SampleRequest, seed: int,
                   images: Sequence[str]) -> Sample:
@@ -225,16 +221,14 @@ class SGLangEngine:
     Raises:
       TooSlow: the server does not answer to the abort either.
     """
-    server, rid = self._router or member.server, secrets.token_hex(16)
+    server, rid = member.server, secrets.token_hex(16)
     limit, grace = self.config.request_s, self.config.fleet.probe_timeout_s
     task = asyncio.ensure_future(member.call(server.generate(payload | {"rid": rid}, limit + grace)))
     try:
       if not (await asyncio.wait([task], timeout=limit))[0]:
         self.too_slow += 1
-        # Behind a router any of them may have it.
-        for other in [member] if self._router is None else self._fleet.members:
-          with contextlib.suppress(ServerError):
-            await other.server.abort(rid, grace)
+        with contextlib.suppress(ServerError):
+          await server.abort(rid, grace)
       return await task
     finally:
       task.cancel()

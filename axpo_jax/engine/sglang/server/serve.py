@@ -1,7 +1,6 @@
-"""Starts one SGLang server (or its router) under the sidecar's own Python; no JAX, nothing of ours.
+"""Starts one SGLang server under the sidecar's own Python; no JAX, nothing of ours.
 
   python serve.py server --model-path=... --port=...      (SGLang's own flags follow)
-  python serve.py router --worker-urls ...                 (sglang-router's own flags follow)
   python serve.py check                                    (imports SGLang, prints its version)
 
 In: flags, and these variables. AXPO_SIDECAR_PARENT: the process id that this process must not
@@ -17,7 +16,6 @@ no CPU build: SGLang takes torch code where a kernel is missing, but some module
 or name a kernel when they load, and a module that raises only when a kernel is *called* satisfies them.
 """
 
-import argparse
 import ctypes
 import importlib.machinery
 import importlib.util
@@ -112,16 +110,6 @@ def _serve(flags: list[str]) -> None:
     kill_process_tree(os.getpid(), include_parent=False)
 
 
-def _route(flags: list[str]) -> None:
-  from sglang_router.router import Router
-  from sglang_router.router_args import RouterArgs
-
-  parser = argparse.ArgumentParser(prog="router")
-  RouterArgs.add_cli_args(parser)
-  flags = [*flags, *(["--api-key", KEY] if KEY else [])]
-  Router.from_args(RouterArgs.from_cli_args(parser.parse_args(flags))).start()
-
-
 def main(command: str, *flags: str) -> None:
   if "AXPO_SIDECAR_PARENT" in os.environ:
     die_with(int(os.environ["AXPO_SIDECAR_PARENT"]))
@@ -130,7 +118,7 @@ def main(command: str, *flags: str) -> None:
 
     print(sglang.__version__)
   else:
-    {"server": _serve, "router": _route}[command](list(flags))
+    _serve(list(flags))
 
 
 if KEY:

@@ -34,9 +34,7 @@ from axpo_jax.engine.sglang.server.spec import (
   SidecarSpec,
   free_port,
   local,
-  process_environment,
   reachable,
-  router_command,
   server_command,
   server_environment,
 )
@@ -44,6 +42,8 @@ from axpo_jax.engine.sglang.server.spec import (
 _LOG = logging.getLogger(__name__)
 _GRACE = 2.0  # seconds that a killed server's children get to end by themselves
 _TAIL_LINES = 40
+# Paths that answer 200: when the server has made a token since, without a key; when its scheduler answers.
+_HEALTH, _LIVENESS = "/health", "/server_info"
 # Ignores proxies that the environment names: a server is on this machine.
 _open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
@@ -111,8 +111,6 @@ class Program:
 
   url: for clients. address: the same server, for us (a server on all interfaces is asked on loopback).
   command(): read at every start. environment(scratch): its variables, given a folder of its own.
-  health: path that answers 200, without a key, if the server does its work. liveness: path that
-    answers 200 if it merely is not stuck.
   """
 
   name: str
@@ -121,8 +119,6 @@ class Program:
   command: Callable[[], list[str]]
   environment: Callable[[str], dict[str, str]]
   log: pathlib.Path
-  health: str = "/health"
-  liveness: str = "/server_info"
 
 
 class Keeper(threading.Thread):
@@ -225,7 +221,7 @@ class Keeper(threading.Thread):
     while not self._ending.wait(0.2):
       if ended := self._ended():
         return ended
-      if ask(self.program.address + self.program.health) == 200:
+      if ask(self.program.address + _HEALTH) == 200:
         return ""
       if time.monotonic() > deadline:
         return f"was not healthy within start_timeout={self._spec.start_timeout:.0f} s"
@@ -235,8 +231,8 @@ class Keeper(threading.Thread):
     """Watches a serving process until it ends, hangs, or is asked to end; says which."""
     spec, key = self._spec, self._spec.api_key
     patience = min(10.0, spec.hang_after)
-    health_url = self.program.address + self.program.health
-    liveness_url = self.program.address + self.program.liveness
+    health_url = self.program.address + _HEALTH
+    liveness_url = self.program.address + _LIVENESS
     answered = generated = probed = time.monotonic()
     while not self._ending.wait(min(0.2, spec.probe_every)):
       if ended := self._ended():
@@ -276,20 +272,13 @@ class Sidecar:
     self._folder = pathlib.Path(log_folder)
     self._python = find_python(spec.device)
     self._keepers: list[Keeper] = []
-    self._router: Keeper | None = None
 
   @property
   def urls(self) -> list[str]:
-    """Of the servers: for sampling and for weights."""
     return [keeper.program.url for keeper in self._keepers]
 
-  @property
-  def router_url(self) -> str | None:
-    """For sampling only: weights do not go through the router."""
-    return self._router.program.url if self._router else None
-
   def start(self) -> list[str]:
-    """Starts all servers, then the router if asked for. Returns `urls` when all are healthy.
+    """Starts all servers. Returns `urls` when all are healthy.
 
     Raises: SidecarError with the end of the log if one does not come up; then none is left running.
     """
@@ -298,9 +287,6 @@ class Sidecar:
     try:
       self._keepers = [self._server(index) for index in range(self.spec.servers)]
       self._wait(self._keepers)
-      if self.spec.router:
-        self._router = self._make_router()
-        self._wait([self._router])
     except BaseException:
       self.stop()
       raise
@@ -309,11 +295,10 @@ class Sidecar:
   def stop(self):
     """Ends every process and waits until none is left."""
     atexit.unregister(self.stop)
-    running = [*self._keepers, *([self._router] if self._router else [])]
-    enders = [threading.Thread(target=keeper.end) for keeper in running]
+    enders = [threading.Thread(target=keeper.end) for keeper in self._keepers]
     for ender in enders:
       ender.start()
-    for thread in (*enders, *running):
+    for thread in (*enders, *self._keepers):
       if thread.ident:  # it was started
         thread.join()
 
@@ -328,29 +313,13 @@ class Sidecar:
     return [keeper.status() for keeper in self._keepers]
 
   def _server(self, index: int) -> Keeper:
-    spec = self.spec
+    spec, name = self.spec, f"server {index}"
     port = spec.port + index if spec.port else free_port(spec.host)
-    return self._keeper(
-      f"server {index}", port, lambda: server_command(spec, port),
-      lambda scratch: server_environment(spec, index, scratch),
-    )  # fmt: skip
-
-  def _make_router(self) -> Keeper:
-    spec, port = self.spec, self.spec.router_port or free_port(self.spec.host)
-    workers = [keeper.program.address for keeper in self._keepers]
-    return self._keeper(
-      "router", port, lambda: router_command(spec, port, workers),
-      lambda scratch: process_environment(spec, scratch),
-      health="/readiness", liveness="/liveness",
-    )  # fmt: skip
-
-  def _keeper(self, name: str, port: int, command, environment, **paths) -> Keeper:
-    log = self._folder / f"{name.replace(' ', '-')}.log"
-    url, address = (f"http://{host}:{port}" for host in (reachable(self.spec.host),
-                                                         local(self.spec.host)))
+    url, address = (f"http://{host}:{port}" for host in (reachable(spec.host), local(spec.host)))
     program = Program(
-      name, url, address, lambda: [self._python, *command()], environment, log, **paths)
-    return Keeper(program, self.spec, self._report)
+      name, url, address, lambda: [self._python, *server_command(spec, port)],
+      lambda scratch: server_environment(spec, index, scratch), self._folder / f"server-{index}.log")
+    return Keeper(program, spec, self._report)
 
   def _wait(self, keepers: list[Keeper]):
     """Starts them; returns when all serve."""

@@ -55,7 +55,6 @@ class SidecarSpec:
   gpus: ids as CUDA_VISIBLE_DEVICES takes them, `tensor_parallel` for each server in turn; empty
     means 0, 1, 2, ...
   host: where HTTP listens. Anything but loopback needs `api_key`.
-  router: also start SGLang's router, on `router_port`. Weights are pushed to the servers, not to it.
   context_length: most tokens of a sequence, images expanded; 0 means 40,960 (the paper's evaluation
     with room for its prompts) or the model's limit, whichever is less.
   dtype: of weights and KV cache; empty means bfloat16 on GPUs, float32 on CPUs.
@@ -83,8 +82,6 @@ class SidecarSpec:
   host: str = "127.0.0.1"
   port: int = 30000
   api_key: str = dataclasses.field(default="", repr=False)
-  router: bool = False
-  router_port: int = 0
   context_length: int = 0
   dtype: str = ""
   mem_fraction: float = 0.8
@@ -213,16 +210,8 @@ def server_command(spec: SidecarSpec, port: int) -> list[str]:
   return [str(SERVE), "server", *pairs, *switches, *spec.extra_flags]
 
 
-def router_command(spec: SidecarSpec, port: int, worker_urls: list[str]) -> list[str]:
-  return [
-    str(SERVE), "router", "--host", spec.host, "--port", str(port), "--policy", "cache_aware",
-    "--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port("127.0.0.1")),
-    "--worker-urls", *worker_urls,
-  ]  # fmt: skip
-
-
 def process_environment(spec: SidecarSpec, scratch: str) -> dict[str, str]:
-  """What servers and router have in common. `scratch`: a private folder, as old as the process."""
+  """Variables that all servers get. `scratch`: a private folder, as old as the process."""
   env = {name: value for name, value in os.environ.items() if _passed_on(name) or name in spec.env}
   env |= {
     "AXPO_SIDECAR_PARENT": str(os.getpid()),
