@@ -109,7 +109,7 @@ def train_step(config: ModelConfig, length: int, micro_batches: int, mu_dtype: s
   examples = [example(config, length, seed) for seed in range(micro_batches)]
   learner, batches = _learner(config, mu_dtype, examples[0]), _packed(config, examples)
   params = init_params(config, 0, learner.mesh, sharding.DEFAULT_RULES)
-  state = learner.init(params, 0)
+  state = learner.init(params)
   del params
 
   def step():

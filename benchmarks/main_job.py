@@ -431,7 +431,7 @@ def _learner_side(config, context, params, examples: Sequence[Example]):
     vision_config=context.model_config.vision,
     rows_multiple_of=batch_shards(context.mesh, context.rules))
   # The state's buffers are donated at every step: a copy, since `params` are others' too.
-  state, losses = learner.init(jax.tree.map(lambda x: x.copy(), params), config.seed), []
+  state, losses = learner.init(jax.tree.map(lambda x: x.copy(), params)), []
 
   def step():
     nonlocal state

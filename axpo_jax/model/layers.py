@@ -37,7 +37,9 @@ class Maker:
       raise ValueError(f"shape {tuple(shape)} and logical axes {tuple(names)} differ in length")
     if self._stack:
       shape, names = (self._stack, *shape), ("layers", *names)
-    return nnx.Param(sharding.logical(init, names)(self._rngs.params(), shape, self._dtype))
+    # Not eager: flax would place the value at once, and so demand a mesh merely to build a module.
+    return nnx.Param(init(self._rngs.params(), shape, self._dtype), out_sharding=tuple(names),
+                     eager_sharding=False)
 
   def normal(self, shape: Sequence[int], names: sharding.Names, fan_in: int) -> nnx.Param:
     """Normal with a standard deviation of fan_in^-0.5: what comes out is as large as what goes in,

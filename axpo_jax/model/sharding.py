@@ -11,9 +11,7 @@ axis, so a new layout is a new table.
     with use(mesh):            # inside the traced function: `constrain` is read while tracing
       return model(...)
 
-A parameter carries its names as nnx metadata, written by `logical(initializer, names)`. Flax has its
-own `out_sharding` metadata; it is not used because it places eagerly, and so demands a mesh merely
-to build a module.
+A parameter carries its names as flax's metadata `out_sharding`, written by `layers.Maker`.
 """
 
 from __future__ import annotations
@@ -36,7 +34,6 @@ Rules = Mapping[str, MeshAxes]
 Names = Sequence[str | None]
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
-METADATA_KEY = "logical_axes"
 
 DEFAULT_RULES: Rules = MappingProxyType({
   # Parameters: fsdp splits the model dimension, tensor the dimension a matmul fans out to.
@@ -303,17 +300,9 @@ def put(x: Any, target: NamedSharding) -> jax.Array:
   return jax.make_array_from_callback(np.shape(x), target, lambda index: np.asarray(x)[index])
 
 
-def logical(initializer: Callable[..., Any], names: Names) -> Callable[..., Any]:
-  """The initializer, with `names` as metadata of the nnx.Variable made from its value.
-
-    self.kernel = nnx.Param(logical(init, ("embed", "mlp"))(key, shape, dtype))
-  """
-  return nnx.with_metadata(initializer, **{METADATA_KEY: tuple(names)})
-
-
 def names_of(variable: nnx.Variable) -> tuple[str | None, ...] | None:
-  """The logical axis names a variable carries, or None."""
-  return variable.get_metadata().get(METADATA_KEY)
+  """The logical axis names a variable carries (flax's `out_sharding`), or None."""
+  return variable.get_metadata().get("out_sharding")
 
 
 def param_shardings(abstract_state: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
@@ -340,7 +329,7 @@ def param_shardings(abstract_state: Any, mesh: Mesh, rules: Rules | None = None)
     if names is None:
       if np.ndim(value):
         raise ShardingError(
-          f"{label}: shape {value.shape} carries no logical names; create it with `logical`")
+          f"{label}: shape {value.shape} carries no logical names; create it with `out_sharding`")
       names = ()
     return leaf.replace(sharding_for(names, value.shape, mesh, rules, label=label))
 

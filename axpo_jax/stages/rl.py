@@ -131,10 +131,10 @@ class Loop:
     is and is both."""
     config, context, params = self.config, self.context, self.reference
     if context.lora is None:
-      return self.learner.init(self.learner.own_copy(params), config.seed)
+      return self.learner.init(self.learner.own_copy(params))
     self.reference = None
     return self.learner.init(
-      with_adapters(params, context.trained_config, config.seed, context.mesh, context.rules), config.seed)
+      with_adapters(params, context.trained_config, config.seed, context.mesh, context.rules))
 
   async def sync(self) -> None:
     """Gives the sampler the current weights. It forgets its cached prefixes, so that a step or an

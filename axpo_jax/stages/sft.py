@@ -65,7 +65,7 @@ def run(config: ConfigDict, context: RunContext, policy: str, root: epath.Path,
   with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
     params = functools.partial(policies.trained_params, context, policy, config.seed)
     if checkpoints.latest() is None:
-      state = learner.init(params(), config.seed)
+      state = learner.init(params())
     else:
       stored = checkpoints.restore(learner.stored(learner.abstract_state()), iterator=data.stream)
       state = learner.restored(stored.state, params)

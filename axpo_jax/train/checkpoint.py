@@ -37,6 +37,8 @@ from axpo_jax.train.checksums import checksums
 
 # Names inside a checkpoint folder.
 _STATE, _ITERATOR, _HOST = "state", "iterator", "host"
+# A key that nothing read. Checkpoints of before November 2026 hold it.
+_UNREAD = "rng"
 # Replicas share the writing of large arrays only: cutting small ones costs a compilation each.
 _MIN_SLICE_BYTES = 1 << 26
 
@@ -159,6 +161,9 @@ class Checkpoints:
     record = file.loaded()
     if record.get("step", step) != step:
       raise _DamagedError(f"it is that of step {record['step']}, renamed")
+    wanted = _nested(abstract_state)
+    if record["arrays"].pop(_UNREAD, None):
+      wanted[_UNREAD] = jax.ShapeDtypeStruct((2,), "uint32", sharding=wanted["step"].sharding)
     _check_arrays(f"checkpoint {step}", record["arrays"], _describe(abstract_state))
     position = None
     if with_iterator:
@@ -168,13 +173,13 @@ class Checkpoints:
       position = file.loaded()
       if record.get("iterator", file.checksum) != file.checksum:
         raise _DamagedError("its data iterator is another checkpoint's")
-    nested = self._load(step, {_STATE: _nested(abstract_state)})[_STATE]
+    nested = self._load(step, {_STATE: wanted})[_STATE]
     state = _unnested(nested, abstract_state)
     if (saved := record.get("checksums")) is None:
       logging.warning("checkpoint %d was written without checksums: it is taken as it is", step)
     else:
       found = checksums(_flat(state))
-      if wrong := [name for name in saved if saved[name] != found[name]]:
+      if wrong := [name for name in found if saved[name] != found[name]]:
         raise _DamagedError(f"{len(wrong)} of {len(saved)} arrays are not those that were saved ({wrong[0]})")
     return Restored(step, state, record["host"]), position
 

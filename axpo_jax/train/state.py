@@ -1,4 +1,4 @@
-"""The train state and the optimizer: parameters, AdamW moments, step and RNG, all sharded.
+"""The train state and the optimizer: parameters, AdamW moments and step, all sharded.
 
 In: a model config (or loaded parameters) and an OptimizerConfig. Out: a TrainState whose arrays lie
 where the mesh and the rules want them. The state is a plain pytree: SFT and RL share it.
@@ -37,14 +37,11 @@ class TrainState:
     params: all parameters, frozen ones included.
     opt_state: optax state of the trained parameters.
     step: int32, optimizer steps done.
-    rng: uint32 [2], the run's base key (raw, so that it can be stored as it is). It never changes:
-      randomness of step s comes from `jax.random.fold_in(state.rng, s)`.
   """
 
   params: nnx.State
   opt_state: Any
   step: jax.Array
-  rng: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +167,7 @@ def with_adapters(params: nnx.State, config: ModelConfig, seed: int, mesh: jax.s
   return nnx.merge_state(params, init_params(config, seed, mesh, rules, only=is_adapter))
 
 
-def init_state(params: nnx.State, optimizer: Optimizer, seed: int, mesh: jax.sharding.Mesh,
+def init_state(params: nnx.State, optimizer: Optimizer, mesh: jax.sharding.Mesh,
                rules: sharding.Rules | None = None) -> TrainState:
   """A state at step 0 that *owns* `params`: the first step donates their buffers.
 
@@ -180,8 +177,7 @@ def init_state(params: nnx.State, optimizer: Optimizer, seed: int, mesh: jax.sha
   opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
   params = jax.device_put(params, shardings.params)
   step = sharding.put(np.zeros((), np.int32), shardings.step)
-  rng = sharding.put(np.asarray(jax.random.key_data(jax.random.key(seed))), shardings.rng)
-  return TrainState(params, opt_state, step, rng)
+  return TrainState(params, opt_state, step)
 
 
 def abstract_state(params: nnx.State, optimizer: Optimizer, mesh: jax.sharding.Mesh,
@@ -222,8 +218,7 @@ def move_params(params: nnx.State, memory: str) -> nnx.State:
 
 def _state_shapes(params, optimizer) -> TrainState:
   def create(params):
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32),
-                      jnp.zeros((2,), jnp.uint32))
+    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
   return jax.eval_shape(create, params)
 

@@ -7,7 +7,7 @@ changes nothing.
 
   learner = Learner(model_config, make_optimizer(...), policy_objective(LossConfig()), mesh,
                     banned_ids=chat.banned_ids)
-  state = learner.init(params, seed)
+  state = learner.init(params)
   state, result = learner.update(state, batches, divisor)  # dispatched; the host does not wait
   metrics = learner.metrics(result, batches, folder)  # waits; raises NonFiniteError
 
@@ -172,11 +172,11 @@ class Learner:
     self._score = jax.jit(self._forward, in_shardings=(state.params, None),
                           compiler_options=options)
 
-  def init(self, params: nnx.State, seed: int) -> TrainState:
+  def init(self, params: nnx.State) -> TrainState:
     """A state at step 0. It owns `params`: the first update donates their buffers. Those of another
     dtype than the state's are cast."""
     params = jax.tree.map(lambda x, as_: x.astype(as_.dtype), params, self._abstract_params)
-    return init_state(params, self.optimizer, seed, self.mesh, self.rules)
+    return init_state(params, self.optimizer, self.mesh, self.rules)
 
   def own_copy(self, params: nnx.State) -> nnx.State:
     """A copy of parameters, for `init`, in the dtypes of the state."""
@@ -358,7 +358,7 @@ class Learner:
       lambda new, old: jnp.where(applies, new, old), new, (trained, state.opt_state, state.step))
     metrics = {"grad_norm": norm, "learning_rate": self.optimizer.schedule(state.step),
                "finite": finite, "step": state.step}
-    return TrainState(nnx.merge_state(trained, frozen), opt_state, step, state.rng), metrics
+    return TrainState(nnx.merge_state(trained, frozen), opt_state, step), metrics
 
 
 def _unscored(batch: Batch) -> Batch:

@@ -116,8 +116,8 @@ def test_constrain_places_under_use_only(mesh):
 def test_parameter_shardings_come_from_the_metadata(mesh):
   class Tiny(nnx.Module):
     def __init__(self, rngs):
-      init = sharding.logical(nnx.initializers.normal(), ("embed", "mlp"))
-      self.kernel = nnx.Param(init(rngs.params(), (4, 6)))
+      self.kernel = nnx.Param(nnx.initializers.normal()(rngs.params(), (4, 6)),
+                              out_sharding=("embed", "mlp"), eager_sharding=False)
       self.scale = nnx.Param(jnp.ones(()))
 
   state = nnx.state(nnx.eval_shape(lambda: Tiny(nnx.Rngs(0))))

@@ -59,6 +59,15 @@ def test_restored_bit_for_bit_on_any_mesh(state, tmp_path, sizes):
     assert x.sharding == want.sharding and x.dtype == want.dtype
 
 
+def test_a_key_of_older_checkpoints_is_left_out(state, tmp_path):
+  """States had a key `rng`, which nothing read."""
+  key = sharding.put(np.array([0, 5], np.uint32), state.step.sharding)
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(5, {**vars(state), "rng": key}, host={})
+    restored = checkpoints.restore(abstract_state(state.params, OPTIMIZER, _mesh(fsdp=2)))
+  assert _bytes(restored.state) == _bytes(state)
+
+
 def test_the_newest_are_kept_and_old_steps_are_not_overwritten(tmp_path):
   tree = {"x": jnp.arange(3)}
   with Checkpoints(tmp_path, keep=2) as checkpoints:

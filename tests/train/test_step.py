@@ -115,7 +115,7 @@ def test_update_equals_a_plain_loss_and_optax(supervised, pack_with, host_params
   targets = float(sum(b.weights_BxG.sum() for b in batches))
   _assert_close(jax.tree.map(lambda g: g / targets, accumulated), grads, 1e-4)
 
-  state, result = supervised.update(supervised.init(params, seed=0), batches, targets)
+  state, result = supervised.update(supervised.init(params), batches, targets)
   metrics = supervised.metrics(result, batches, tmp_path)
   assert metrics["train/loss"] == pytest.approx(float(value), rel=1e-5)
   assert metrics["train/nll"] == pytest.approx(float(value), rel=1e-5)
@@ -165,7 +165,7 @@ def test_a_mesh_changes_no_number(config, supervised, pack_with, host_params, tm
     params, grads = _put(host_params, learner), learner.zeros()
     for batch in batches:
       grads, _ = learner.accumulate(params, grads, batch)
-    state = learner.init(params, seed=0)
+    state = learner.init(params)
     for _ in range(2):  # several updates per rollout step
       state, result = learner.update(state, batches, targets(batches))
       metrics = learner.metrics(result, batches, tmp_path)
@@ -190,7 +190,7 @@ def test_policy_steps_in_bfloat16_with_a_frozen_vision_tower(
                      optimizer=dataclasses.replace(OPTIMIZER, freeze_vision=True))
   params = _put(host_params, learner)
   assert "vision" not in learner.zeros()
-  state = learner.init(copy_params(params), 0)
+  state = learner.init(copy_params(params))
   batches = learner.annotate(pack_with(), old=state.params, reference=params)
   history = []
   for _ in range(2):
@@ -228,7 +228,7 @@ def test_without_old_logprobs_the_ratio_is_exactly_one(pack_with):
 
 def test_the_vision_tower_learns_otherwise(supervised, pack_with, host_params):
   state, _ = supervised.update(
-    supervised.init(_put(host_params, supervised), 0), pack_with(), 1.0)
+    supervised.init(_put(host_params, supervised)), pack_with(), 1.0)
   same = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), state.params, host_params)
   assert not any(jax.tree.leaves(same["vision"]))
 
@@ -246,7 +246,7 @@ def test_a_non_finite_step_is_refused_and_its_batch_saved(
     bad.weights_BxG[bad.weights_BxG > 0] = np.inf
   batches[1] = bad
   state, result = supervised.update(
-    supervised.init(_put(host_params, supervised), 0), batches, targets(batches))
+    supervised.init(_put(host_params, supervised)), batches, targets(batches))
   with pytest.raises(NonFiniteError, match=r"update 0: .* micro-batches \[1\]") as error:
     supervised.metrics(result, batches, tmp_path)
   assert error.value.micro_batches == (1,)
@@ -270,7 +270,7 @@ def test_rows_of_padding_add_nothing(supervised, pack_with, host_params):
 
 
 def test_new_batches_of_one_shape_do_not_recompile(supervised, pack_with, host_params):
-  state = supervised.init(_put(host_params, supervised), 0)
+  state = supervised.init(_put(host_params, supervised))
   batches = pack_with()
   state, _ = supervised.update(state, batches, 1.0)
   before = (supervised._accumulate._cache_size(), supervised._apply._cache_size())
@@ -282,12 +282,12 @@ def test_new_batches_of_one_shape_do_not_recompile(supervised, pack_with, host_p
 
 def test_an_update_needs_a_micro_batch(supervised, host_params):
   with pytest.raises(ValueError, match="no micro-batches"):
-    supervised.update(supervised.init(_put(host_params, supervised), 0), [], 1.0)
+    supervised.update(supervised.init(_put(host_params, supervised)), [], 1.0)
 
 
 def test_an_update_without_targets_changes_nothing(supervised, pack_with, host_params, tmp_path):
   """Neither weight decay nor the optimizer's moments nor its step."""
-  state = supervised.init(_put(host_params, supervised), 0)
+  state = supervised.init(_put(host_params, supervised))
   state, _ = supervised.update(state, pack_with(), 1.0)
   before = jax.tree.map(np.copy, jax.device_get((state.params, state.opt_state, state.step)))
   batches = [dataclasses.replace(b, weights_BxG=np.zeros_like(b.weights_BxG)) for b in pack_with()]
@@ -309,7 +309,7 @@ def test_what_never_changes_may_stand_in_bfloat16(config, host_params, pack_with
       policy_objective(LossConfig(kl_coef=0.1)), _mesh(data=1), banned_ids=BANNED, chunk=16,
       frozen_dtype=dtype)
     reference = _put(jax.tree.map(lambda x, to=dtype: x.astype(to), half), learner)
-    state = learner.init(learner.own_copy(reference), 0)
+    state = learner.init(learner.own_copy(reference))
     batches = learner.annotate(pack_with(), reference=reference)
     state, _ = learner.update(state, batches, 1.0)
     assert {x.dtype for x in jax.tree.leaves(state.params["vision"])} == {jnp.dtype(dtype)}
