@@ -193,7 +193,7 @@ def _print_machine(config: ConfigDict, params, args: argparse.Namespace, policy:
                        for name in ("jax", "flax", "torch", "transformers"))
   made = "random parameters" if str(policy) != args.policy else args.policy
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
-  text = hf.load_config(policy).text
+  text = ModelConfig.from_hf(policy).text
   load, backend = os.getloadavg()[0], jax.default_backend()
   print(f"machine   {models[0]}, {os.cpu_count()} cores, load {load:.1f} at the start")
   print(f"versions  Python {platform.python_version()}, {versions}; backend {backend}")

@@ -269,11 +269,11 @@ def make(args: argparse.Namespace) -> None:
 
 def _prompt(folder: pathlib.Path):
   """(ids_T, image, config, folder of the export): a question, its image expanded."""
-  from axpo_jax.model import hf
   from axpo_jax.model.chat import Chat
+  from axpo_jax.model.config import ModelConfig
   from axpo_jax.model.images import ImageLimits, ImageProcessor
   policy = folder / "run" / "rl" / "policy"
-  chat, config = Chat.from_pretrained(policy), hf.load_config(policy)
+  chat, config = Chat.from_pretrained(policy), ModelConfig.from_hf(policy)
   image = ImageProcessor.from_checkpoint(policy)(
     Image.open(folder / "0.png"), ImageLimits(64 * 64, 128 * 128))
   ids = chat.prompt_ids("", [], "What colour is the mark?", 1)

@@ -28,7 +28,7 @@ class UnsupportedConfig(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-  """The decoder. `mrope_section` counts the frequencies of (time, height, width)."""
+  """The decoder. `mrope_section`: how many rotary frequencies time, height and width have."""
 
   vocab_size: int
   hidden_size: int
@@ -46,8 +46,7 @@ class TextConfig:
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
       raise UnsupportedConfig(
-        f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}"
-      )
+        f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
     if len(self.mrope_section) != 3 or 2 * sum(self.mrope_section) != self.head_dim:
       raise UnsupportedConfig(
         f"mrope_section={self.mrope_section} must be three counts that sum to "
@@ -114,8 +113,8 @@ class LoraConfig:
   Attributes:
     rank: of the products that are added to kernels.
     alpha: the products are scaled by alpha / rank.
-    targets: which layers have one, of TEXT_TARGETS and VISION_TARGETS; in all blocks, and for "fc1"
-      and "fc2" in the mergers too.
+    targets: which layers have an adapter, of TEXT_TARGETS and VISION_TARGETS: in all blocks, and "fc1" and
+      "fc2" in the mergers too.
   """
 
   rank: int
@@ -139,8 +138,8 @@ class LoraConfig:
 class ModelConfig:
   """A whole policy.
 
-  dtype: what activations and matmuls use; norms, softmax and logits are float32 regardless.
-  param_dtype: what parameters are stored in.
+  dtype: of activations and matmuls; norms, softmax and logits are always float32.
+  param_dtype: of stored parameters.
   remat: "none" keeps all activations for the backward pass, "full" keeps one hidden state a
     layer, "dots" also keeps the outputs of the weight matmuls.
   attention: of text without a cache: "tpu" and "gpu" are Pallas kernels, "xla" does the same
@@ -176,7 +175,7 @@ class ModelConfig:
     if self.vision.out_hidden_size != self.text.hidden_size:
       raise UnsupportedConfig(
         f"vision out_hidden_size={self.vision.out_hidden_size} must equal text hidden_size="
-        f"{self.text.hidden_size}: merged patches stand in the text's residual stream"
+        f"{self.text.hidden_size}: merged patches enter the text's residual stream"
       )
     for field in _TOKEN_ID_FIELDS:
       if not 0 <= getattr(self, field) < self.text.vocab_size:
@@ -257,34 +256,17 @@ class ModelConfig:
     }
 
 
-_TOKEN_ID_FIELDS = (
-  "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"
-)  # fmt: skip
+_TOKEN_ID_FIELDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
-# Our field -> Hugging Face's. One table for both directions.
-_TEXT_FIELDS = {
-  "vocab_size": "vocab_size",
-  "hidden_size": "hidden_size",
-  "intermediate_size": "intermediate_size",
-  "num_layers": "num_hidden_layers",
-  "num_heads": "num_attention_heads",
-  "num_kv_heads": "num_key_value_heads",
-  "head_dim": "head_dim",
-  "rms_norm_eps": "rms_norm_eps",
-  "max_positions": "max_position_embeddings",
-}
-_VISION_FIELDS = {
-  "depth": "depth",
-  "hidden_size": "hidden_size",
-  "intermediate_size": "intermediate_size",
-  "out_hidden_size": "out_hidden_size",
-  "num_heads": "num_heads",
-  "patch_size": "patch_size",
-  "temporal_patch_size": "temporal_patch_size",
-  "spatial_merge_size": "spatial_merge_size",
-  "in_channels": "in_channels",
-  "num_position_embeddings": "num_position_embeddings",
-}
+# Our field -> Hugging Face's, for both directions.
+_RENAMED = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads",
+            "num_kv_heads": "num_key_value_heads", "max_positions": "max_position_embeddings"}
+_TEXT_FIELDS = {name: _RENAMED.get(name, name) for name in (
+  "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+  "rms_norm_eps", "max_positions")}
+_VISION_FIELDS = {name: name for name in (
+  "depth", "hidden_size", "intermediate_size", "out_hidden_size", "num_heads", "patch_size",
+  "temporal_patch_size", "spatial_merge_size", "in_channels", "num_position_embeddings")}
 # What the architecture fixes: written out, and checked when a file states it.
 _TEXT_FIXED = {"hidden_act": "silu", "attention_bias": False}
 _VISION_FIXED = {"hidden_act": "gelu_pytorch_tanh"}
@@ -387,7 +369,7 @@ def _preset(hidden, layers, heads, mlp, tied, vision) -> ModelConfig:
       depth=depth, hidden_size=vision_hidden, intermediate_size=vision_mlp,
       out_hidden_size=hidden, deepstack_layers=deepstack,
     ),
-  )  # fmt: skip
+  )
 
 
 _SMALL_VISION = (24, 1024, 4096, (5, 11, 17))
@@ -413,4 +395,4 @@ PRESETS: dict[str, ModelConfig] = {
     image_token_id=3, video_token_id=4, vision_start_token_id=1, vision_end_token_id=2,
     dtype="float32",
   ),
-}  # fmt: skip
+}

@@ -20,7 +20,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ _COMPANIONS = (
   "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
   "special_tokens_map.json", "chat_template.json", "chat_template.jinja",
   "preprocessor_config.json", "video_preprocessor_config.json", "generation_config.json",
-)  # fmt: skip
+)
 CONFIG_FILE = "config.json"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 # What must be there to make prompts of a checkpoint, without its weights.
@@ -59,7 +59,7 @@ class Entry:
   """One tensor of a checkpoint.
 
   name, shape: the tensor's, there.
-  path: our parameter. layer: its place in the stacked parameter, None if not stacked.
+  path: our parameter. layer: its index in the stacked parameter, None if not stacked.
   matrix: [out, in...] there and transposed here; else the same order of values.
   """
 
@@ -87,11 +87,6 @@ def name_table(config: ModelConfig) -> list[Entry]:
   return [*_vision_entries(config), *_text_entries(config)]
 
 
-def load_config(path: str | os.PathLike, **options) -> ModelConfig:
-  """The config of a checkpoint folder; `options` as in `ModelConfig.from_hf`."""
-  return ModelConfig.from_hf(path, **options)
-
-
 def stored_dtype(path: str | os.PathLike) -> str | None:
   """"bfloat16" if all tensors of a checkpoint folder are: parameters then lose nothing in it. Else
   None.
@@ -117,7 +112,7 @@ def load_params(
   """Reads a checkpoint folder (one safetensors file, or shards with an index).
 
   Parameters get config.param_dtype and, with a mesh, the sharding that their logical axes ask for
-  (else they stand uncommitted on the default device). Merge them with the graph of any `Qwen3VL(config)`.
+  (else they are uncommitted on the default device). Merge them with the graph of any `Qwen3VL(config)`.
 
   Raises:
     CheckpointMismatch: lists all unknown, missing and misshapen tensors, before anything is read.
@@ -309,10 +304,9 @@ def _load_leaf(read, entries, leaf, target: jax.sharding.Sharding | None) -> jax
   if target is None:
     whole = tuple((0, n) for n in leaf.shape)
     return jnp.asarray(_read_parts(read, entries, leaf, {whole})[whole])
-  places = target.addressable_devices_indices_map(leaf.shape)
   bounds = {
     device: tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
-    for device, index in places.items()
+    for device, index in target.addressable_devices_indices_map(leaf.shape).items()
   }
   parts = _read_parts(read, entries, leaf, set(bounds.values()))
   arrays = [jax.device_put(parts[b], device) for device, b in bounds.items()]
@@ -413,11 +407,3 @@ def _write_rest(folder: Path, config, dtype, shards, tokenizer_from) -> None:
     source = Path(tokenizer_from) / name
     if source.exists():
       shutil.copy(source, folder / name)
-
-
-def iter_hf(params: nnx.State, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
-  """(checkpoint name, tensor) of every parameter, in its own dtype; also fits gradients."""
-  leaves = by_path(params)
-  for entry in name_table(config):
-    leaf = leaves[entry.path]
-    yield entry.name, entry.to_hf(fetch(leaf, entry.layer, str(leaf.dtype)))

@@ -161,7 +161,7 @@ def remat(function: Callable, policy: str) -> Callable:
     inner = jax.checkpoint(
       lambda state, *args: function(nnx.merge(graphdef, state), *args),
       prevent_cse=False, policy=policies[policy],
-    )  # fmt: skip
+    )
     return inner(state, *args)
 
   return wrapped

@@ -108,7 +108,7 @@ class VisionTower(nnx.Module):
     self.positions = make.normal(
       (vision.num_position_embeddings, vision.hidden_size), (None, "vision_embed"),
       vision.hidden_size,
-    )  # fmt: skip
+    )
     self.blocks = VisionBlock(vision, Maker(rngs, dtype, vision.depth))
     self.merger = Merger(vision, make, norm_merged=False)
     taps = len(vision.deepstack_layers)

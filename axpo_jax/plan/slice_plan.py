@@ -184,7 +184,7 @@ def _model_config(config: ConfigDict, layers: int) -> ModelConfig:
       raise ConfigError(f"config.model.preset={section.preset!r}; there are {sorted(PRESETS)}")
     base = PRESETS[section.preset]
   elif section.checkpoint:
-    base = hf.load_config(section.checkpoint)
+    base = ModelConfig.from_hf(section.checkpoint)
   else:
     raise ConfigError("set config.model.preset (--config.model.preset=8b), or config.model.checkpoint "
                       f"to a folder with config.json; presets are {sorted(PRESETS)}")

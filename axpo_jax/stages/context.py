@@ -80,7 +80,7 @@ def _mesh(config: ConfigDict, params: nnx.State) -> jax.sharding.Mesh:
 def _model_config(config: ConfigDict, chat: Chat) -> ModelConfig:
   m = config.model
   if m.checkpoint:
-    base = hf.load_config(paths.local(m.checkpoint, hf.SMALL_FILES))
+    base = ModelConfig.from_hf(paths.local(m.checkpoint, hf.SMALL_FILES))
   else:
     base = PRESETS[m.preset]
     if m.preset == "tiny":

@@ -160,7 +160,7 @@ def _model(config: ConfigDict) -> ModelConfig:
   if not config.model.checkpoint:
     return computed_as(PRESETS[config.model.preset], config.model)
   with _named(f"config.model.checkpoint={config.model.checkpoint!r}: "):
-    base = hf.load_config(paths.local(config.model.checkpoint, hf.SMALL_FILES))
+    base = ModelConfig.from_hf(paths.local(config.model.checkpoint, hf.SMALL_FILES))
   return computed_as(base, config.model)
 
 

@@ -10,6 +10,7 @@ from axpo_jax.agent import parse
 from axpo_jax.agent.rewards import extract_answer
 from axpo_jax.model import hf
 from axpo_jax.model.chat import Chat
+from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.images import ImageProcessor
 from benchmarks import random_policy, true_size
 
@@ -40,7 +41,7 @@ def test_tokenizer_has_the_released_ids(tmp_path):
 
 def test_weights_fit_the_config(tmp_path):
   size = random_policy.write(tmp_path / "policy", random_policy.SIZES["small"])
-  config = hf.load_config(tmp_path / "policy")
+  config = ModelConfig.from_hf(tmp_path / "policy")
   assert len(list((tmp_path / "policy").glob("*.safetensors"))) > 2  # sharded, with an index
   params = hf.by_path(hf.load_params(tmp_path / "policy", config))
   assert size == 2 * sum(x.size for x in params.values())

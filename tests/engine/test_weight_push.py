@@ -14,7 +14,7 @@ from axpo_jax.engine.settings import PushConfig
 from axpo_jax.engine.sglang.server.spec import free_port
 from axpo_jax.engine.sglang.weight_push import PushFolder, WrongParameters, server_name
 from axpo_jax.model import hf, sharding
-from tests import children
+from tests import children, weights
 
 LAST = ("text", "layers", "down", "kernel")  # a stacked parameter: one tensor a layer
 
@@ -29,7 +29,7 @@ def tensors(folder) -> dict[str, np.ndarray]:
 
 
 def expected(params, model_config, dtype) -> dict[str, np.ndarray]:
-  return {name: tensor.astype(dtype) for name, tensor in hf.iter_hf(params, model_config)}
+  return {name: tensor.astype(dtype) for name, tensor in weights.by_name(params, model_config).items()}
 
 
 def assert_equal(found, wanted):

@@ -111,7 +111,7 @@ def random_torch_model(config: ModelConfig, seed: int = 0):
 def _make_reference(config: ModelConfig, folder) -> Reference:
   model = random_torch_model(config)
   model.save_pretrained(folder)
-  loaded = dataclasses.replace(hf.load_config(folder), dtype="float32")
+  loaded = dataclasses.replace(ModelConfig.from_hf(folder), dtype="float32")
   graphdef = nnx.graphdef(nnx.eval_shape(lambda: Qwen3VL(loaded, rngs=nnx.Rngs(0))))
   return Reference(loaded, model, graphdef, hf.load_params(folder, loaded), folder)
 

@@ -47,7 +47,7 @@ def bf16_folder(reference, tmp_path):
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_round_trip_is_bit_identical(bf16_folder, tmp_path, param_dtype):
-  config = hf.load_config(bf16_folder, param_dtype=param_dtype)
+  config = ModelConfig.from_hf(bf16_folder, param_dtype=param_dtype)
   params = hf.load_params(bf16_folder, config)
   assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(param_dtype)}
   hf.save_checkpoint_hf(
@@ -103,7 +103,7 @@ def test_transformers_loads_what_we_save(reference, make_case, tmp_path):
   graphdef, params = nnx.split(model)
   got = jax.jit(lambda p: case.logits(nnx.merge(graphdef, p)))(params)
   assert np.linalg.norm(got - want) < 1e-5 * np.linalg.norm(want)
-  assert hf.load_config(tmp_path / "ours", dtype="float32") == config
+  assert ModelConfig.from_hf(tmp_path / "ours", dtype="float32") == config
 
 
 def test_all_problems_in_one_error(untied, tmp_path):

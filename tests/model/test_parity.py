@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from axpo_jax.model import hf
 from axpo_jax.model.vision_inputs import bilinear_corners, grid_positions, mrope_positions
+from tests import weights
 
 GRIDS = {
   "text only": [],
@@ -103,7 +103,7 @@ def test_gradient_of_every_parameter(request, make_case, head, remat):
     logits = case.logits(nnx.merge(graphdef, params))[:-1]
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], -1).mean()
 
-  got = dict(hf.iter_hf(jax.jit(jax.grad(loss))(reference.params), reference.config))
+  got = weights.by_name(jax.jit(jax.grad(loss))(reference.params), reference.config)
   assert got.keys() == wanted.keys()
   errors = {name: relative(got[name], wanted[name]) for name in wanted}
   bad = {name: error for name, error in errors.items() if not error < GRADIENT_TOLERANCE}
