@@ -14,16 +14,20 @@ from axpo_jax.agent.tools.function import tool
 PICTURE = PIL.Image.new("RGB", (3, 2))
 
 
-@tool(scope="read_file")
-def add(first: int, second: int = 2, how: Literal["sum", "product"] = "sum") -> str:
-  """Combines two numbers.
+@pytest.fixture(scope="module")
+def add():
+  @tool(scope="read_file")  # here, since making a tool imports transformers
+  def add(first: int, second: int = 2, how: Literal["sum", "product"] = "sum") -> str:
+    """Combines two numbers.
 
-  Args:
-    first: the one.
-    second: the other.
-    how: what to do with them.
-  """
-  return str(first + second if how == "sum" else first * second)
+    Args:
+      first: the one.
+      second: the other.
+      how: what to do with them.
+    """
+    return str(first + second if how == "sum" else first * second)
+
+  return add
 
 
 def call(made, arguments, images=()):
@@ -31,7 +35,7 @@ def call(made, arguments, images=()):
   return asyncio.run(box.call(made.name, arguments, EpisodeState("q7", list(images))))
 
 
-def test_schema():
+def test_schema(add):
   assert add.schema == {"type": "function", "function": {
       "name": "add", "description": "Combines two numbers.", "parameters": {
           "type": "object", "required": ["first"], "properties": {
@@ -42,7 +46,7 @@ def test_schema():
   json.dumps(add.schema)
 
 
-def test_calls_are_checked_against_the_hints():
+def test_calls_are_checked_against_the_hints(add):
   assert call(add, {"first": 1}).text == "3"
   assert call(add, {"first": 4, "second": 5.0, "how": "product"}).text == "20"
   assert call(add, {"first": "x"}).error == "bad_arguments"

@@ -28,7 +28,6 @@ fuzz = settings(max_examples=EXAMPLES, deadline=None, derandomize=True,
                 suppress_health_check=list(HealthCheck))
 
 
-@tool(scope="s")
 def many(number: float, flag: bool = True, names: list[str] | None = None) -> str:
   """Takes arguments of many kinds.
 
@@ -62,7 +61,7 @@ arguments = st.one_of(near, st.dictionaries(keys, values, max_size=5))
 
 @pytest.fixture(scope="module")
 def box(python_tool):
-  return ToolBox([ImageZoomIn(ImageLimits(32 * 32, 64 * 64), factor=16), python_tool, many,
+  return ToolBox([ImageZoomIn(ImageLimits(32 * 32, 64 * 64), factor=16), python_tool, tool(scope="s")(many),
                   SearchTool(LocalSearch([Document("Kites", "A kite is a bird.")]))], SCOPES)
 
 
