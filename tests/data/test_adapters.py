@@ -332,12 +332,18 @@ def test_bad_values_in_the_config(tmp_path, fields, message):
     validate(config)
 
 
-def test_a_folder_will_do_for_public_sets_alone(tmp_path):
+def test_a_folder_of_files_will_do(tmp_path):
+  """As a snapshot of the hub is one. What is no data in it does not count."""
   config = base_config()
-  config.model.checkpoint = str(sizes.write(tmp_path))
-  config.data.path = config.data.eval_path = str(tmp_path)
-  config.data.source, config.data.eval_source = "virl39k", "vstar"
-  validate(config)
-  config.data.eval_source = "jsonl"
-  with pytest.raises(ConfigError, match=r"data\.eval_path=.* is not a file"):
+  config.model.checkpoint = str(sizes.write(tmp_path / "model"))
+  folder = tmp_path / "data"
+  folder.mkdir()
+  (folder / "README.md").write_text("no data")
+  config.data.path = config.data.eval_path = str(folder)
+  for source in ("virl39k", "jsonl"):
+    config.data.source = source
     validate(config)
+  with pytest.raises(readers.ReaderError, match=f"{folder} holds no file of type"):
+    list(readers.read_questions(folder))
+  (folder / "q.jsonl").write_text('{"id": "a", "question": "How many?", "answer": "3"}')
+  assert [question.id for question in readers.read_questions(folder)] == ["a"]

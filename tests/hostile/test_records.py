@@ -105,7 +105,7 @@ def test_a_byte_order_mark_belongs_to_no_record(tmp_path):
 
 
 def test_a_line_without_end(tmp_path, monkeypatch):
-  monkeypatch.setattr(files, "_LONGEST", 100)
+  monkeypatch.setattr(files, "LONGEST", 100)
   for long in (100, 101, 250):
     (tmp_path / "q.jsonl").write_text(f"{'x' * long}\n{GOOD}\n{'x' * long}")
     questions, report = read(tmp_path / "q.jsonl")

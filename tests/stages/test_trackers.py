@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from axpo_jax.errors import ConfigError
 from axpo_jax.stages import trackers
 from axpo_jax.stages.metrics import MetricsWriter
-from tests.agent.conftest import chat, processor, scripted, world  # noqa: F401
+from tests.agent.conftest import scripted, world  # noqa: F401
 from tests.stages.test_conversations import CALL, RIGHT
 
 
