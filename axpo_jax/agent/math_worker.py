@@ -45,6 +45,9 @@ def main(cpu_seconds: float, memory: int) -> None:
 def _serve(cpu_seconds: float, memory: int) -> None:
   resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+  # A process inherits what its parent ignores and blocks: a profiler in the trainer may do both.
+  signal.signal(signal.SIGPROF, signal.SIG_DFL)
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
   for _ in range(_REQUESTS):
     line = _read_line()
     if not line:
