@@ -1,8 +1,8 @@
 """A policy in one's own program: it acts, is cut and resampled, learns, and its log is read.
 
-    python examples/own_program.py configs/axpo_8b.py /models/Qwen3-VL-8B-Thinking questions.jsonl runs/own
+    python examples/own_program.py my_config.py /models/Qwen3-VL-2B-Thinking questions.jsonl runs/own
 
-docs/api.md explains it. Nothing here knows a stage, a checkpoint's resume or a metrics file: the loop is yours.
+The config names a sampler: `rollout.engine="embedded"`, or "sglang" with the `rollout.urls` of servers that run. docs/api.md explains it. Nothing here knows a stage, a checkpoint's resume or a metrics file: the loop is yours.
 """
 
 import asyncio

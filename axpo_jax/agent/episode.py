@@ -1,8 +1,8 @@
 """One episode: think, act, observe, until an answer or a limit.
 
-An episode continues a transcript. A fresh rollout continues the prompt; an AXPO resample continues
-`transcript.cut(transcript.prefix_end())`; there is one loop and no second code path. In: a
-transcript, a question, an engine and tools. Out: a Rollout.
+An episode continues a transcript. A fresh rollout continues the prompt, an AXPO resample continues
+`transcript.cut(end)`, and an interrupted rollout continues its own tokens: there is one loop and no second code
+path. In: a transcript, a question, an engine and tools. Out: a Rollout.
 
 Budgets are checked before anything is appended, so a transcript never holds a token or an image
 that its limits forbid. Rules where several are possible:
@@ -15,7 +15,7 @@ that its limits forbid. Rules where several are possible:
 - Only an episode that ends by itself, with a last turn that makes no call, has an answer.
 - The environment is asked after a turn's calls have run, and after the last turn too, whose calls have
   not: a game's last move counts.
-- Nothing depends on the wall clock, except that a deadline, where one is set, ends the episode.
+- Time decides nothing but limits: an episode's deadline, and those of a tool, a reward, an environment and a request.
 """
 
 from __future__ import annotations

@@ -1,15 +1,20 @@
 """Attention: the one function that a faster back end would replace.
 
-Who sees whom is told by two integers a token, not by a mask: a query of order i sees the keys
-with order <= i < end. Causal text has its index as order and the end of its sequence as end.
-Trajectories that share a prefix stand in one row depth first, and a token's end is where its
-subtree ends, so it is seen by its descendants and by nobody beside them. All patches of an image
-have one order, and the next number as end. An end of 0 is padding, which nobody sees.
+Two integers per token encode visibility: its order and its end. A query of order i attends to the keys with
+order <= i < end. In causal text a token's order is its index and its end is the end of its sequence.
+Trajectories that share a prefix are one row, depth first; a token's end is the end of its subtree, so only its
+descendants attend to it:
 
-A kernel does this where there is one for the machine and the sizes (`choose_backend`). Else, in XLA,
-short sequences turn it into one boolean mask, made once outside of the layer scan; long ones are done
-in blocks of queries, recomputed in the backward pass, and a full [T, S] array never exists. Where
-most blocks of keys are out of sight, `key_blocks` says which are not, and the others are left out.
+  row     p0 p1 | a2 a3 | b4 b5        a prefix p, and its continuations a and b
+  order    0  1    2  3    4  5
+  end      6  6    4  4    6  6        b4 attends to p0, p1 and itself: the ends of a2, a3 are 4
+
+All patches of an image have the same order, and the next number as end. Nothing attends to an end of 0, padding.
+
+Three ways compute it. A kernel, where there is one for the machine and the sizes (`choose_backend`). Else XLA: short
+sequences with one boolean mask, made once outside of the layer scan; long ones in blocks of queries that the
+backward pass recomputes, so a full [T, S] array never exists. `key_blocks` lists the blocks of keys that a block of
+queries can attend to at all, and the others are skipped.
 
 Keys and values may come in several blocks (a cache, then the new tokens) which share one softmax,
 so that a cache need not be copied to append to it. A block has the cache's order of axes: keys

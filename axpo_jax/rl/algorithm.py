@@ -2,8 +2,8 @@
 
   1. sample       N rollouts of each of B questions, judged right or wrong       rollouts.collect
   2. trigger      questions whose tool-using rollouts are all wrong              triggered
-  3. choose       M of those rollouts, least certain call first, breadth first   plan_resamples
-  4. cut          each behind the <tool_call> that opened its call               choose_cut
+  3. cut          each behind the <tool_call> that opened its call               choose_cut
+  4. choose       M of those rollouts, least certain call first, breadth first   plan_resamples
   5. resample     K continuations of each prefix, with the same policy           draws, rollouts.collect
   6. credit       one advantage a rollout, a prefix, a continuation              assign_credit
   7. mask         the tokens of a sequence that receive it                       loss_mask
@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 
 def informative(group: GroupView, config: ResampleConfig) -> bool:
-  """Whether a question can teach anything: its rewards differ, or AXPO may repair its tool calls.
+  """Whether a question can teach anything: its rewards differ, or it may be resampled.
 
   Dynamic sampling (DAPO, arXiv 2503.14476) keeps such questions alone. AXPO's own must stay, though all of
   their rewards may be zero.
@@ -62,7 +62,27 @@ def triggered(rewards_N: np.ndarray, used_tool_N: np.ndarray, *, subgroup: str =
   return bool(member_N.any() and not is_right(reward_vector(rewards_N))[member_N].any())
 
 
-# ---- 3. choose
+# ---- 3. cut
+
+
+def choose_cut(cuts: Sequence[Cut], config: ResampleConfig) -> Cut | None:
+  """Where a rollout is cut.
+
+  Args:
+    cuts: one per call of the rollout, in order. What they freeze ends with the opening tag, so that
+      whatever is decoded from there is a tool call by construction.
+
+  Returns:
+    The cut at the first call (paper), at the last, or at the least certain one; None without a call.
+  """
+  if not cuts:
+    return None
+  if config.cut == "uncertain":
+    return min(cuts, key=lambda cut: (cut.confidence, cut.end))
+  return cuts[0] if config.cut == "first" else cuts[-1]
+
+
+# ---- 4. choose
 
 
 def plan_resamples(
@@ -73,7 +93,7 @@ def plan_resamples(
   num_rollouts: int | None = None,
   recovery: Recovery | None = None,
 ) -> list[Selection]:
-  """The step's prefixes in the order they are served.
+  """The step's prefixes in the order in which they are resampled.
 
   Round 0 holds every triggered question's best prefix, round 1 every second best, and so on; the
   budget cuts the queue. Ties fall to the smaller question index, then the smaller rollout key, so the plan
@@ -109,26 +129,6 @@ def plan_resamples(
   return [chosen for _, chosen in queue[:resample_lib.prefix_budget(num_rollouts, config)]]
 
 
-# ---- 4. cut
-
-
-def choose_cut(cuts: Sequence[Cut], config: ResampleConfig) -> Cut | None:
-  """Where a rollout is cut.
-
-  Args:
-    cuts: one per call of the rollout, in order. What they freeze ends with the opening tag, so that
-      whatever is decoded from there is a tool call by construction.
-
-  Returns:
-    The cut at the first call (paper), at the last, or at the least certain one; None without a call.
-  """
-  if not cuts:
-    return None
-  if config.cut == "uncertain":
-    return min(cuts, key=lambda cut: (cut.confidence, cut.end))
-  return cuts[0] if config.cut == "first" else cuts[-1]
-
-
 # ---- 5. resample
 
 
@@ -136,8 +136,8 @@ def draws(rewards: Sequence[float], drawn: int, config: ResampleConfig) -> int:
   """How many continuations of a prefix to sample next, at once; 0 ends it.
 
   Args:
-    rewards: of the continuations so far, without those that the machine lost.
-    drawn: how many were sampled so far, lost ones included.
+    rewards: of the continuations so far, without those that failed by a fault of the machine.
+    drawn: how many were sampled so far, failed ones included.
   """
   if not config.early_stop:
     return config.k - drawn
@@ -164,8 +164,8 @@ def assign_credit(
   With `config.turn_weight`, the tokens of a turn also get the advantage of its own reward.
 
   Order: the N rollouts of a question, then its branches' continuations, question by question.
-  Sequences with zero advantage stay: their KL counts, and so do their tokens in the one token mean
-  over every unmasked token of the step. Dropping them would make the step's size depend on luck.
+  Sequences with zero advantage stay: their KL counts, and their tokens are in the denominator of the
+  token mean. Dropping them would make the size of a step depend on luck.
 
   Raises:
     ValueError: a branch names a source that is not there or already has a branch, or rewards are

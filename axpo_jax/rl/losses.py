@@ -44,8 +44,8 @@ def policy_loss(
 
   Args:
     logp: log-probability of each token under the policy being trained. The gradient flows here.
-    old_logp: the same under the weights that sampled, by the trainer's own forward pass. None on
-      the first update of a step, where it equals `logp`.
+    old_logp: the same under the weights that began the step, by a forward pass of the trainer. None where
+      the step has one update and the ratio is one (`algorithm.needs_old_logprobs`).
     ref_logp: the same under the fixed reference. May be None if kl_coef is 0; the KL is then
       neither used nor logged.
     behaviour_logp: what the sampler reported.

@@ -35,7 +35,7 @@ class ResampleConfig:
     choice: "uncertain" takes the lowest confidence first (paper); "random" is the ablation;
       "recoverable", beyond the paper, the prefix that was most often recovered when one of its family and
       confidence was tried earlier in the run (`recovery`).
-    cut: beyond the paper; at which call a rollout is cut, among those whose tools ran: "first" (paper), "last",
+    cut: beyond the paper; at which call a rollout is cut: "first" (paper); among those whose tools ran "last",
       or "uncertain", the least certain one (the second hop of a search is where it often fails).
     early_stop: beyond the paper; True samples a prefix's continuations two, then one at a time, and stops
       at the first right and wrong pair. At most K; what is saved is not spent elsewhere.

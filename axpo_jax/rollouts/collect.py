@@ -149,7 +149,7 @@ async def resample(actor: Actor, groups: Sequence[Group], config: ResampleConfig
   cuts = [[resumable(cut_of(rollout.transcript, config), rollout.transcript, actor.environment)
            for rollout in group.rollouts] for group in groups]
   views = [plan_view(number, group, own) for number, (group, own) in enumerate(zip(groups, cuts))]
-  # Nothing is resampled yet: who failed was one of the N rollouts of a question.
+  # Nothing is resampled yet, so all failures are of the N rollouts, and N = kept + failed.
   asked = sum(len(group.rollouts) + group.failed for group in groups)
   chosen = algorithm.plan_resamples(views, config, seed, num_rollouts=asked, recovery=recovery)
   with tqdm(total=len(chosen) * config.k, desc=progress, leave=False, disable=not progress) as bar:

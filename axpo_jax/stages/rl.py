@@ -3,12 +3,12 @@
 In: a policy folder, which is also the fixed reference. Out: a trained policy folder. GRPO is the same
 loop with a budget of zero. The loop holds no state of its own beyond what a checkpoint stores, and
 all randomness comes from (seed, step), so a resumed run repeats an unbroken one bit for bit. So does
-one that was told to stop (`train.preemption`): it saves the last step's state wherever it is.
+one that was asked to stop (`train.preemption`): it saves the last step's state wherever it is.
 
 With `rollout.staleness` = s, the rollouts of up to s steps are collected while earlier ones are
 trained. New weights reach the sampler between two of its turns; every token keeps the version and the
 log-probability that it was drawn with, which the loss corrects for. What was collected but not
-trained on is collected anew after a resume: checkpoints hold the trained frontier of the questions.
+trained on is collected anew after a resume: checkpoints hold the position in the questions after the last step that was trained.
 """
 
 import asyncio

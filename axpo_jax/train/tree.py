@@ -1,12 +1,15 @@
-"""Rows in which what trajectories share stands once (host, NumPy).
+"""Rows that hold what trajectories share only once (host, NumPy).
 
-In: trajectories, each a table of integers with one line a token; equal lines are equal tokens. Out:
-which trajectories stand in which row and, for each, where in the row its tokens stand.
+In: trajectories, each a table of integers with one line a token; equal lines are equal tokens. Out: the
+trajectories of every row, and the indices of each one's tokens in its row.
 
-Trajectories that share a prefix form a tree. It is never built: sorted like words in a dictionary,
-trajectories stand depth first, and what neighbours have in common says where the tree forks. A row
-takes from every trajectory what the one before it in the same row does not have already. A
-tree that is longer than a row goes into several, each of which repeats the path to its own part.
+Trajectories that share a prefix form a tree. The tree is never built. Sorted like words in a dictionary,
+trajectories come depth first, and the common prefix of two neighbours is where the tree branches:
+
+  trajectories   A B C     A B D E     A F          row   A B C D E F
+
+A row takes from each trajectory what the one before it in the same row does not have. A tree longer than a row is
+split over several, each of which repeats the path to its own part.
 
 Legend: S trajectories, T tokens.
 """
@@ -27,7 +30,7 @@ class Placed:
   Attributes:
     number: which trajectory.
     shared: its first tokens, which the row holds already.
-    start: where in the row the others stand.
+    start: index in the row of the first of the others.
   """
 
   number: int
@@ -66,7 +69,7 @@ def place(order: Sequence[int], shared: Sequence[int], lengths_S: Sequence[int],
   rows: list[list[Placed]] = []
   used_R, reach_R = np.zeros(len(order), int), np.zeros(len(order), int)
   for number, common in zip(order, shared, strict=True):
-    # What the row's last trajectory shares with this one, by way of all that stand between.
+    # What the row's last trajectory shares with this one: the least of all pairs between them.
     np.minimum(reach_R, common, out=reach_R)
     added_R = lengths_S[number] - reach_R
     fits = np.flatnonzero(used_R[:len(rows)] + added_R[:len(rows)] <= capacity)
@@ -83,11 +86,11 @@ def place(order: Sequence[int], shared: Sequence[int], lengths_S: Sequence[int],
 
 def lay_out(row: Sequence[Placed], lengths_S: Sequence[int], capacity: int
             ) -> tuple[list[np.ndarray], np.ndarray]:
-  """Where in the row the tokens of each of its trajectories stand, and the end of every token.
+  """The indices in the row of each trajectory's tokens, and the end of every token.
 
-  A token's end is the place behind the last of its descendants; see `model.attention`.
+  A token's end is the index after its last descendant; see `model.attention`.
 
-  Returns: one [T] array a trajectory, and ends [capacity], 0 where nothing stands.
+  Returns: one [T] array a trajectory, and ends [capacity], 0 for padding.
   """
   places, end_T = [], np.zeros(capacity, np.int32)
   path = np.zeros(0, int)
