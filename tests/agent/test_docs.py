@@ -62,7 +62,7 @@ def test_the_environment_of_the_extending_page(world, scripted):
 def test_the_reward_of_the_extending_page():
   scope = extending("def care")
   rollout = types.SimpleNamespace(calls=[types.SimpleNamespace(error="timeout")], response="short")
-  assert asyncio.run(scope["care"](rollout)) == {"failed_calls": -0.1, "short": 0.1}
+  assert asyncio.run(scope["care"](rollout)) == {"failed_calls": -0.1, "length": 0.0}
   for term in reward_terms.TERMS:
     assert f"| `{term}` |" in EXTENDING
 
