@@ -72,7 +72,7 @@ def _same(answer: str, gold: str) -> bool:
 
 
 def _value(text: str) -> str | None:
-  """The number that an expression stands for, as text that gives the same float."""
+  """The value of an expression, as text that gives the same float."""
   return repr(float(_parsed(text)[0]))
 
 

@@ -57,7 +57,7 @@ async def same_soon(answer: str, gold: str) -> bool | None:
 
 
 def value(text: str) -> float | None:
-  """The number that an expression stands for; None if it has none, or is too long or costly. Blocks."""
+  """The value of an expression; None if it has none, or is too long or costly. Blocks."""
   if len(text) > MAX_CHARACTERS:
     return None
   found = _asked("value", text).get("result")

@@ -192,7 +192,7 @@ def _checked(name: str, value: Any) -> Score:
 
 def parse(expression: str, *, time_limit: float, known: Mapping[str, Function] | None = None,
           leave_out: bool = True) -> RewardSum:
-  """The sum that an expression stands for.
+  """The weighted terms of `agent.reward`, parsed.
 
   Args:
     expression: terms with "+" or "-" between them, each "name", "module:function" or "number * ..." of

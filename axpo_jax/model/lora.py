@@ -59,7 +59,7 @@ def is_adapter(path: tuple, _value: object = None) -> bool:
 def switched_off(params: nnx.State) -> nnx.State:
   """The policy that the adapters were added to, as parameters of the same tree: every b is zero.
 
-  The rest stands in the buffers that it has, so a step that donates `params` ends this too.
+  All other parameters share the buffers of `params`, so a step that donates `params` invalidates these too.
   """
   return jax.tree_util.tree_map_with_path(
     lambda path, x: jnp.zeros_like(x) if _is_b(path) else x, params)

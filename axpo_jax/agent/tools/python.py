@@ -104,7 +104,7 @@ class PythonTool(Tool):
       background.loop().call_soon_threadsafe(kernel.kill)
 
   def _cell(self, arguments: dict[str, Any]) -> str:
-    """The code that a call stands for."""
+    """The Python code that carries out a call."""
     return arguments["code"]
 
   @property
