@@ -341,6 +341,7 @@ def _sglang() -> ConfigDict:
     push_folder="",           # trainer and servers both see it (tmpfs, NFS); "" = in the workdir
     push_dtype=PushConfig.dtype,  # of the pushed weights; float32 for servers that run in float32
     push_shard_bytes=PushConfig.shard_bytes,  # size of a pushed file
+    push_delta=PushConfig.delta,  # after the first push write changed values alone; needs servers of launch/sidecar.py
     push_writers=PushConfig.writers,  # files written at once: so many shards are in host memory
     fleet=_section(FleetConfig),
   )

@@ -88,6 +88,8 @@ class PushConfig:
     skip_vision: leave the vision tower out: it is frozen, and the servers started with it.
     shard_bytes: size of a file.
     writers: files written at once; each holds `shard_bytes` (for a moment twice) of host memory.
+    delta: after the first push write changed values alone. The servers need the sidecar's loader, and the
+      trainer's processes keep what they pushed in host memory (`dtype` x parameters, split over processes).
   """
 
   folder: str
@@ -95,6 +97,7 @@ class PushConfig:
   skip_vision: bool = False
   shard_bytes: int = 1 << 30
   writers: int = 4
+  delta: bool = True
 
   def __post_init__(self):
     if not self.folder:

@@ -220,7 +220,8 @@ def sglang(config: ConfigDict, folder: str, **options: Any) -> Any:
   from axpo_jax.engine.settings import FleetConfig, PushConfig, SGLangConfig
   s = config.rollout.sglang
   push = PushConfig(folder=folder, dtype=s.push_dtype,
-                    shard_bytes=s.push_shard_bytes, writers=s.push_writers, **options)
+                    shard_bytes=s.push_shard_bytes, writers=s.push_writers, delta=s.push_delta,
+                    **options)
   own = {name: value for name, value in s.items()
          if not name.startswith("push_") and name not in ("fleet", "length")}
   return SGLangConfig(push=push, length=engine_length(config), fleet=FleetConfig(**s.fleet), **own)

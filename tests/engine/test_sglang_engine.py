@@ -6,13 +6,14 @@ What every engine must do is in test_engine.py; servers that die or freeze are i
 import asyncio
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from aiohttp import web
 
 from axpo_jax.engine.protocol import EngineClosed, RequestError
 from axpo_jax.engine.settings import FleetConfig, PushConfig, SGLangConfig
-from axpo_jax.engine.sglang import wire
+from axpo_jax.engine.sglang import api, wire
 from axpo_jax.engine.sglang.api import BadStatus, Garbage, Server
 from axpo_jax.engine.sglang.engine import SGLangEngine
 from axpo_jax.engine.sglang.fleet import NoServer
@@ -82,11 +83,36 @@ def test_a_small_change_arrives(engine, reference, ask, text, image, picture):
                 - sample.logprobs).max() > 1e-3
 
 
-def test_weights_that_the_server_ignores_are_noticed(spoilt, reference, other_params):
+def test_deltas_give_a_server_the_weights_of_a_whole_push(connect, server, reference, ask, text, image, picture):
+  """Checksums of all its tensors after three deltas are those after one whole push."""
+  rng, params, engine = np.random.default_rng(0), reference.params, connect(server.urls)
+  asyncio.run(engine.update_weights(params, 0))
+  whole = engine.last_push
+  for version, share in enumerate((0.002, 0.25, 0.002), 1):
+    params = jax.tree.map(
+      lambda x: jnp.where(rng.random(x.shape) < share, x + 0.01, x), params)  # noqa: B023
+    asyncio.run(engine.update_weights(params, version))
+    assert engine.last_push.previous is not None
+  assert engine.last_push.bytes_written < 0.02 * whole.bytes_written
+  request = ask(text(0, 9) + picture + text(1, 9), (image(0),), 12)
+  ((sample,),) = run(engine, request)
+  assert_from(reference.with_params(params), request, sample)
+  by_deltas = asyncio.run(Server(server.urls[0]).checksums(60.0))
+  other = connect(server.urls, push={"delta": False})
+  asyncio.run(other.update_weights(params, 9))
+  assert asyncio.run(Server(server.urls[0]).checksums(60.0)) == by_deltas
+
+
+@pytest.mark.parametrize("route", ["model_path", "serialized_named_tensors"])
+def test_weights_that_the_server_ignores_are_noticed(spoilt, reference, other_params, route):
   """A server answers success for a folder without a single known tensor."""
   engine, between = spoilt
-  old = str(engine.last_push.folder)
-  between.before["/update_weights_from_disk"] = lambda sent: {**sent, "model_path": old}
+  old = engine.last_push.folder
+  if route == "model_path":
+    engine.folder._whole_bytes = 0  # so that the next push is whole
+    between.before["/update_weights_from_disk"] = lambda sent: {**sent, "model_path": str(old)}
+  else:
+    between.before["/update_weights_from_tensor"] = lambda sent: {**sent, route: [api._named(str(old))]}
   engine._fleet.config = FleetConfig(probe_s=0.1, deadline_s=4.0)
   with pytest.raises(NoServer, match="did not take the push as written"):
     asyncio.run(engine.update_weights(other_params, 4))

@@ -28,6 +28,21 @@ def tensors(folder) -> dict[str, np.ndarray]:
   return out
 
 
+def after(pushes) -> dict[str, np.ndarray]:
+  """What a server holds that loaded these pushes in this order."""
+  held = {}
+  for push in pushes:
+    read = tensors(push.folder)
+    for name, values in read.items():
+      whole, _, part = name.partition(":")
+      if not part:
+        held[whole] = values
+      elif part == "values":
+        held[whole] = held[whole].copy()
+        held[whole].flat[np.cumsum(read[f"{whole}:gaps"].astype(np.int64))] = values
+  return held
+
+
 def expected(params, model_config, dtype) -> dict[str, np.ndarray]:
   return {name: tensor.astype(dtype) for name, tensor in weights.by_name(params, model_config).items()}
 
@@ -84,11 +99,62 @@ def test_a_push_names_what_changed_since_the_one_before(folder, reference, model
   second = pushes.write(params, 1)
   assert first.changed is None
   assert second.changed == {"model.language_model.layers.1.mlp.down_proj.weight"}
-  assert_equal(tensors(second.folder), expected(params, model_config, np.float32))
-  assert pushes.write(reference.params, 2).changed == second.changed
+  assert_equal(after([first, second]), expected(params, model_config, np.float32))
+  assert second.bytes_written == 5 * (2 + 4)  # a gap and a value each
+  third = pushes.write(reference.params, 2)
+  assert third.changed == second.changed
   assert pushes.write(reference.params, 3).changed == frozenset()
   pushes.remove_old()
-  assert [path.name.split("-")[1] for path in second.folder.parent.iterdir()] == ["3"]
+  assert sorted(path.name.split("-")[1] for path in second.folder.parent.iterdir()) == list("0123")
+
+
+def test_what_a_server_must_load(folder, reference, other_params):
+  """By what it holds; and a push is whole again once deltas are half as long as a whole one."""
+  pushes = folder()
+  made = [pushes.write(params, version)
+          for version, params in enumerate((reference.params, other_params, reference.params))]
+  assert [push.previous for push in made] == [None, made[0], None]  # nearly everything changed
+  small = pushes.write(changed(reference.params, LAST, lambda x: x.at[0, 0, 0].add(1.0)), 3)
+  assert small.after(None) == small.after(made[1].tag) == small.after("unknown") == [made[2], small]
+  assert small.after(made[2].tag) == [small] and small.after(small.tag) == []
+  pushes.remove_old()
+  assert set(small.folder.parent.iterdir()) == {made[2].folder, small.folder}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("share", [0.0, 0.0015, 0.3, 1.0])
+def test_deltas_give_the_same_weights(folder, reference, model_config, dtype, share):
+  """Over three steps in which this share of the values change."""
+  rng, params, pushes = np.random.default_rng(0), reference.params, folder(dtype=dtype)
+  made = [pushes.write(params, 0)]
+  for version in range(1, 4):
+    params = jax.tree.map(
+      lambda x: jnp.where(rng.random(x.shape) < share, x + rng.normal(size=x.shape), x).astype(x.dtype), params)
+    made.append(pushes.write(params, version))
+    assert_equal(after(made[-1].after(None)), expected(params, model_config, np.dtype(dtype)))
+    assert_equal(after([*made[:-1], *made[-1].after(made[-2].tag)]), expected(params, model_config, np.dtype(dtype)))
+  if share < 0.01:
+    assert made[-1].bytes_written <= 0.01 * made[0].bytes_written
+
+
+def test_after_a_push_that_failed_the_next_one_is_whole(folder, reference, other_params, model_config, monkeypatch):
+  pushes = folder()
+  pushes.write(reference.params, 0)
+  with monkeypatch.context() as patch:
+    patch.setattr("axpo_jax.engine.sglang.weight_push.save_file", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      pushes.write(other_params, 1)
+  push = pushes.write(other_params, 2)
+  assert push.previous is None
+  assert_equal(tensors(push.folder), expected(other_params, model_config, np.float32))
+
+
+def test_without_deltas_every_push_is_whole(folder, reference, model_config):
+  pushes = folder(delta=False)
+  pushes.write(reference.params, 0)
+  push = pushes.write(changed(reference.params, LAST, lambda x: x.at[0, 0, 0].add(1.0)), 1)
+  assert push.previous is None and not pushes._pushed
+  assert len(tensors(push.folder)) == len(expected(reference.params, model_config, np.float32))
 
 
 def test_the_version_that_was_written_last_is_not_written_again(folder, reference):

@@ -9,12 +9,16 @@ millisecond, and a server that was restarted never meets a connection to its pre
 
 from __future__ import annotations
 
+import base64
 import json
+import struct
 from typing import Any
 
 import aiohttp
 
 from axpo_jax.engine.protocol import RequestError
+
+DELTA_LOADER = "axpo_delta.apply"  # what servers of the sidecar call server/axpo_delta.py
 
 
 class ServerError(RuntimeError):
@@ -108,6 +112,22 @@ class Server:
     if not answer.get("success"):
       raise LoadError(f"{self.url} did not load {folder}: {answer.get('message')}")
 
+  async def apply_delta(self, folder: str, tag: str, ranks: int, timeout: float) -> None:
+    """Loads the values that changed, by the loader that servers of the sidecar have (server/axpo_delta.py).
+
+    Args:
+      ranks: the server's tensor parallelism: each rank reads the folder.
+
+    Raises: as `load`.
+    """
+    await self._call("POST", "/begin_weight_update", {}, timeout, refusal=LoadError)
+    try:
+      request = {"serialized_named_tensors": [_named(folder)] * ranks, "load_format": DELTA_LOADER,
+                 "weight_version": tag, "flush_cache": True}
+      await self._call("POST", "/update_weights_from_tensor", request, timeout, refusal=LoadError)
+    finally:
+      await self._call("POST", "/end_weight_update", {}, timeout, refusal=LoadError)
+
   async def flush(self, timeout: float) -> None:
     """Empties the prefix cache, once nothing runs."""
     await self._call("POST", f"/flush_cache?timeout={timeout / 2:g}", None, timeout, expect_json=False)
@@ -143,6 +163,16 @@ class Server:
     if status != 200:
       raise BadStatus(f"{where} answers {status}: {text[:500]}")
     return _json_object(where, text) if expect_json else None
+
+
+def _named(name: str) -> str:
+  """The pickled list [(name, torch.Tensor())] in base64, written by hand since the trainer has no torch.
+
+  SGLang hands a loader tensors with names. Ours needs the name of a folder and no tensor.
+  """
+  text = name.encode()
+  pickled = b"\x80\x02]X" + struct.pack("<I", len(text)) + text + b"ctorch\nTensor\n)R\x86a."
+  return base64.b64encode(pickled).decode()
 
 
 def _json_object(where: str, text: str) -> dict[str, Any]:

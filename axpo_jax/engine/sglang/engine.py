@@ -42,7 +42,7 @@ from axpo_jax.engine.protocol import (
 )
 from axpo_jax.engine.settings import SGLangConfig
 from axpo_jax.engine.sglang import wire
-from axpo_jax.engine.sglang.api import LoadError, Server, ServerError
+from axpo_jax.engine.sglang.api import DELTA_LOADER, LoadError, Server, ServerError
 from axpo_jax.engine.sglang.fleet import Fleet, Member, NotAsked
 from axpo_jax.engine.sglang.image_sender import ImageSender
 from axpo_jax.engine.sglang.weight_check import WeightCheck
@@ -299,13 +299,18 @@ class SGLangEngine:
       if held == push.tag:
         await server.flush(_CONTROL_S)
       else:
-        await self._fleet.while_alive(member, self._load(server, push))
+        await self._fleet.while_alive(member, self._load(server, push, held))
       await server.resume(_CONTROL_S)
       member.tag = push.tag
 
-  async def _load(self, server: Server, push: Push) -> None:
-    """Loads a push and verifies that it is there."""
-    await server.load(str(push.folder), push.tag, self.config.load_s)
+  async def _load(self, server: Server, push: Push, held: str | None) -> None:
+    """Loads a push, with those that it builds on and that the server lacks; verifies that it is there."""
+    for step in push.after(held):
+      if step.previous is None:
+        await server.load(str(step.folder), step.tag, self.config.load_s)
+      else:
+        ranks = (await server.info(_CONTROL_S)).get("tp_size", 1)
+        await server.apply_delta(str(step.folder), step.tag, ranks, self.config.load_s)
     found = await server.weight_tag(_CONTROL_S)
     if found != push.tag:
       raise LoadError(f"{server.url} reports weights {found!r} after loading {push.tag!r}")
@@ -320,6 +325,9 @@ class SGLangEngine:
     if room < length:
       raise LoadError(f"{server.url} takes prompts of up to {room} tokens, sequences have up to "
                       f"{length}: start it with --context-length={length + 16} or more")
+    if self.config.push.delta and DELTA_LOADER not in (info.get("custom_weight_loader") or ()):
+      raise LoadError(f"{server.url} cannot load changed values alone: start it with launch/sidecar.py, or set "
+                      "rollout.sglang.push_delta=False")
     if dtype == "float32" and info.get("dtype") != "float32":
       raise LoadError(f"{server.url} runs in {info.get('dtype')} and weights come in float32: start "
                       "it with --dtype float32, or push bfloat16")

@@ -37,6 +37,7 @@ _NAMED_KERNELS = (
 
 if sys.path and sys.path[0] == _HERE:
   sys.path.pop(0)  # the folder of a script; its neighbours must not shadow anyone's modules
+sys.path.append(_HERE)  # last: SGLang imports axpo_delta by its name
 
 
 def die_with(parent: int) -> None:

@@ -22,6 +22,7 @@ import re
 import socket
 from collections.abc import Mapping
 
+from axpo_jax.engine.sglang.api import DELTA_LOADER
 from axpo_jax.model.config import ModelConfig, UnsupportedConfig, VisionConfig
 
 SERVE = pathlib.Path(__file__).with_name("serve.py")
@@ -193,7 +194,7 @@ def server_command(spec: SidecarSpec, port: int) -> list[str]:
     "context-length": spec.context_length or min(40_960, model_config(spec.model).text.max_positions),
     "max-running-requests": spec.max_running,
   }
-  switches = ["--enable-metrics", "--enable-cache-report"]
+  switches = ["--enable-metrics", "--enable-cache-report", f"--custom-weight-loader={DELTA_LOADER}"]
   total = spec.max_total_tokens
   if spec.device == "cpu":
     flags |= {
