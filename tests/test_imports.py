@@ -32,7 +32,7 @@ ALLOWED = {
   "config_reference": {"config"},
   "rl": {"rl"},
   "model": {"model"},
-  "data": {"data", "model", "paths"},
+  "data": {"data", "model", "paths", "rl.advantages"},
   "engine": {"engine", "model", "processes", "repository"},
   "agent": {"agent", "paths", "model.chat", "model.images", "model.pictures", "data.question", "engine.protocol", "engine.endpoint"},
   "miniworld": {"miniworld", "data", "model", "engine"},

@@ -86,13 +86,29 @@ def _saved(folder: epath.Path) -> list[epath.Path]:
 
 
 def line_starts(path: epath.Path) -> list[int]:
-  """The byte at which each line begins."""
-  starts, at = [], 0
-  with paths_lib.local(path).open("rb") as lines:
-    for line in lines:
-      starts.append(at)
-      at += len(line)
+  """The bytes at which the lines of a file begin, without the blank ones."""
+  starts, at, begins = [], 0, True
+  with paths_lib.local(path).open("rb") as file:
+    while part := file.readline(LONGEST):
+      if begins and part.strip():
+        starts.append(at)
+      at += len(part)
+      begins = part.endswith(b"\n")
   return starts
+
+
+def line_at(path: epath.Path, start: int) -> bytes:
+  """The line that begins at a byte.
+
+  Raises:
+    RecordError: it is longer than LONGEST.
+  """
+  with paths_lib.local(path).open("rb") as file:
+    file.seek(start)
+    line = file.readline(LONGEST)
+  if len(line) == LONGEST and not line.endswith(b"\n"):
+    raise RecordError(f"a line of more than {LONGEST >> 20} MB")
+  return line
 
 
 def records(path: epath.Path, choose_columns: Callable[[Sequence[str]], Sequence[str]],

@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-RIGHT = 0.5  # rewards above it are right, as everywhere
+from axpo_jax.rl.advantages import RIGHT
 
 KEPT = "kept"
 # Of trajectories.

@@ -82,6 +82,17 @@ def split_text(text: str) -> list[dict[str, str]]:
   return turns
 
 
+def split_tools(system: str) -> tuple[str, list[dict[str, Any]]]:
+  """A system prompt without what Qwen's chat template adds to it, and the tools that are listed there."""
+  start = f"\n{system}".find("\n# Tools\n")  # the index of its # in `system`
+  opened = system.find("<tools>", start)
+  closed = system.find("</tools>", opened)
+  if min(start, opened, closed) < 0:
+    return system, []
+  listed = map(parsed, system[opened + len("<tools>"):closed].splitlines())
+  return system[:start].strip(), [tool for tool in listed if isinstance(tool, dict)]
+
+
 def error_of(text: str) -> str | None:
   """"tool_error" if a tool's result reads like an error: an object with a truthy "error" (or
   "is_error", or status "error"), or text that begins with Error, Exception, Failed or Traceback."""

@@ -178,11 +178,8 @@ class Trajectories:
 
   def __getitem__(self, index: int) -> Rollout:
     path, start = self._places[index]
-    with paths.local(path).open("rb") as file:
-      file.seek(start)
-      line = file.readline()
-    return dump.rollout_from_line(line, dump.ImageStore(path.parent / "images"), self._processor,
-                                  f"{path}, byte {start}")
+    return dump.rollout_from_line(files.line_at(path, start), dump.ImageStore(path.parent / "images"),
+                                  self._processor, f"{path}, byte {start}")
 
 
 def _rollouts_of(records_file: epath.Path) -> epath.Path:

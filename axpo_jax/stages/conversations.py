@@ -25,7 +25,6 @@ from typing import Any
 from absl import logging
 from etils import epath
 
-from axpo_jax import paths
 from axpo_jax.agent import transcript as transcript_lib
 from axpo_jax.agent.parse import SpecialIds
 from axpo_jax.agent.rollout import ANSWER, Rollout
@@ -41,7 +40,6 @@ from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageLimits, ImageProcessor
 
 _TRIED = 100  # first records, of which one must be readable
-_TOOLS = re.compile(r"\s*# Tools\n.*?<tools>\n?(.*?)\n?</tools>.*", re.DOTALL)  # as Qwen's template writes them
 _SPACE = re.compile(r"\s+")
 
 
@@ -88,10 +86,10 @@ class Conversations(Sequence[Rollout]):
       raise ConfigError(f"config.sft.path={str(path)!r}: {error}") from error
     if not self._records:
       raise ConfigError(f"config.sft.path={str(path)!r} holds no record")
-    tried = [self[i] for i in range(min(_TRIED, len(self)))]
-    if all(rollout.failed for rollout in tried):
-      raise ConfigError(f"config.sft.path={str(path)!r}: none of the first {len(tried)} records can be read as "
-                        f"a trajectory; the first: {tried[0].error}")
+    first = self[0]
+    if first.failed and all(self[i].failed for i in range(1, min(_TRIED, len(self)))):
+      raise ConfigError(f"config.sft.path={str(path)!r}: none of the first {min(_TRIED, len(self))} records can "
+                        f"be read as a trajectory; the first: {first.error}")
 
   def __len__(self) -> int:
     return len(self._records)
@@ -101,7 +99,7 @@ class Conversations(Sequence[Rollout]):
     place = f"{path}, record {index}"
     try:
       if record is None:
-        record = _line(path, start)
+        record = json.loads(files.line_at(path, start))
       return _rollout(record, path, place, self._prompts)
     except Exception as error:  # strangers' files: whatever one record does, the others are learnt from
       logging.log_first_n(logging.WARNING, "%s is left out: %s", 5, place, str(error)[:500])
@@ -114,15 +112,6 @@ def _records(path: epath.Path) -> list[tuple[epath.Path, int, Any]]:
   if path.suffix != ".jsonl":
     return [(path, row, record) for row, record in files.records(path, lambda names: names)]
   return [(path, start, None) for start in files.line_starts(path)]
-
-
-def _line(path: epath.Path, start: int) -> Any:
-  with paths.local(path).open("rb") as file:
-    file.seek(start)
-    line = file.readline(files.LONGEST)
-  if len(line) == files.LONGEST:
-    raise TraceError(f"a line of more than {files.LONGEST >> 20} MB")
-  return json.loads(line)
 
 
 def _rollout(record: Any, path: epath.Path, place: str, prompts: Prompts) -> Rollout:
@@ -147,18 +136,27 @@ class _Maker:
   def __init__(self, conversation: envelopes.Conversation, folder: epath.Path, prompts: Prompts):
     self._conversation, self._folder, self._prompts = conversation, folder, prompts
     self._chat = prompts.chat
-    self._walk = Walk(conversation.messages, named_images=True)
+    images = conversation.record.get("images") or conversation.record.get("image") or ()
+    # Images beside the messages, which have a mark <image> for each (LLaMA-Factory, ms-swift) or a part
+    # {"type": "image"} (TRL).
+    self._listed = list(images) if isinstance(images, list | tuple) else [images]
+    messages = map(_marked, conversation.messages) if self._listed else conversation.messages
+    self._walk = Walk(list(messages), named_images=True)
     if (words := self._walk.unread()) is not None:
       raise TraceError(f"words of calls that no notation explains: {words}")
     if not self._walk.spoke:
       raise TraceError("there is no turn of the agent in it")
     if any(notations.images_of(m.get("content"), True) for m in conversation.messages
-           if str(m.get("role") or m.get("from")) in ("assistant", "gpt")):
+           if str(m.get("role") or m.get("from")) in ("assistant", "gpt")) or (
+             self._listed and self._marks(*AGENT)):
       raise TraceError("a turn of the agent holds an image, which the policy cannot sample")
-    images = conversation.record.get("images") or conversation.record.get("image") or ()
-    # Beside the messages, which have a mark <image> for each (LLaMA-Factory, ms-swift).
-    self._listed = list(images) if isinstance(images, list | tuple) else [images]
+    # A mark without its image, or an image without its mark, would give other messages the wrong images.
+    if self._listed and self._marks(USER, RESULT) not in (0, len(self._listed)):
+      raise TraceError(f"{self._marks(USER, RESULT)} marks {IMAGE_MARK} for {len(self._listed)} images")
     self._count = 0
+
+  def _marks(self, *kinds: str) -> int:
+    return sum(event.text.count(IMAGE_MARK) for event in self._walk.events if event.kind in kinds)
 
   def transcript(self) -> Transcript:
     parts = [(kind, list(events)) for kind, events in itertools.groupby(self._walk.events, _part)]
@@ -190,9 +188,8 @@ class _Maker:
     system = "\n\n".join(event.text for event in before if event.kind == SYSTEM)
     tools = self._conversation.tools
     tools = notations.parsed(tools) if isinstance(tools, str) else tools
-    if written := _TOOLS.search(system):
-      system = system[:written.start()]
-      tools = tools or [tool for line in written[1].splitlines() if isinstance(tool := notations.parsed(line), dict)]
+    system, written = notations.split_tools(system)
+    tools = tools or written
     tools = [tool if "function" in tool else {"type": "function", "function": tool}
              for tool in tools or () if isinstance(tool, Mapping)]
     # The template takes the system prompt for the run's own text, and would make special tokens of it.
@@ -220,8 +217,7 @@ class _Maker:
 
   def _prompt_images(self, before: Sequence[Event]) -> list[EpisodeImage]:
     found = [image for event in before if event.kind == USER for image in self._images(event, "question")]
-    marked = any(IMAGE_MARK in event.text for event in self._walk.events)
-    if self._listed and not found and not marked:  # listed without marks: the question's
+    if self._listed and not found and not self._marks(USER, RESULT):  # listed without marks: the question's
       found = [self._image(value, "question") for value in self._listed]
       self._listed = []
     return found
@@ -286,6 +282,21 @@ class _Maker:
 def _part(event: Event) -> str:
   """Events of one part become one turn: of the agent, of tools, or of the user."""
   return "agent" if event.kind in AGENT else event.kind if event.kind == RESULT else USER
+
+
+def _marked(message: Any) -> Any:
+  """The message with a mark <image> in the place of every part that says "image" and names none."""
+  def names_none(part: Any) -> bool:
+    return (isinstance(part, Mapping) and part.get("type") == "image"
+            and not notations.images_of([part], named=True))
+
+  content = message.get("content") if isinstance(message, Mapping) else None
+  if not isinstance(content, list) or not any(map(names_none, content)):
+    return message
+  if notations.images_of(content, named=True):
+    raise TraceError("a message names some of its images, and others are listed beside the messages")
+  return {**message, "content": "".join(IMAGE_MARK if names_none(part) else notations.text_of([part])
+                                        for part in content)}
 
 
 def _call(event: Event) -> tuple[str, Any] | str:

@@ -1,7 +1,7 @@
 """A run's trajectories for others, and for SFT: `python -m axpo_jax.stages.export RUN OUT`.
 
-In: rollout dumps (`step_*.jsonl`, `rollouts_*.jsonl`) below a folder. Out: OUT/trajectories.jsonl with the right
-ones, and OUT/images. By default each line is a trajectory in ATIF 1.8, with the token ids and log-probabilities
+In: rollout dumps (`step_*.jsonl`, `rollouts_*.jsonl`) below a folder, except those of the stage "eval": held-out
+questions and benchmarks are not for training. Out: OUT/trajectories.jsonl with the right rollouts, and OUT/images. By default each line is a trajectory in ATIF 1.8, with the token ids and log-probabilities
 of its turns, so that `config.sft.source="conversations"` trains on exactly the tokens that were sampled;
 `--format=chat` writes OpenAI messages, which most trainers read, and which are tokenised anew.
 
@@ -24,12 +24,11 @@ from axpo_jax.agent.lines import to_line
 from axpo_jax.agent.parse import ToolCall, parse_call
 from axpo_jax.agent.rollout import FAILED_STOPS
 from axpo_jax.agent.transcript import SAMPLED_KINDS, Kind
-from axpo_jax.diagnose import dumps
+from axpo_jax.diagnose import dumps, notations
 from axpo_jax.rl.advantages import RIGHT
 
 VERSION = "ATIF-v1.8"
 _PAD, _VISION = "<|image_pad|>", ("<|vision_start|>", "<|vision_end|>")
-_TOOLS = "\n\n# Tools\n"  # begins what the chat template adds to the system prompt
 
 
 @dataclasses.dataclass
@@ -59,14 +58,15 @@ class Part:
 
 @dataclasses.dataclass
 class Turn:
-  """A turn of the agent and the results of its calls; `start` and `stop` are its tokens."""
+  """A turn of the agent and what came back; `start` and `stop` are its tokens."""
 
   start: int
   stop: int
   thinking: str = ""
   text: str = ""
   calls: list[ToolCall | str] = dataclasses.field(default_factory=list)  # a text is no readable call
-  results: list[Part] = dataclasses.field(default_factory=list)
+  results: list[Part] = dataclasses.field(default_factory=list)  # of the calls
+  reply: Part | None = None  # of the environment, as a message of the user
 
 
 @dataclasses.dataclass
@@ -95,7 +95,7 @@ def episode(record: Mapping[str, Any], pieces: Sequence[str]) -> Episode:
   names = [f"images/{next(images)['shown']}.png" if piece == _PAD else "" for piece in pieces]
   start = next((i for i, kind in enumerate(kinds) if kind != Kind.PROMPT), len(kinds))
   blocks = _blocks(pieces[:start], names[:start])
-  system, tools = _with_tools(next((part.text for role, part in blocks if role == "system"), ""))
+  system, tools = notations.split_tools(next((part.text for role, part in blocks if role == "system"), ""))
   found = Episode(system, tools, next(part for role, part in reversed(blocks) if role == "user"), [])
   while start < len(kinds):
     sampled = kinds[start] in SAMPLED_KINDS
@@ -103,7 +103,10 @@ def episode(record: Mapping[str, Any], pieces: Sequence[str]) -> Episode:
     if sampled:
       found.turns.append(_turn(pieces, kinds, start, stop))
     elif found.turns:
-      found.turns[-1].results = _results(pieces[start:stop], names[start:stop])
+      turn, given, images_given = found.turns[-1], pieces[start:stop], names[start:stop]
+      turn.results = _results(given, images_given)
+      if not turn.results:
+        turn.reply = next((part for role, part in _blocks(given, images_given) if role == "user"), None)
     start = stop
   return found
 
@@ -154,13 +157,6 @@ def _results(pieces: Sequence[str], names: Sequence[str]) -> list[Part]:
   return out
 
 
-def _with_tools(system: str) -> tuple[str, list[dict]]:
-  """The run's own system prompt, and the schemas that the template wrote behind it."""
-  own, _, listed = (f"\n\n{system}" if system.startswith("# Tools") else system).partition(_TOOLS)
-  lines = listed.partition("<tools>")[2].partition("</tools>")[0].strip().splitlines()
-  return own.strip(), [json.loads(line) for line in lines if line.strip()]
-
-
 # ---- formats ----
 
 
@@ -184,6 +180,8 @@ def to_atif(record: Mapping[str, Any], found: Episode, name: str) -> dict[str, A
       steps[-1]["observation"] = {"results": [
         {"content": result.content(image), **({"source_call_id": f"call_{t}_{i}"} if i in dict(calls) else {})}
         for i, result in enumerate(turn.results)]}
+    if turn.reply is not None:
+      steps.append({"source": "user", "message": turn.reply.content(image)})
   agent = {"name": "axpo_jax", "version": "1", **({"tool_definitions": found.tools} if found.tools else {})}
   return {"schema_version": VERSION, "trajectory_id": name, "agent": agent, "extra": _facts(record),
           "steps": [{"step_id": i, **step} for i, step in enumerate(steps, 1)]}
@@ -204,6 +202,8 @@ def to_chat(record: Mapping[str, Any], found: Episode, name: str) -> dict[str, A
     messages.append(message)
     messages += [{"role": "tool", "tool_call_id": f"call_{t}_{i}", "content": result.content(image)}
                  for i, result in enumerate(turn.results)]
+    if turn.reply is not None:
+      messages.append({"role": "user", "content": turn.reply.content(image)})
   return {"id": name, "messages": messages, "tools": found.tools, **_facts(record)}
 
 
@@ -231,7 +231,8 @@ def chosen(folder: pathlib.Path, everything: bool) -> Iterator[tuple[pathlib.Pat
   Raises:
     ValueError: a line is damaged.
   """
-  for path in sorted(file for pattern in ("step_*.jsonl", "rollouts_*.jsonl") for file in folder.rglob(pattern)):
+  found = (file for pattern in ("step_*.jsonl", "rollouts_*.jsonl") for file in folder.rglob(pattern))
+  for path in sorted(file for file in found if "eval" not in file.relative_to(folder).parts[:-1]):
     with path.open(encoding="utf-8") as lines:
       for number, line in enumerate(lines, 1):
         try:
@@ -253,7 +254,8 @@ def export(run: pathlib.Path, out: pathlib.Path, form: str = "atif", everything:
   """
   (out / "images").mkdir(parents=True, exist_ok=True)
   count, known, decoders = 0, {}, {}
-  with (out / "trajectories.jsonl").open("w", encoding="utf-8") as file:
+  partial = out / "trajectories.jsonl.partial"  # a damaged line leaves no set that looks whole
+  with partial.open("w", encoding="utf-8") as file:
     for path, line, record in chosen(run, everything):
       try:
         if path.parent not in decoders and "pieces" not in record["transcript"]:
@@ -269,6 +271,7 @@ def export(run: pathlib.Path, out: pathlib.Path, form: str = "atif", everything:
         raise ValueError(f"{path}, line {line}: {error!r}") from error
       file.write(to_line(written) + "\n")
       count += 1
+  partial.replace(out / "trajectories.jsonl")
   return count
 
 

@@ -169,9 +169,9 @@ def _filter(config: ConfigDict, context: RunContext) -> Callable[[Rollout], list
   A list, since grain takes None out of a stream by itself: nobody could count it.
   """
   def transform(rollout: Rollout) -> list[Example]:
-    wrong = rollout.reward <= 0.5 and not config.sft.keep_wrong
-    too_long = rollout.transcript.expanded_length > config.sft.max_length
-    if rollout.failed or wrong or too_long:
+    reason = filters.trajectory(rollout.reward, rollout.transcript.expanded_length, failed=rollout.failed,
+                                max_tokens=config.sft.max_length, keep_wrong=config.sft.keep_wrong)
+    if reason != filters.KEPT:
       return []
     example = examples_lib.supervised(rollout, context.model_config.image_token_id)
     try:

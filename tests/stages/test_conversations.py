@@ -9,6 +9,7 @@ import atif
 import pytest
 from PIL import Image
 
+from axpo_jax.agent.rollout import ANSWER, Rollout
 from axpo_jax.diagnose.reading import read
 from axpo_jax.errors import ConfigError
 from axpo_jax.model.images import ImageLimits
@@ -87,11 +88,37 @@ def test_wrong_rollouts_are_left_out_unless_asked_for(run, rollout, tmp_path, wo
   assert export.main([str(run), str(tmp_path / "set"), "--all"]) == 0
 
 
+def test_rollouts_of_the_evaluation_are_left_out(run, rollout, tmp_path, world, capsys):  # noqa: F811
+  dump_rollouts(run / "eval" / "held_out" / "rollouts_00000.jsonl", [rollout], chat=world.chat)
+  assert export.main([str(run), str(tmp_path / "set")]) == 0
+  assert "2 trajectories" in capsys.readouterr().out
+  assert export.main([str(run / "eval"), str(tmp_path / "set")]) == 0  # named itself: it is meant
+
+
+@pytest.mark.parametrize("form", ["atif", "chat"])
+def test_an_environments_reply_is_a_message_of_the_user(prompts, tmp_path, world, form):  # noqa: F811
+  made = world.start()
+  made.append_sampled(world.ids("Hm.\n</think>\n\nIs it 4?<|im_end|>"), [0.0] * len(
+    world.ids("Hm.\n</think>\n\nIs it 4?<|im_end|>")), 0)
+  made.append_observation(world.chat.follow_up_ids("Higher."), [])
+  made.append_sampled(world.ids("So.\n</think>\n\n5<|im_end|>"), [0.0] * len(world.ids("So.\n</think>\n\n5<|im_end|>")), 0)
+  dump_rollouts(tmp_path / "run" / "step_1.jsonl", [Rollout("q", made, 1.0, "5", ANSWER, [], 0, 0, 0)], chat=world.chat)
+  assert export.main([str(tmp_path / "run"), str(tmp_path / "set"), f"--format={form}"]) == 0
+  (line,) = lines(tmp_path / "set" / "trajectories.jsonl")
+  said = [(step["source"], step["message"]) for step in line["steps"]] if form == "atif" else [
+    (message["role"], message["content"]) for message in line["messages"]]
+  assert said[2:] == [("agent" if form == "atif" else "assistant", "Is it 4?"), ("user", "Higher."),
+                      ("agent" if form == "atif" else "assistant", "5")]
+  (back,) = Conversations(tmp_path / "set", prompts)
+  assert world.chat.decode(back.transcript.ids) == world.chat.decode(made.ids)
+
+
 def test_a_damaged_dump_is_one_line(run, tmp_path, capsys):
   path = run / "rl" / "rollouts" / "step_000002.jsonl"
   path.write_text(path.read_text() + '{"reward": 1.0, "stop"\n')
   assert export.main([str(run), str(tmp_path / "set")]) == 2
   assert "step_000002.jsonl, line 3 is damaged" in capsys.readouterr().err
+  assert not (tmp_path / "set" / "trajectories.jsonl").exists()  # two of three lines would pass for the set
 
 
 # ---- other makers ----
@@ -125,6 +152,15 @@ def sharegpt(data):
     {"from": "gpt", "value": "<think>A K.</think>\\boxed{K}"}]}
 
 
+def trl(data):
+  return {"images": ["a.png", "a.png"], "tools": None, "messages": [
+    {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "Which letter?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "<think>Small.</think>"}], "tool_calls": [
+      {"function": {"name": "image_zoom_in", "arguments": {"label": "x"}}}]},
+    {"role": "tool", "content": [{"type": "text", "text": "a crop"}, {"type": "image"}]},
+    {"role": "assistant", "content": "<think>A K.</think>\\boxed{K}"}]}
+
+
 def harbor(data):
   image = {"type": "image", "source": {"media_type": "image/png", "path": "a.png"}}
   return {"schema_version": "ATIF-v1.6", "agent": {"name": "x", "version": "1"}, "steps": [
@@ -137,8 +173,8 @@ def harbor(data):
     {"step_id": 3, "source": "agent", "message": "\\boxed{K}", "reasoning_content": "A K."}]}
 
 
-@pytest.mark.parametrize("maker", [openai, sharegpt, harbor])
-def test_three_formats_say_the_same(maker, prompts, tmp_path, world):  # noqa: F811
+@pytest.mark.parametrize("maker", [openai, sharegpt, trl, harbor])
+def test_four_formats_say_the_same(maker, prompts, tmp_path, world):  # noqa: F811
   (tmp_path / "set.jsonl").write_text(json.dumps(maker(picture(tmp_path))) + "\n")
   (found,) = Conversations(tmp_path / "set.jsonl", prompts)
   assert (found.reward, found.failed) == (1.0, False)
@@ -176,12 +212,16 @@ GOOD = {"messages": [{"role": "user", "content": "One?"}, {"role": "assistant", 
   ({"images": ["/etc/passwd"], **GOOD}, "leaves"),
   ({"images": ["https://example.com/a.png"], **GOOD}, "network"),
   ({"images": ["a.png"] * 7, **GOOD}, "max_images=6"),
+  ({"images": ["a.png"] * 2, "messages": [{"role": "user", "content": "<image>One?"}, GOOD["messages"][1]]},
+   "1 marks <image> for 2 images"),
+  ({"images": ["a.png"], "messages": [GOOD["messages"][0], {"role": "assistant", "content": "<image>"}]},
+   "a turn of the agent holds an image"),
   ({"messages": [{"role": "system", "content": "<|im_end|>"}, *GOOD["messages"]]}, "special token"),
 ])
 def test_a_bad_record_costs_itself(record, reason, prompts, tmp_path):
   picture(tmp_path)
   bad = record if isinstance(record, str) else json.dumps(record)
-  (tmp_path / "set.jsonl").write_text(f"{bad}\n{json.dumps(GOOD)}\n")
+  (tmp_path / "set.jsonl").write_text(f"{bad}\n \n{json.dumps(GOOD)}\n\n")  # blank lines are no records
   found = list(Conversations(tmp_path / "set.jsonl", prompts))
   assert [rollout.failed for rollout in found] == [True, False]
   if record != "{":
