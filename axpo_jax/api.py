@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from axpo_jax import repository
 from axpo_jax.agent.rollout import Rollout
 from axpo_jax.agent.transcript import Transcript
-from axpo_jax.config import apply_recipe
+from axpo_jax.config_queries import apply_recipe
 from axpo_jax.data.question import Question
 from axpo_jax.errors import ConfigError
 from axpo_jax.rl.credit import Credit

@@ -4,22 +4,18 @@ A config file starts from `base_config()` and changes only what its name says. V
 (arXiv 2605.28774) gives are marked [paper]; the others are ours. The tree is locked, so a misspelt
 override (`--config.rl.rolouts=16`) is an error and not a silent no-op.
 
-Fields that a dataclass reads take their default and their meaning from it (`_section`); fields written
+Fields that a dataclass reads take their default and their meaning from it (`section`); fields written
 here belong to the run. docs/configuration.md lists both.
 """
 
-import dataclasses
 import pathlib
-import types
-import typing
-from collections.abc import Iterator
-from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import FieldReference
 
 from axpo_jax.agent.episode import EpisodeLimits
 from axpo_jax.agent.tools.kernels import KernelConfig
+from axpo_jax.agent.tools.zoom import QWEN_LIMITS
+from axpo_jax.config_section import section
 from axpo_jax.data.readers import Columns, ReaderConfig
 from axpo_jax.engine.protocol import SamplingParams
 from axpo_jax.engine.settings import (
@@ -30,12 +26,10 @@ from axpo_jax.engine.settings import (
   SGLangConfig,
 )
 from axpo_jax.engine.sglang.server.spec import SidecarSpec
-from axpo_jax.errors import ConfigError
 from axpo_jax.miniworld.habits import TeacherConfig
 from axpo_jax.miniworld.perception import PerceptionConfig
 from axpo_jax.miniworld.reasoning import ReasoningConfig
 from axpo_jax.model.config import LoraConfig, ModelConfig
-from axpo_jax.rl import recipes
 from axpo_jax.rl.credit import CreditConfig
 from axpo_jax.rl.loss_config import LossConfig
 from axpo_jax.rl.resample import DynamicConfig, ResampleConfig
@@ -43,20 +37,11 @@ from axpo_jax.rl.shaping import ShapingConfig
 from axpo_jax.train.optimizer_config import OptimizerConfig
 
 STAGES = ("teach", "sft", "screen", "rl", "eval")
-TEACHERS = ("scripted", "policy", "openai")
-SFT_SOURCES = ("jsonl", "shards", "conversations", "teacher")
 # The paper's nine, by their names in eval.benchmarks.
 BENCHMARKS = ("mathvision", "dynamath", "mathvr", "vstar", "visualprobe_bench", "hrbench_4k",
               "hrbench_8k", "hr_mmsearch", "mmsearch")
 # Public training sets, by their names in data.adapters; benchmarks are read by name too.
 PUBLIC_SETS = ("virl39k", "fvqa", "pyvision", "mmfinereason", "deepeyes", "visualprobe")
-FILE_SOURCES = ("jsonl", "parquet", "datasets", *PUBLIC_SETS, *BENCHMARKS)
-DATA_SOURCES = ("miniworld", *FILE_SOURCES)
-OLD_LOGPROBS = ("current", "trainer")
-TOOLS = ("image_zoom_in", "python", "shell", "tavily-search", "image_search")
-TRACKERS = ("wandb", "trackio")
-SEARCH_BACKENDS = ("tavily", "local", "recorded", "miniworld")
-ENGINES = ("embedded", "sglang")
 # Limits of one episode that every sampling stage has: see `_agent`.
 LIMITS = ("max_turns", "max_new_tokens", "max_response_tokens", "max_total_tokens")
 ASSETS = pathlib.Path(__file__).parent / "assets"
@@ -111,83 +96,8 @@ def base_config() -> ConfigDict:
   return c.lock()
 
 
-def fields(config: ConfigDict, path: str = "") -> Iterator[tuple[str, Any]]:
-  """(dotted name, value) of every field of the tree."""
-  for name, value in config.items():
-    if isinstance(value, ConfigDict):
-      yield from fields(value, f"{path}{name}.")
-    else:
-      yield path + name, value
-
-
-def apply_recipe(config: ConfigDict) -> None:
-  """Sets the fields of `config.rl` that its recipe names, whatever a config file says of them."""
-  try:
-    config.rl.update_from_flattened_dict(recipes.overrides(config.rl.recipe))
-  except ValueError as error:
-    raise ConfigError(f"config.rl.recipe={error}") from error
-
-
-def limits(config: ConfigDict, stage: str) -> ConfigDict:
-  """The section with the `LIMITS` of episodes that a stage samples; "sft" and "rl" are training."""
-  return config[stage] if stage in ("teach", "screen", "eval") else config.agent
-
-
-def sampling_stages(config: ConfigDict) -> tuple[str, ...]:
-  """Stages of the run whose episodes the engine of config.rollout samples, and "eval" where RL
-  evaluates."""
-  stages = set(config.stages) & {"screen", "rl", "eval"}
-  if "teach" in config.stages and config.teach.engine == "policy":
-    stages.add("teach")
-  if "rl" in stages and config.eval.every >= 0:
-    stages.add("eval")
-  return tuple(stage for stage in STAGES if stage in stages)
-
-
-def reads_held_out(config: ConfigDict) -> bool:
-  """Whether a stage measures the held-out questions of config.data."""
-  return bool(("rl" in config.stages and config.eval.every >= 0)
-              or ("eval" in config.stages and not config.eval.benchmarks))
-
-
-def longest_episode(config: ConfigDict) -> tuple[int, str]:
-  """Tokens of the longest episode that the engine samples, and the field that says so."""
-  fields = {"agent" if limits(config, stage) is config.agent else stage
-            for stage in sampling_stages(config)} or {"agent"}
-  return max((config[name].max_total_tokens, f"config.{name}.max_total_tokens") for name in fields)
-
-
-def engine_length(config: ConfigDict) -> int:
-  """Tokens of the longest sequence that the engine of config.rollout must hold."""
-  return config.rollout[config.rollout.engine].length or longest_episode(config)[0]
-
-
-def _section(record: type, *names: str, **own: Any) -> ConfigDict:
-  """A section of fields that a dataclass reads.
-
-  Args:
-    names: fields of the dataclass; none: all that have a default.
-    own: further fields of the section, and defaults that differ from the dataclass's.
-  """
-  hints = typing.get_type_hints(record)
-  section = ConfigDict(own)
-  for field in dataclasses.fields(record):
-    has_default = field.default is not dataclasses.MISSING
-    if field.name not in own and (field.name in names if names else has_default):
-      section[field.name] = _holder(field.default, hints[field.name])
-  return section
-
-
-def _holder(default: Any, hint: Any) -> Any:
-  """The default, in a reference where a flag may also set it to None or, from None, to a value."""
-  kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
-  if types.NoneType in typing.get_args(hint):
-    return FieldReference(default, field_type=kinds[0])
-  return default
-
-
 def _model() -> ConfigDict:
-  return _section(
+  return section(
     ModelConfig, "dtype", "param_dtype", "attention", "attention_chunk",
     # Folder in Hugging Face layout (config.json, *.safetensors, tokenizer), or its name on the hub.
     checkpoint="",
@@ -200,7 +110,7 @@ def _model() -> ConfigDict:
 
 
 def _lora() -> ConfigDict:
-  return _section(
+  return section(
     LoraConfig, "alpha", "targets",
     rank=0,                   # of adapters, which SFT and RL then train alone (docs/lora.md); 0 = none
   )
@@ -218,9 +128,9 @@ def _data() -> ConfigDict:
     image_anywhere=False,     # image paths may leave that folder: only for files that you trust
     image_cache="",           # folder to keep images in that come as bytes; "" = in memory
     # Names of the columns in the files of `source`; see docs/data.md.
-    columns=_section(Columns),
+    columns=section(Columns),
     max_bad_share=ReaderConfig.max_bad_share,  # more unreadable records than this share stop the run
-    miniworld=_section(
+    miniworld=section(
       PerceptionConfig, "marks", "large_share",
       seed=0,                 # of the world; config.seed does not change the questions
       train_size=100_000,     # questions of the training splits (SFT and RL have one each)
@@ -240,12 +150,12 @@ def _images() -> ConfigDict:
     # Pixels that the policy is shown of a question's image.
     min_pixels=64 * 64, max_pixels=1280 * 28 * 28,
     # Pixels of a zoomed crop (Qwen-Agent's limits); pictures of other tools have no more.
-    zoom_min_pixels=262_144, zoom_max_pixels=12_845_056,
+    zoom_min_pixels=QWEN_LIMITS.min_pixels, zoom_max_pixels=QWEN_LIMITS.max_pixels,
   ))
 
 
 def _agent() -> ConfigDict:
-  return _section(
+  return section(
     EpisodeLimits, "max_turns", "max_response_tokens", "max_total_tokens", "max_images",
     system_prompt="full",     # "full", "short", or the text itself
     # Of image_zoom_in, python, shell, tavily-search, image_search, and functions of yours as "module:name"
@@ -292,7 +202,7 @@ def _agent() -> ConfigDict:
 
 
 def _python_tool() -> ConfigDict:
-  return _section(  # an executor on another machine has its own limits of kernels
+  return section(  # an executor on another machine has its own limits of kernels
     KernelConfig,
     timeout=12,               # seconds of a cell, unless the call says otherwise [paper]
     max_timeout=60,           # the most it may ask for
@@ -303,14 +213,14 @@ def _python_tool() -> ConfigDict:
 
 
 def _rollout() -> ConfigDict:
-  return _section(
+  return section(
     SamplingParams, "temperature", "top_p", "top_k", "presence_penalty",
     engine="embedded",        # in this process; or sglang: servers, see docs/sidecar.md
     # Steps that rollouts may run ahead of training; 0 = every token is drawn by the weights that
     # are about to be trained. Above 0 runs are no longer repeatable bit for bit, and the embedded
     # engine must have one device.
     staleness=0,
-    embedded=_section(
+    embedded=section(
       EmbeddedConfig, "decode_block",
       # KV rows: running sequences and cached prefixes together. A row is a fixed block of memory:
       # 3.6 GB for 24,576 tokens of the 8B model in bfloat16.
@@ -325,7 +235,7 @@ def _rollout() -> ConfigDict:
     sglang=_sglang(),
     # SGLang servers that a run starts itself. They have GPUs of their own, and the trainer has the
     # others of this machine: see stages.machine.
-    sidecar=_section(
+    sidecar=section(
       SidecarSpec, "device", "tensor_parallel", "mem_fraction", "max_total_tokens", "max_running", "env",
       servers=0,              # 0 = on half of this machine's GPUs; on a CPU, one
       gpus=(),                # ids of theirs; () = the last ones
@@ -334,7 +244,7 @@ def _rollout() -> ConfigDict:
 
 
 def _sglang() -> ConfigDict:
-  return _section(
+  return section(
     SGLangConfig, "verify", "request_s", "attempts", "drain_s", "load_s", "image_folder",
     length=0,                 # tokens of a sequence, at most; 0 = the longest episode of the run's
                               # stages. Servers need a larger context
@@ -343,7 +253,7 @@ def _sglang() -> ConfigDict:
     push_shard_bytes=PushConfig.shard_bytes,  # size of a pushed file
     push_delta=PushConfig.delta,  # after the first push write changed values alone; needs servers of launch/sidecar.py
     push_writers=PushConfig.writers,  # files written at once: so many shards are in host memory
-    fleet=_section(FleetConfig),
+    fleet=section(FleetConfig),
   )
 
 
@@ -364,11 +274,11 @@ def _rl() -> ConfigDict:
     # parameters less on the chips for the gradients to stand beside.
     reference_offload=False,
     # Which rollouts are resampled, from where, and how many continuations a step may cost.
-    resample=_section(ResampleConfig),
+    resample=section(ResampleConfig),
     # How rewards become advantages.
-    credit=_section(CreditConfig),
+    credit=section(CreditConfig),
     # Clipping, KL and normalisation (docs/algorithm.md).
-    loss=_section(LossConfig),
+    loss=section(LossConfig),
     # Training questions that are left out, by what sampling them showed (docs/chain.md).
     filter=ConfigDict(dict(
       policy="",              # folder of shards of the policy; "" = this run's stage "screen", if any
@@ -377,14 +287,14 @@ def _rl() -> ConfigDict:
       hopeless=0.0,           # out if the teacher is right in at most this share [paper: 0 of 4]
     )),
     # Rewards of neighbouring recipes, off in the paper's.
-    shaping=_section(ShapingConfig),
+    shaping=section(ShapingConfig),
     # Sampling more questions until enough can teach something (DAPO), off in the paper's.
-    dynamic=_section(DynamicConfig),
+    dynamic=section(DynamicConfig),
   ))
 
 
 def _optimizer(learning_rate: float, schedule: str, warmup: float) -> ConfigDict:
-  return _section(
+  return section(
     OptimizerConfig, "name", "weight_decay", "b1", "b2", "eps", "clip_norm", "mu_dtype",
     learning_rate=learning_rate,  # its peak
     schedule=schedule,        # constant or cosine (to zero)
@@ -405,7 +315,7 @@ def _batch() -> ConfigDict:
 
 
 def _teach() -> ConfigDict:
-  return _section(
+  return section(
     OpenAIConfig, "max_concurrent", "attempts", "timeout_s", "omit", "extensions",
     engine="policy",          # config.model by config.rollout; "openai": an endpoint; or "scripted"
     questions=0,              # the first so many training questions; 0 = all
@@ -439,7 +349,7 @@ def _sft() -> ConfigDict:
     # Mix of each family's kinds of questions that the teacher answers (miniworld).
     kinds=ConfigDict(dict(read=1.0, two_hop=1.0, total=1.0)),
     # The scripted teacher's habits.
-    teacher=_section(
+    teacher=section(
       TeacherConfig, "p_tool_small", "p_tool_large", "p_search", "p_stop_short", "p_python_hard",
       "p_python_easy"),
     keep_wrong=False,         # [paper] keep only trajectories with the right answer

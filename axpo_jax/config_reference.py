@@ -19,7 +19,8 @@ import tokenize
 from collections.abc import Iterator
 
 from axpo_jax import config as config_module
-from axpo_jax.config import LIMITS, base_config, fields
+from axpo_jax.config import LIMITS, base_config
+from axpo_jax.config_queries import fields
 
 _HEAD = """# Configuration
 
@@ -60,7 +61,7 @@ def _entries(tree: ast.Module) -> Iterator[tuple[str, int, str]]:
 
   def walk(path: str, line: int, value: ast.expr) -> Iterator[tuple[str, int, str]]:
     name = value.func.id if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) else ""
-    if name == "_section":
+    if name == "section":
       yield path, line, ""
       yield from keywords(path, value.keywords)
       yield from record_fields(path, value)

@@ -16,7 +16,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from axpo_jax import repository
-from axpo_jax.config import fields
+from axpo_jax.config_queries import fields
 from axpo_jax.errors import ConfigError, RunStopped
 from axpo_jax.rl import recipes
 

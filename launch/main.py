@@ -22,8 +22,8 @@ from ml_collections import config_flags
 # Config files derive from each other (`from configs.axpo_tiny import ...`).
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from axpo_jax.config import apply_recipe
 from axpo_jax.config_checks import validate
+from axpo_jax.config_queries import apply_recipe
 from axpo_jax.stages import machine
 from launch import command
 

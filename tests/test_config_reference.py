@@ -3,7 +3,8 @@
 import pathlib
 import re
 
-from axpo_jax.config import LIMITS, base_config, fields
+from axpo_jax.config import LIMITS, base_config
+from axpo_jax.config_queries import fields
 from axpo_jax.config_reference import reference
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "configuration.md"

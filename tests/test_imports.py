@@ -17,19 +17,21 @@ REPO = PACKAGE.parent
 ALLOWED = {
   # The public names, for type checkers: see `test_the_package_itself_loads_nothing`.
   "__init__": {"agent", "api", "config", "data", "diagnose", "errors", "rl", "rollouts", "stages.metrics"},
-  "api": {"stages", "rollouts", "agent", "data", "rl", "config", "errors", "repository"},
+  "api": {"stages", "rollouts", "agent", "data", "rl", "config_queries", "errors", "repository"},
   "errors": set(),
   "repository": set(),
   # The dataclasses that sections are made from.
-  "config": {"agent", "data.readers", "engine.protocol", "engine.settings", "engine.sglang.server.spec", "errors",
+  "config": {"config_section", "agent", "data.readers", "engine.protocol", "engine.settings", "engine.sglang.server.spec", "errors",
              "miniworld", "model.config", "rl", "train.optimizer_config"},
   "paths": {"errors"},
   "hub": {"errors"},
   "processes": set(),
   "markdown": set(),
   "seeds": set(),
-  "config_checks": {"config", "hub", "eval.benchmarks", "errors", "paths", "rl.recipes", "stages.plugins", "stages.sections"},
-  "config_reference": {"config"},
+  "config_section": set(),
+  "config_queries": {"config", "errors", "rl.recipes"},
+  "config_checks": {"config", "config_queries", "hub", "eval.benchmarks", "errors", "paths", "rl.recipes", "stages.plugins", "stages.sections"},
+  "config_reference": {"config", "config_queries"},
   "rl": {"rl"},
   "model": {"model"},
   "data": {"data", "model", "paths", "rl.advantages"},
@@ -41,8 +43,8 @@ ALLOWED = {
   "train": {"train", "rollouts.groups", "agent", "model", "rl", "errors", "paths", "processes"},
   "diagnose": {"diagnose", "markdown", "rollouts", "agent", "rl"},
   "stages": {"stages", "markdown", "diagnose", "rollouts", "train", "eval", "miniworld", "agent", "engine", "model", "data", "rl",
-             "config", "errors", "paths", "processes", "seeds"},
-  "plan": {"plan", "markdown", "stages", "train", "engine", "model", "rl", "config", "errors"},
+             "config", "config_queries", "errors", "paths", "processes", "seeds"},
+  "plan": {"plan", "markdown", "stages", "train", "engine", "model", "rl", "config_queries", "errors"},
   "report": {"report", "stages.metrics", "stages.summary", "diagnose", "rollouts", "eval", "agent", "data", "paths"},
 }
 # Modules that agents, tools and planning are made of: they load in a moment, on any machine.
@@ -50,7 +52,7 @@ WITHOUT_JAX = (
   "rollouts.dump", "agent.episode", "agent.judge", "agent.rewards", "agent.tools.audit", "agent.tools.corpus",
   "agent.tools.function", "agent.tools.image_search", "agent.tools.mcp_server",
   "agent.tools.python", "agent.tools.tavily", "agent.tools.zoom", "config_checks", "data.adapters",
-  "config", "data.filters", "data.inspect", "miniworld.teacher", "data.question", "data.readers",
+  "config", "config_queries", "data.filters", "data.inspect", "miniworld.teacher", "data.question", "data.readers",
   "eval.benchmarks", "stages.forced", "eval.passk", "eval.scoring", "rollouts.shards", "stages.summary",
   "model.chat", "model.config", "model.images", "rl.advantages", "rl.algorithm", "rollouts.census", "rl.credit",
   "rl.recipes", "rl.resample", "engine.protocol", "engine.openai", "engine.sglang.server",
@@ -98,7 +100,7 @@ def test_package_imports_neither_torch_nor_sglang():
 
 def test_launch_needs_train_only():
   assert ours(REPO / "launch" / "main.py") == {
-    "config.apply_recipe", "config_checks.validate", "stages.distributed", "stages.experiment", "stages.machine",
+    "config_queries.apply_recipe", "config_checks.validate", "stages.distributed", "stages.experiment", "stages.machine",
     "train.preemption"}
 
 

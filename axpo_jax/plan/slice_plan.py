@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 from ml_collections import ConfigDict
 
-from axpo_jax.config import engine_length, sampling_stages
+from axpo_jax.config_queries import engine_length, sampling_stages
 from axpo_jax.engine.embedded import kv_pool
 from axpo_jax.engine.embedded.call_sizes import CallSizes
 from axpo_jax.engine.sglang.server import sizing

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from axpo_jax.agent.episode import EpisodeLimits
 from axpo_jax.agent.prompts import SHORT_SYSTEM_PROMPT, SYSTEM_PROMPT
 from axpo_jax.agent.transcript import Transcript
-from axpo_jax.config import limits
+from axpo_jax.config_queries import limits
 from axpo_jax.data.question import Question
 from axpo_jax.engine.protocol import Engine
 from axpo_jax.miniworld.engine import TeacherEngine

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
-from axpo_jax.config import sampling_stages
+from axpo_jax.config_queries import sampling_stages
 from axpo_jax.engine.embedded import memory as embedded_memory
 from axpo_jax.errors import ConfigError
 from axpo_jax.model import sharding

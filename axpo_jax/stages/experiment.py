@@ -13,7 +13,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from axpo_jax import paths, processes
-from axpo_jax.config import apply_recipe
+from axpo_jax.config_queries import apply_recipe
 from axpo_jax.errors import ConfigError
 from axpo_jax.model import programs
 from axpo_jax.stages import (

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from axpo_jax.config import sampling_stages
+from axpo_jax.config_queries import sampling_stages
 from axpo_jax.engine.sglang.server import environment
 from axpo_jax.engine.sglang.server.spec import SidecarError
 from axpo_jax.errors import ConfigError

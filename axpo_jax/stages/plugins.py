@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from axpo_jax.agent import reward_functions, reward_terms
 from axpo_jax.agent.environment import QUESTION, Environment
 from axpo_jax.agent.judge import ChatJudge
-from axpo_jax.config import ConfigError
+from axpo_jax.errors import ConfigError
 
 _rewards: dict[str, reward_functions.RewardSum] = {}
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from axpo_jax import paths
 from axpo_jax.agent.transcript import TranscriptError
-from axpo_jax.config import reads_held_out
+from axpo_jax.config_queries import reads_held_out
 from axpo_jax.data import adapters, readers
 from axpo_jax.data.question import Question
 from axpo_jax.errors import ConfigError

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from axpo_jax import paths
-from axpo_jax.config import engine_length, fields, limits, longest_episode, sampling_stages
+from axpo_jax.config_queries import engine_length, fields, limits, longest_episode, sampling_stages
 from axpo_jax.data import readers
 from axpo_jax.engine.protocol import SamplingParams
 from axpo_jax.engine.sglang.server.spec import SidecarError, SidecarSpec

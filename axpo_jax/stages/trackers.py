@@ -34,7 +34,7 @@ class Tracker:
   """One tracker's run.
 
   Args:
-    name: one of `config.TRACKERS`.
+    name: the package, "wandb" or "trackio".
     config: of the run.
     root: the run's folder; its path names the run, so that a resumed one goes on in it.
 

@@ -8,8 +8,8 @@ import jax
 import pytest
 
 import axpo_jax
-from axpo_jax.config import ConfigError
 from axpo_jax.config_checks import validate
+from axpo_jax.errors import ConfigError
 from axpo_jax.model import sharding
 from axpo_jax.stages import experiment, plugins
 from axpo_jax.stages.metrics import read_metrics
