@@ -34,7 +34,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from axpo_jax.config import ASSETS
-from axpo_jax.model import hf
+from axpo_jax.model import hf, hf_names
 from axpo_jax.model.config import PRESETS, ModelConfig, TextConfig, VisionConfig
 from experiments.miniworld.make_tokenizer import ADDED_TOKENS
 
@@ -76,7 +76,7 @@ def write(folder: pathlib.Path, config: ModelConfig, seed: int = 0) -> int:
   """Makes the checkpoint, one shard in memory at a time; returns its bytes."""
   folder.mkdir(parents=True)
   vocabulary = write_tokenizer(folder)
-  table = hf.name_table(config)
+  table = hf_names.name_table(config)
   dtype = np.dtype(ml_dtypes.bfloat16)
   shards = hf.plan_shards(table, dtype, min(SHARD_BYTES, _bytes(table) // 3))
   planted = _planted(config, chain(vocabulary))
@@ -131,11 +131,11 @@ def _byte_level(text: str) -> str:
   return text.replace(" ", "Ġ").replace("\n", "Ċ")
 
 
-def _bytes(table: Sequence[hf.Entry]) -> int:
+def _bytes(table: Sequence[hf_names.Entry]) -> int:
   return 2 * sum(math.prod(entry.shape) for entry in table)
 
 
-def _tensor(entry: hf.Entry, config: ModelConfig, planted: Mapping[str, tuple[Any, np.ndarray]],
+def _tensor(entry: hf_names.Entry, config: ModelConfig, planted: Mapping[str, tuple[Any, np.ndarray]],
             seed: int) -> np.ndarray:
   """One tensor in bfloat16: norms are one, biases zero, the rest normal."""
   leaf = entry.name.rsplit(".", 1)[-1]
@@ -149,12 +149,12 @@ def _tensor(entry: hf.Entry, config: ModelConfig, planted: Mapping[str, tuple[An
   return values.astype(ml_dtypes.bfloat16)
 
 
-def _normal(entry: hf.Entry, seed: int) -> np.ndarray:
+def _normal(entry: hf_names.Entry, seed: int) -> np.ndarray:
   rng = np.random.default_rng([seed, zlib.crc32(entry.name.encode())])
   return rng.standard_normal(entry.shape, np.float32)
 
 
-def _deviation(entry: hf.Entry, text: TextConfig) -> float:
+def _deviation(entry: hf_names.Entry, text: TextConfig) -> float:
   """So that a layer's inner values are about one, and what it adds to the text is _NOISE."""
   embedding = _LOGIT / text.hidden_size  # sqrt(D) of them have the norm _LOGIT / sqrt(D)
   inputs = math.prod(entry.shape[1:])

@@ -37,7 +37,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from axpo_jax.model import attention, sharding
+from axpo_jax.model import attention_blocks, sharding
 from axpo_jax.model.config import PRESETS, ModelConfig
 from axpo_jax.model.images import PatchFormat, ProcessedImage
 from axpo_jax.model.vision_inputs import mrope_positions
@@ -233,11 +233,11 @@ def _counted(learner: Learner, params, batch: Batch) -> float:
 
 
 def _mean_length(batch: Batch) -> float:
-  """Blocks of keys that a group of queries takes, on average; see `attention.attend`."""
+  """Blocks of keys that a group of queries takes, on average; see `attention_blocks.attend`."""
   lists = np.asarray(batch.key_blocks_BxCxN)
-  at_once = attention.blocks_at_once(batch.tokens_BxT.shape[1], lists, CHUNKS[SHARED])
+  at_once = attention_blocks.blocks_at_once(batch.tokens_BxT.shape[1], lists, CHUNKS[SHARED])
   longest_G = (lists >= 0).sum(-1).reshape(-1, at_once).max(-1)
-  widths = np.asarray(attention.list_lengths(lists.shape[2]))
+  widths = np.asarray(attention_blocks.list_lengths(lists.shape[2]))
   return float(widths[np.searchsorted(widths, longest_G)].mean())
 
 

@@ -1,20 +1,15 @@
 """Hugging Face checkpoints of Qwen3-VL, in and out.
 
-One table (`name_table`) says for every parameter of ours which tensors of a checkpoint it is made
-of; loading and saving both read it. A weight matrix is [out, in] there and [in, out...] here,
-layers are separate tensors there and one stacked array here: reshapes and transposes only, so
-values survive a round trip bit for bit (bfloat16 through float32 and back included).
+`hf_names.name_table` says which tensors of a checkpoint each parameter is made of. Converting reshapes and
+transposes only, so values survive a round trip bit for bit (bfloat16 through float32 and back included).
 
 Loading reads one tensor at a time and keeps only the parts that this process's devices hold;
 saving fetches one shard file at a time. Peak host memory is one stacked parameter's local part, or
 one shard.
-
-Legend: L layers, V vocabulary, D model.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
@@ -33,6 +28,7 @@ from safetensors.numpy import save_file
 
 from axpo_jax.model import sharding
 from axpo_jax.model.config import ModelConfig
+from axpo_jax.model.hf_names import EMBEDDING, HEAD, Entry, Path_, name_table
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.model.tensor_files import INDEX_FILE, SINGLE_FILE, CheckpointError, Reader
 
@@ -43,48 +39,12 @@ _COMPANIONS = (
   "preprocessor_config.json", "video_preprocessor_config.json", "generation_config.json",
 )
 CONFIG_FILE = "config.json"
-_HEAD, _EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 # What must be there to make prompts of a checkpoint, without its weights.
 SMALL_FILES = (*_COMPANIONS, CONFIG_FILE)
-
-Path_ = tuple[str, ...]
 
 
 class CheckpointMismatch(CheckpointError):
   """A checkpoint's tensors are not those of the config; the message lists every one."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-  """One tensor of a checkpoint.
-
-  name, shape: the tensor's, there.
-  path: our parameter. layer: its index in the stacked parameter, None if not stacked.
-  matrix: [out, in...] there and transposed here; else the same order of values.
-  """
-
-  name: str
-  shape: tuple[int, ...]
-  path: Path_
-  layer: int | None = None
-  matrix: bool = False
-
-  def to_ours(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The tensor as one layer of our parameter, whose shape without the stack is `shape`."""
-    if self.matrix:
-      tensor = tensor.reshape(tensor.shape[0], -1).T
-    return tensor.reshape(shape)
-
-  def to_hf(self, ours: np.ndarray) -> np.ndarray:
-    """One layer of our parameter as the checkpoint's tensor, contiguous."""
-    if self.matrix:
-      ours = ours.reshape(-1, self.shape[0]).T
-    return np.ascontiguousarray(ours.reshape(self.shape))
-
-
-def name_table(config: ModelConfig) -> list[Entry]:
-  """Every tensor of a checkpoint of this config, in the order of the forward pass."""
-  return [*_vision_entries(config), *_text_entries(config)]
 
 
 def stored_dtype(path: str | os.PathLike) -> str | None:
@@ -189,93 +149,21 @@ def save_checkpoint_hf(
     staging.rename(path)
 
 
-# The table ------------------------------------------------------------------------------------
-
-
-def _vision_entries(config: ModelConfig) -> list[Entry]:
-  v, root = config.vision, "model.visual"
-  D, F, merged = v.hidden_size, v.intermediate_size, v.hidden_size * v.merge_unit
-  conv = (D, v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
-  out = _linear(f"{root}.patch_embed.proj", ("vision", "patch"), conv)
-  positions = (v.num_position_embeddings, D)
-  out.append(Entry(f"{root}.pos_embed.weight", positions, ("vision", "positions")))
-  for i in range(v.depth):
-    hf, ours = f"{root}.blocks.{i}", ("vision", "blocks")
-    out += _norm(f"{hf}.norm1", (*ours, "norm1"), D, i)
-    out += _linear(f"{hf}.attn.qkv", (*ours, "qkv"), (3 * D, D), i)
-    out += _linear(f"{hf}.attn.proj", (*ours, "proj"), (D, D), i)
-    out += _norm(f"{hf}.norm2", (*ours, "norm2"), D, i)
-    out += _linear(f"{hf}.mlp.linear_fc1", (*ours, "fc1"), (F, D), i)
-    out += _linear(f"{hf}.mlp.linear_fc2", (*ours, "fc2"), (D, F), i)
-  mergers = [(f"{root}.merger", ("vision", "merger"), D, None)]
-  for i in range(len(v.deepstack_layers)):
-    mergers.append((f"{root}.deepstack_merger_list.{i}", ("vision", "deepstack"), merged, i))
-  for hf, ours, norm_size, i in mergers:
-    out += _norm(f"{hf}.norm", (*ours, "norm"), norm_size, i)
-    out += _linear(f"{hf}.linear_fc1", (*ours, "fc1"), (merged, merged), i)
-    out += _linear(f"{hf}.linear_fc2", (*ours, "fc2"), (v.out_hidden_size, merged), i)
-  return out
-
-
-def _text_entries(config: ModelConfig) -> list[Entry]:
-  t, root = config.text, "model.language_model"
-  D, F, h = t.hidden_size, t.intermediate_size, t.head_dim
-  matrices = {
-    "q": ("self_attn.q_proj", (t.num_heads * h, D)),
-    "k": ("self_attn.k_proj", (t.num_kv_heads * h, D)),
-    "v": ("self_attn.v_proj", (t.num_kv_heads * h, D)),
-    "o": ("self_attn.o_proj", (D, t.num_heads * h)),
-    "gate": ("mlp.gate_proj", (F, D)),
-    "up": ("mlp.up_proj", (F, D)),
-    "down": ("mlp.down_proj", (D, F)),
-  }
-  norms = {
-    "attn_norm": ("input_layernorm", D),
-    "mlp_norm": ("post_attention_layernorm", D),
-    "q_norm": ("self_attn.q_norm", h),
-    "k_norm": ("self_attn.k_norm", h),
-  }
-  table = (t.vocab_size, D)
-  out = [Entry(f"{root}.embed_tokens.weight", table, ("text", "embedding"))]
-  for i in range(t.num_layers):
-    hf, ours = f"{root}.layers.{i}", ("text", "layers")
-    for name, (theirs, size) in norms.items():
-      out.append(Entry(f"{hf}.{theirs}.weight", (size,), (*ours, name, "scale"), i))
-    for name, (theirs, shape) in matrices.items():
-      out += _linear(f"{hf}.{theirs}", (*ours, name), shape, i, bias=False)
-  out.append(Entry(f"{root}.norm.weight", (D,), ("text", "norm", "scale")))
-  if not t.tie_word_embeddings:
-    out.append(Entry("lm_head.weight", table, ("text", "head")))
-  return out
-
-
-def _linear(hf: str, path: Path_, shape, layer: int | None = None, bias=True) -> list[Entry]:
-  weight = Entry(f"{hf}.weight", shape, (*path, "kernel"), layer, matrix=True)
-  return [weight, *([Entry(f"{hf}.bias", shape[:1], (*path, "bias"), layer)] if bias else [])]
-
-
-def _norm(hf: str, path: Path_, size: int, layer: int | None = None) -> list[Entry]:
-  return [
-    Entry(f"{hf}.weight", (size,), (*path, "scale"), layer),
-    Entry(f"{hf}.bias", (size,), (*path, "bias"), layer),
-  ]
-
-
 # Loading --------------------------------------------------------------------------------------
 
 
 def _check_tied(reader: Reader) -> None:
   """A head that is stored beside a tied embedding must be equal to it."""
-  if _HEAD in reader and not np.array_equal(reader.read(_HEAD), reader.read(_EMBEDDING)):
+  if HEAD in reader and not np.array_equal(reader.read(HEAD), reader.read(EMBEDDING)):
     raise CheckpointError(
-      f"{_HEAD} differs from {_EMBEDDING}, and config.json ties them: one of the two files belongs to another "
+      f"{HEAD} differs from {EMBEDDING}, and config.json ties them: one of the two files belongs to another "
       'checkpoint; if the head is right, write "tie_word_embeddings": false')
 
 
 def _check(found: Mapping[str, tuple[int, ...]], table: list[Entry], *, tied: bool) -> None:
   wanted = {entry.name: entry.shape for entry in table}
   # Some writers store the tied head a second time; it is the embedding.
-  ignored = {_HEAD} if tied else set()
+  ignored = {HEAD} if tied else set()
   problems = {
     "missing": [f"{n} {list(s)}" for n, s in wanted.items() if n not in found],
     "unknown": [f"{n} {list(s)}" for n, s in found.items() if n not in wanted.keys() | ignored],
@@ -286,7 +174,7 @@ def _check(found: Mapping[str, tuple[int, ...]], table: list[Entry], *, tied: bo
     ],
   }
   lines = [f"  {kind}: {item}" for kind, items in problems.items() for item in sorted(items)]
-  if set(wanted) - set(found) == {_HEAD}:
+  if set(wanted) - set(found) == {HEAD}:
     hint = ('if the embedding is the head too, config.json must say "tie_word_embeddings": true at its top '
             "level, not in text_config alone")
   else:

@@ -69,7 +69,7 @@ class Qwen3VL(nnx.Module):
         other (the end is the trajectory's) or as a tree, depth first (the end of the subtree).
         With a cache a row is one sequence whose new tokens stand first, followed by padding, and
         any end above 0 will do.
-      key_blocks_BxCxN: from `attention.key_blocks`, for long rows of many trajectories.
+      key_blocks_BxCxN: from `attention_blocks.key_blocks`, for long rows of many trajectories.
       vision: packed patches, or features of an earlier `encode_images`.
       image_index_BxT: int32, -1 for ordinary tokens, else the token's place in the M merged image
         tokens. It is a gather: several tokens may take the same one.

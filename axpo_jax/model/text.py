@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from axpo_jax.model import attention, rope
+from axpo_jax.model.attention_xla import Tags, block
 from axpo_jax.model.cache import DecodeCache, KVCache
 from axpo_jax.model.config import ModelConfig, TextConfig
 from axpo_jax.model.layers import Linear, Maker, RMSNorm, remat, scan_layers
@@ -62,7 +63,7 @@ class DecoderLayer(nnx.Module):
     q_BxTxHxD = constrain(q_BxTxHxD, ("batch", "length", "act_heads", None))
     k_BxTxKxD = constrain(k_BxTxKxD, ("batch", "length", "act_kv_heads", None))
     v_BxTxKxD = constrain(self.v(y_BxTxD), ("batch", "length", "act_kv_heads", None))
-    new = attention.block(k_BxTxKxD, v_BxTxKxD)
+    new = block(k_BxTxKxD, v_BxTxKxD)
     out = attention.attend(q_BxTxHxD, [*cached, new], sees)
     return constrain(out, ("batch", "length", "act_heads", None)), new
 
@@ -167,7 +168,7 @@ def _visibility(ends_BxT, key_blocks_BxCxN, cache: Cache | None, config: ModelCo
   order_BxT = jnp.broadcast_to(jnp.arange(ends_BxT.shape[1]), ends_BxT.shape)
   # With a cache a row is one sequence: its filled slots are all earlier than the new tokens.
   def seen_to_the_end(order, real):
-    return attention.Tags(order, jnp.where(real, ends_BxT.shape[1], 0))
+    return Tags(order, jnp.where(real, ends_BxT.shape[1], 0))
 
   new = seen_to_the_end(order_BxT, ends_BxT > 0)
   old = [seen_to_the_end(jnp.zeros(filled_BxS.shape, jnp.int32), filled_BxS)

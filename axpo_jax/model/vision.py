@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from axpo_jax.model import attention, rope
+from axpo_jax.model.attention_xla import Tags, block
 from axpo_jax.model.config import ModelConfig, VisionConfig
 from axpo_jax.model.layers import LayerNorm, Linear, Maker, remat, scan_layers
 from axpo_jax.model.sharding import constrain
@@ -60,7 +61,7 @@ class VisionBlock(nnx.Module):
       for i in range(3)
     )
     out_RxPxHxD = attention.attend(
-      rope.rotate(q, angles), [attention.block(rope.rotate(k, angles), v)], sees)
+      rope.rotate(q, angles), [block(rope.rotate(k, angles), v)], sees)
     x_RxPxD = constrain(x_RxPxD + self.proj(out_RxPxHxD), _ROW)
     y_RxPxF = jax.nn.gelu(self.fc1(self.norm2(x_RxPxD)), approximate=True)
     y_RxPxF = constrain(y_RxPxF, ("vision_rows", "patches", "act_mlp"))
@@ -124,7 +125,7 @@ class VisionTower(nnx.Module):
     angles = rope.vision_rope(
       inputs.positions_RxPx2, head_dim=vision.head_dim, theta=vision.rope_theta)
     image_RxP = jnp.asarray(inputs.segments_RxP)
-    tags = attention.Tags(image_RxP, jnp.where(image_RxP > 0, image_RxP + 1, 0))
+    tags = Tags(image_RxP, jnp.where(image_RxP > 0, image_RxP + 1, 0))
     sees = attention.visibility(tags, [tags], self.config.attention_chunk)
     block_fn = remat(VisionBlock.__call__, self.config.remat)
 

@@ -7,7 +7,7 @@ predicts several next tokens, so a batch lists the tokens to compute and the tar
   targets                    t h i n k  c a l l A  c a l l B       "c" twice, both predicted at the last "k"
 
 Legend: B rows, T tokens of a row, G targets of a row, C, N blocks of attention (see
-`model.attention.key_blocks`), R, P rows and patches of the vision tower.
+`model.attention_blocks.key_blocks`), R, P rows and patches of the vision tower.
 """
 
 from __future__ import annotations

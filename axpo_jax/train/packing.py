@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
-from axpo_jax.model.attention import key_blocks
+from axpo_jax.model.attention_blocks import key_blocks
 from axpo_jax.model.buckets import STEP_PATCH_BUCKETS, STEP_ROW_BUCKETS
 from axpo_jax.model.config import VisionConfig
 from axpo_jax.model.images import ProcessedImage

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 import axpo_jax
 from axpo_jax.config import base_config
 from axpo_jax.errors import ConfigError
-from axpo_jax.model import hf
+from axpo_jax.model import hf, hf_names
 from axpo_jax.model.config import PRESETS, ModelConfig, UnsupportedConfig
 from axpo_jax.stages.context import run_context
 from tests.hostile import corpus
@@ -49,7 +49,7 @@ SPOILT = {
 
 def write(folder, spoil=lambda tensors: None):
   folder.mkdir()
-  tensors = {e.name: np.ones(e.shape, np.float32) for e in hf.name_table(CONFIG)}
+  tensors = {e.name: np.ones(e.shape, np.float32) for e in hf_names.name_table(CONFIG)}
   spoil(tensors)
   save_file(tensors, folder / hf.SINGLE_FILE)
   return folder

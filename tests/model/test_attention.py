@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from axpo_jax.model import attention
-from axpo_jax.model.attention import Tags, attend, block, key_blocks, visibility
+from axpo_jax.model import attention_blocks
+from axpo_jax.model.attention import attend, visibility
+from axpo_jax.model.attention_blocks import key_blocks
+from axpo_jax.model.attention_xla import Tags, block
 
 B, T, S, H, K, D = 2, 13, 6, 6, 2, 8
 
@@ -68,12 +70,12 @@ def forest(rng, rows, length):
 @pytest.mark.parametrize("chunk", [0, 6, 1])
 @pytest.mark.parametrize("size", [None, 2, 4, 6])
 def test_trees_with_and_without_key_blocks(size, chunk, monkeypatch):
-  monkeypatch.setattr(attention, "KEYS", 2 if size == 6 else 4)  # three blocks of keys in one of queries
+  monkeypatch.setattr(attention_blocks, "KEYS", 2 if size == 6 else 4)  # three blocks of keys in one of queries
   rng = np.random.default_rng(chunk)
   ends, sees = forest(rng, 3, 96)
   q, k, v = (rng.normal(size=(3, 96, n, D)).astype(np.float32) for n in (H, K, K))
   lists = None if size is None else key_blocks(ends, size)
-  assert size is None or lists.shape[2] <= 96 // min(size, attention.KEYS) * 3 // 4
+  assert size is None or lists.shape[2] <= 96 // min(size, attention_blocks.KEYS) * 3 // 4
   order = jnp.tile(jnp.arange(96), (3, 1))
 
   def run(lists, chunk):
@@ -104,7 +106,7 @@ def test_key_blocks_by_hand():
 
 
 def test_key_blocks_that_are_shorter_than_those_of_queries(monkeypatch):
-  monkeypatch.setattr(attention, "KEYS", 2)
+  monkeypatch.setattr(attention_blocks, "KEYS", 2)
   ends = np.asarray([[10] * 3 + [7] * 4 + [10] * 3 + [12] * 2 + [0] * 20])
   assert key_blocks(ends, 4)[0].tolist() == [  # 5 of 16 blocks: more than a quarter
     [0, 1, *[-1] * 10], [0, 1, 2, 3, *[-1] * 8], [0, 1, 3, 4, 5, *[-1] * 7], *[[-1] * 12] * 5]

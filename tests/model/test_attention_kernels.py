@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from axpo_jax.model import attention, attention_gpu, attention_tpu, sharding
+from axpo_jax.model import attention, attention_gpu, attention_tpu, attention_xla, sharding
 from axpo_jax.model.attention_tpu import Tile, visible_tiles
 from tests.model.test_attention import forest
 
@@ -39,7 +39,7 @@ def value_and_grad(attend, ends):
 
 def by_xla(ends):
   def attend(q, k, v):
-    return attention.attend(q, [attention.block(k, v)], attention.row_visibility(ends, 0))
+    return attention.attend(q, [attention_xla.block(k, v)], attention.row_visibility(ends, 0))
 
   return value_and_grad(attend, ends)
 
@@ -90,7 +90,7 @@ def test_split_over_devices(backend):
     with sharding.use(mesh):
       assert attention.choose_backend(backend, 256, K, K, 128) == backend
       sees = attention.row_visibility(ends, 0, backend=backend)
-      return attention.attend(q, [attention.block(k, v)], sees)
+      return attention.attend(q, [attention_xla.block(k, v)], sees)
 
   grads, out = value_and_grad(attend, ends)(*inputs)
   wanted_grads, wanted = by_xla(ends)(*inputs)
@@ -120,7 +120,7 @@ def test_compiles_for_a_slice_without_an_array_of_tokens_x_tokens():
     with sharding.use(mesh):
       backend = attention.choose_backend("auto", length, kv_heads * group, kv_heads, dim)
       sees = attention.row_visibility(ends, 512, backend=backend)
-      return attention.attend(q, [attention.block(k, v)], sees).astype(jnp.float32).sum()
+      return attention.attend(q, [attention_xla.block(k, v)], sees).astype(jnp.float32).sum()
 
   def array(dtype, *names_and_sizes):
     names, sizes = zip(*names_and_sizes)

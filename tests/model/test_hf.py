@@ -12,7 +12,7 @@ from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from axpo_jax.model import hf, sharding
+from axpo_jax.model import hf, hf_names, sharding
 from axpo_jax.model.config import PRESETS, ModelConfig
 from axpo_jax.model.qwen3_vl import Qwen3VL
 
@@ -169,7 +169,7 @@ def test_layers_over_the_mesh(untied):
   mesh = sharding.make_mesh({"fsdp": 4}, jax.devices()[:4])
   target = sharding.sharding_for(("layers", None, None), abstract.shape, mesh, {"layers": "fsdp"})
   tensors, reads = tensors_of(untied.folder), []
-  entries = [e for e in hf.name_table(config) if e.path == ("text", "layers", "gate", "kernel")]
+  entries = [e for e in hf_names.name_table(config) if e.path == ("text", "layers", "gate", "kernel")]
   read = lambda name: reads.append(name) or tensors[name]  # noqa: E731
   array = hf._load_leaf(read, entries, abstract, target)
   np.testing.assert_array_equal(array, untied.params["text"]["layers"]["gate"]["kernel"][:4])
@@ -209,7 +209,7 @@ def test_companions_are_copied(untied, tmp_path):
 def test_name_table_covers_every_parameter_once(preset):
   """Shapes too, at full size, without making a parameter."""
   config: ModelConfig = PRESETS[preset]
-  table = hf.name_table(config)
+  table = hf_names.name_table(config)
   assert len({e.name for e in table}) == len(table)
   values = {}
   for entry in table:

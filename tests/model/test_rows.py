@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from axpo_jax.model.attention import key_blocks
+from axpo_jax.model.attention_blocks import key_blocks
 
 TOLERANCE = 1e-5
 

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 import axpo_jax
-from axpo_jax.model import hf
+from axpo_jax.model import hf_names
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.config import PRESETS
 
@@ -69,7 +69,7 @@ def write_policy(folder: pathlib.Path, layers: int = 2) -> pathlib.Path:
   """A Hugging Face folder with the tiny tokenizer. Random matrices; norms are one, biases zero."""
   chat = Chat.from_pretrained(TOKENIZER)
   config, rng, tensors = model_config(chat, layers), np.random.default_rng(0), {}
-  for entry in sorted(hf.name_table(config), key=lambda entry: entry.name):
+  for entry in sorted(hf_names.name_table(config), key=lambda entry: entry.name):
     if len(entry.shape) > 1:
       tensors[entry.name] = rng.normal(size=entry.shape, scale=0.05).astype(np.float32)
     else:

@@ -40,7 +40,7 @@ from safetensors.numpy import save_file
 
 from axpo_jax import processes
 from axpo_jax.engine.settings import PushConfig
-from axpo_jax.model import hf
+from axpo_jax.model import hf, hf_names
 from axpo_jax.model.config import ModelConfig
 
 _PREFIX = "weights-"
@@ -99,13 +99,13 @@ class PushFolder:
   def __init__(self, config: PushConfig, model_config: ModelConfig):
     self.config, self._model = config, model_config
     self._root = pathlib.Path(config.folder)
-    self._table = [entry for entry in hf.name_table(model_config)
+    self._table = [entry for entry in hf_names.name_table(model_config)
                    if not (config.skip_vision and entry.path[0] == "vision")]
     self._shards = hf.plan_shards(self._table, jnp.dtype(config.dtype), config.shard_bytes)
     self._shapes = {path: leaf.shape
                     for path, leaf in hf.by_path(hf.abstract_params(model_config)).items()}
     # What a server must hold, in its own names; the tower too where pushes leave it out.
-    self.server_names = server_names(entry.name for entry in hf.name_table(model_config))
+    self.server_names = server_names(entry.name for entry in hf_names.name_table(model_config))
     self._sums: dict[str, int] = {}  # tensor -> checksum of what was written last
     self._pushed: dict[str, np.ndarray] = {}  # the same tensors, where deltas are written; of this process's shards
     self._last: Push | None = None
@@ -202,7 +202,7 @@ class PushFolder:
         del values
       return [job.result() for job in jobs]
 
-  def _write_shard(self, file: pathlib.Path, entries: list[hf.Entry], values: list, delta: bool) -> _Shard:
+  def _write_shard(self, file: pathlib.Path, entries: list[hf_names.Entry], values: list, delta: bool) -> _Shard:
     """Writes a file with these tensors, or with what changed in them; none if nothing did."""
     tensors, shapes, shard = {}, {}, _Shard(file.name)
     for index, entry in enumerate(entries):
