@@ -12,7 +12,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from axpo_jax.agent.episode import EpisodeLimits
+from axpo_jax.agent.limits import EpisodeLimits
 from axpo_jax.agent.tools.kernels import KernelConfig
 from axpo_jax.agent.tools.zoom import QWEN_LIMITS
 from axpo_jax.config_section import section

@@ -13,9 +13,9 @@ that its limits forbid. Rules where several are possible:
 - A turn cut by length has no next turn. A turn that ends with <|endoftext|> instead of <|im_end|>
   ends the episode too.
 - Only an episode that ends by itself, with a last turn that makes no call, has an answer.
-- The environment is asked after a turn's calls have run, and after the last turn too, whose calls have
-  not: a game's last move counts.
-- Time decides nothing but limits: an episode's deadline, and those of a tool, a reward, an environment and a request.
+- The environment steps after a turn's calls have run. It steps after the last turn too, although its calls
+  are not run: a game's last move counts.
+- The clock decides nothing but limits: those of an episode, a tool, a reward, an environment and a request.
 """
 
 from __future__ import annotations
@@ -23,18 +23,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
-import itertools
-import time
 from collections.abc import Sequence
-
-import PIL.Image
 
 from axpo_jax.agent import environment as environments
 from axpo_jax.agent import parse, reward_functions, rewards
 from axpo_jax.agent import rollout as rollout_lib
+from axpo_jax.agent.calls import CallRunner, Observed
+from axpo_jax.agent.limits import Budget, EpisodeLimits
 from axpo_jax.agent.parse import SpecialIds, ToolCall
-from axpo_jax.agent.rollout import CallRecord, Rollout
-from axpo_jax.agent.tools.base import EpisodeState, Observation, PastCall, ToolBox, failure
+from axpo_jax.agent.rollout import Rollout
+from axpo_jax.agent.tools.base import EpisodeState, PastCall, ToolBox
 from axpo_jax.agent.transcript import (
   EpisodeImage,
   Kind,
@@ -47,32 +45,9 @@ from axpo_jax.agent.transcript import (
 from axpo_jax.data.question import IMAGE_MARK, Question, open_image
 from axpo_jax.engine.protocol import Engine, PromptTooLong, Sample, SampleRequest, SamplingParams
 from axpo_jax.model.chat import Chat
-from axpo_jax.model.images import ImageError, ImageLimits, ImageProcessor
+from axpo_jax.model.images import ImageLimits, ImageProcessor
 
 EXACT = reward_functions.parse("exact", time_limit=60.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class EpisodeLimits:
-  """Budgets of one episode; the defaults are those of training.
-
-  Attributes:
-    max_turns: assistant turns (paper: 3 in training, 5 in evaluation).
-    max_new_tokens_per_turn: sampled tokens of one turn.
-    max_response_tokens: expanded tokens after the prompt, sampled and observed together.
-    max_total_tokens: expanded tokens of the whole transcript.
-    max_images: images of the episode, the question's included.
-    max_image_pixels: of an image that a tool brings; larger ones are shrunk before they are shown.
-    deadline: seconds the episode may take; None = no limit.
-  """
-
-  max_turns: int = 3
-  max_new_tokens_per_turn: int = 4096
-  max_response_tokens: int = 16_384
-  max_total_tokens: int = 24_576
-  max_images: int = 12
-  max_image_pixels: int = 12_845_056
-  deadline: float | None = None
 
 
 def start_transcript(question: Question, chat: Chat, tools: ToolBox, system: str,
@@ -150,7 +125,7 @@ async def continue_episode(transcript: Transcript, question: Question, engine: E
   rollout = Rollout(
       question_id=question.id, transcript=episode.transcript, reward=0.0,
       answer=episode.answer() if stop in (rollout_lib.ANSWER, rollout_lib.DONE) else None,
-      stop=stop, calls=episode.calls, seed=seed, prompt_tokens=sum(episode.prompt_tokens),
+      stop=stop, calls=episode.runner.records, seed=seed, prompt_tokens=sum(episode.prompt_tokens),
       cached_tokens=sum(episode.cached_tokens),
       first_prompt_tokens=next(iter(episode.prompt_tokens), 0),
       first_cached_tokens=next(iter(episode.cached_tokens), 0),
@@ -200,16 +175,15 @@ class _Episode:
     self.tools = tools
     self.limits = limits
     self.chat = chat
-    self.processor = processor
     self.seed = seed
-    self.calls: list[CallRecord] = []
     self.prompt_tokens: list[int] = []  # per request, expanded
     self.cached_tokens: list[int] = []
     self.error: str | None = None
     self.turn_metadata: list[dict] = []
-    self.prompt_expanded = transcript.cut(transcript.prompt_length).expanded_length
+    self.budget = Budget(limits, transcript)
     self.state = EpisodeState(question.id, Originals(transcript.images), seed=seed,
                               history=self._past_calls())
+    self.runner = CallRunner(tools, self.budget, chat, processor, self.state)
 
   async def run(self, question: Question) -> str:
     """Runs to the end; returns the stop reason."""
@@ -226,7 +200,7 @@ class _Episode:
 
   def answer(self) -> str | None:
     """The answer in the last turn, after its last </think>."""
-    ids = self._last_turn()
+    ids = self.transcript.last_turn
     if self.transcript.turn_is_closed:
       ids = ids[:-1]
     text = self.chat.decode(ids[parse.think_stop(ids, self.transcript.special):])
@@ -239,7 +213,7 @@ class _Episode:
     weights, say): the turn then continues from the tokens that it has."""
     interruptions = 0
     while True:
-      room, stop = self._turn_room()
+      room, stop = self.budget.next_sample()
       if stop:
         return stop
       request = SampleRequest(
@@ -252,41 +226,19 @@ class _Episode:
         self.transcript.append_sampled(sample.ids, sample.logprobs, sample.weight_version)
       except PromptTooLong:  # the engine's rows are shorter than our budget
         return rollout_lib.TOKEN_LIMIT
-      except Exception as error:  # one bad request must not take the run down; it is counted
+      except Exception as error:  # one bad request must not end the run; it is counted
         return self._fail(f"{type(error).__name__}: {error}")
       self.prompt_tokens.append(sample.prompt_tokens)
       self.cached_tokens.append(sample.cached_tokens)
       if sample.finish_reason != "abort" or self.transcript.turn_is_closed:
         break
-      if not sample.ids:  # or it would be asked for ever
+      if not sample.ids:  # without progress the loop would not end
         return self._fail("the engine aborted the request before its first token")
       interruptions += 1
-    if sample.finish_reason == "length":
-      return (rollout_lib.LENGTH if self._turn_used() >= self.limits.max_new_tokens_per_turn
-              else rollout_lib.TOKEN_LIMIT)
-    return None
-
-  def _turn_room(self) -> tuple[int, str | None]:
-    """Tokens that may be sampled now, and the stop reason if there are none."""
-    if not self.transcript.turn_is_open and len(self.transcript.turns) >= self.limits.max_turns:
-      return 0, rollout_lib.TURN_LIMIT
-    turn, total = self.limits.max_new_tokens_per_turn - self._turn_used(), self._token_room()
-    if total < 1:
-      return 0, rollout_lib.TOKEN_LIMIT
-    return min(turn, total), rollout_lib.LENGTH if turn < 1 else None
-
-  def _token_room(self) -> int:
-    """Expanded tokens that still fit the response and the total budget."""
-    length = self.transcript.expanded_length
-    return min(self.limits.max_response_tokens - (length - self.prompt_expanded),
-               self.limits.max_total_tokens - length)
-
-  def _turn_used(self) -> int:
-    """Tokens already sampled in the open turn."""
-    return len(self._last_turn()) if self.transcript.turn_is_open else 0
+    return self.budget.cut_by() if sample.finish_reason == "length" else None
 
   def _turn_number(self) -> int:
-    """Number of the turn being sampled or acted on, from 0."""
+    """Number of the turn being sampled or observed on, from 0."""
     turns = len(self.transcript.turns)
     return turns - 1 if self.transcript.turn_is_open or self.transcript.turn_is_closed else turns
 
@@ -306,35 +258,35 @@ class _Episode:
   # ---- act: run the calls of the finished turn, then ask the environment ----
 
   async def _act(self) -> str | None:
+    """Returns a stop reason, or None where the transcript has an observation to go on from."""
     turn = self.state.turn = self._turn_number()
-    ids = self._last_turn()
+    ids = self.transcript.last_turn
     calls = self._parse(ids)
     ended = ids[-1] != self.transcript.special.im_end
     over = ended or turn + 1 >= self.limits.max_turns
-    texts: list[tuple[str, int]] = []
-    shown: list[EpisodeImage] = []
-    outcomes: list[Outcome] = []
     if over:
-      self.calls += [self._record(call, "not_run", 0.0) for call in calls]
+      observed = Observed()
+      self.runner.skip(calls)
     else:
-      await self._run_calls(calls, texts, shown, outcomes)
+      observed = await self.runner.run(calls)
     step = await self.environment.step(self._policy_turn(turn, ids))
     self.transcript.rewards.append(float(step.reward))
     if step.metadata or self.turn_metadata:
       self.turn_metadata.append(dict(step.metadata))
     if stop := self._stop(step, calls, ended=ended, over=over):
       return stop
+    shown = observed.shown
     if step.reply is not None:
-      reply, shown = self._fit(self.tools.clean(step.reply), environments.MEMORY, [], [])
+      reply, shown = self.runner.fit(self.tools.clean(step.reply), environments.MEMORY, observed)
       ids = self._reply_ids(reply.text, len(shown))
       self.state.images.extend(shown)
     else:
-      ids = self.chat.observation_ids(texts)
-    if not self._have_room(ids, shown):
+      ids = self.chat.observation_ids(observed.texts)
+    if not self.runner.has_room(ids, shown):
       return rollout_lib.TOKEN_LIMIT
-    self.transcript.append_observation(ids, shown, outcomes)
+    self.transcript.append_observation(ids, shown, observed.outcomes)
     self.transcript.states.append(self.environment.copied())
-    self.state.history += _past(calls, outcomes)
+    self.state.history += _past(calls, observed.outcomes)
     return None
 
   def _stop(self, step: environments.Step, calls: Sequence, *, ended: bool, over: bool) -> str | None:
@@ -347,65 +299,6 @@ class _Episode:
       return rollout_lib.NO_ANSWER if ended else rollout_lib.TURN_LIMIT
     return None
 
-  async def _run_calls(self, calls, texts, shown, outcomes) -> None:
-    """Runs the calls of a turn and collects what they bring. Neighbours that may run at once do."""
-    for beside, neighbours in itertools.groupby(calls, self._runs_beside):
-      some, images = list(neighbours), len(self.state.images)
-      done = await asyncio.gather(*map(self._timed_call, some)) if beside else None
-      for number, call in enumerate(some):
-        if done is None:
-          images = len(self.state.images)
-        observation, seconds = done[number] if done else await self._timed_call(call)
-        outcomes.append(Outcome(observation.error, images))
-        name = call.name if isinstance(call, ToolCall) else ""
-        observation, new = self._fit(observation, name, texts, shown)
-        texts.append((observation.text, len(new)))
-        shown += new
-        self.state.images.extend(new)
-        self.calls.append(self._record(call, observation.error, seconds))
-
-  def _runs_beside(self, call: ToolCall | parse.CallError) -> bool:
-    return isinstance(call, ToolCall) and self.tools.runs_beside(call.name)
-
-  async def _timed_call(self, call: ToolCall | parse.CallError) -> tuple[Observation, float]:
-    begin = time.perf_counter()
-    if isinstance(call, ToolCall):
-      observation = await self.tools.call(call.name, call.arguments, self.state)
-    else:
-      observation = self.tools.reject(call, self.state)
-    return observation, time.perf_counter() - begin
-
-  def _fit(self, observation: Observation, origin: str, texts: Sequence[tuple[str, int]],
-           shown: Sequence[EpisodeImage]) -> tuple[Observation, list[EpisodeImage]]:
-    """The observation with its images ready to show, or one that says why they are not shown."""
-    if not observation.images:
-      return observation, []
-    have = len(self.state.images)
-    if have + len(observation.images) > self.limits.max_images:
-      return failure(rollout_lib.IMAGE_LIMIT, f"the image is not shown: at most "
-                     f"{self.limits.max_images} images are allowed and there are {have}"), []
-    try:
-      new = [self._show(image, origin) for image in observation.images]
-    except ImageError as error:
-      return failure("bad_image", f"the image cannot be shown: {error}"), []
-    ids = self.chat.observation_ids([*texts, (observation.text, len(new))])
-    if not self._have_room(ids, [*shown, *new]):
-      return failure(rollout_lib.IMAGE_LIMIT,
-                     "the image is not shown: it does not fit the rest of the token budget"), []
-    return observation, new
-
-  def _show(self, image: PIL.Image.Image, tool: str) -> EpisodeImage:
-    """A tool's image, with its sides rounded to the factor where the tool has not done so, and
-    shrunk where it is larger than any image may be."""
-    least = self.processor.factor**2
-    pixels = min(image.width * image.height, self.limits.max_image_pixels)
-    limits = ImageLimits(least, max(least, pixels))
-    return EpisodeImage.of(image, self.processor(image, limits), tool)
-
-  def _have_room(self, ids: Sequence[int], shown: Sequence[EpisodeImage]) -> bool:
-    """True when this observation leaves room for at least one token of the next turn."""
-    return len(ids) + sum(i.shown.num_tokens - 1 for i in shown) < self._token_room()
-
   def _reply_ids(self, text: str, images: int) -> list[int]:
     return self.chat.follow_up_ids(text.replace(IMAGE_MARK, "(image)"), images)
 
@@ -413,16 +306,7 @@ class _Episode:
     reply = self.tools.clean(step.reply)
     return self._reply_ids(reply.text, len(reply.images))
 
-  def _record(self, call: ToolCall | parse.CallError, error: str | None,
-              seconds: float) -> CallRecord:
-    name, arguments = ((call.name, call.arguments) if isinstance(call, ToolCall) else ("", {}))
-    return CallRecord(self.state.turn, name, arguments, error, seconds)
-
   # ---- read the transcript ----
-
-  def _last_turn(self) -> list[int]:
-    start, stop = self.transcript.turns[-1]
-    return self.transcript.ids[start:stop]
 
   def _parse(self, ids: Sequence[int]) -> list[ToolCall | parse.CallError]:
     return parse.parse_turn(ids, self.transcript.special, self.chat.decode)

@@ -253,6 +253,12 @@ class Transcript:
     return turns
 
   @property
+  def last_turn(self) -> list[int]:
+    """The ids of the last assistant turn, which may be open."""
+    start, stop = self.turns[-1]
+    return self.ids[start:stop]
+
+  @property
   def turn_is_closed(self) -> bool:
     """True when the last token is a sampled stop token."""
     return (bool(self.ids) and self.kinds[-1] in SAMPLED_KINDS

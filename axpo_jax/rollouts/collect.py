@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from axpo_jax import seeds
 from axpo_jax.agent.environment import QUESTION, Environment
-from axpo_jax.agent.episode import EXACT, EpisodeLimits, continue_episode, start_transcript
+from axpo_jax.agent.episode import EXACT, continue_episode, start_transcript
+from axpo_jax.agent.limits import EpisodeLimits
 from axpo_jax.agent.reward_functions import RewardSum
 from axpo_jax.agent.rollout import Rollout
 from axpo_jax.agent.tools.base import ToolBox

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 from ml_collections import ConfigDict
 
-from axpo_jax.agent.episode import EpisodeLimits
+from axpo_jax.agent.limits import EpisodeLimits
 from axpo_jax.agent.prompts import SHORT_SYSTEM_PROMPT, SYSTEM_PROMPT
 from axpo_jax.agent.transcript import Transcript
 from axpo_jax.config_queries import limits

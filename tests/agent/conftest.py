@@ -7,7 +7,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from axpo_jax.agent.episode import EpisodeLimits, continue_episode, start_transcript
+from axpo_jax.agent.episode import continue_episode, start_transcript
+from axpo_jax.agent.limits import EpisodeLimits
 from axpo_jax.agent.parse import SpecialIds
 from axpo_jax.agent.tools.base import ToolBox
 from axpo_jax.agent.tools.zoom import ImageZoomIn

@@ -15,7 +15,8 @@ from aiohttp import web
 from PIL import Image
 
 import axpo_jax
-from axpo_jax.agent.episode import EpisodeLimits, continue_episode, start_transcript
+from axpo_jax.agent.episode import continue_episode, start_transcript
+from axpo_jax.agent.limits import EpisodeLimits
 from axpo_jax.agent.tools.base import ToolBox
 from axpo_jax.agent.tools.zoom import ImageZoomIn
 from axpo_jax.engine.openai import OpenAIEngine, messages, turn_text

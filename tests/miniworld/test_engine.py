@@ -7,7 +7,8 @@ import pathlib
 import pytest
 
 import axpo_jax
-from axpo_jax.agent.episode import EpisodeLimits, continue_episode, start_transcript
+from axpo_jax.agent.episode import continue_episode, start_transcript
+from axpo_jax.agent.limits import EpisodeLimits
 from axpo_jax.agent.tools.base import ToolBox
 from axpo_jax.agent.tools.corpus import Document, LocalSearch
 from axpo_jax.agent.tools.search import SearchTool

@@ -16,7 +16,7 @@ import PIL.Image
 import PIL.ImageDraw
 
 import axpo_jax
-from axpo_jax.agent.episode import EpisodeLimits
+from axpo_jax.agent.limits import EpisodeLimits
 from axpo_jax.agent.tools.base import ToolBox
 from axpo_jax.agent.tools.zoom import ImageZoomIn
 from axpo_jax.data.question import Question

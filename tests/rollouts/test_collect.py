@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from axpo_jax.agent.episode import EpisodeLimits
+from axpo_jax.agent.limits import EpisodeLimits
 from axpo_jax.agent.parse import SpecialIds
 from axpo_jax.agent.rollout import ENGINE_ERROR
 from axpo_jax.agent.tools.base import ToolBox

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 import axpo_jax
-from axpo_jax.agent.episode import EpisodeLimits
+from axpo_jax.agent.limits import EpisodeLimits
 from axpo_jax.agent.tools.base import ToolBox
 from axpo_jax.agent.tools.zoom import ImageZoomIn
 from axpo_jax.data.filters import Counts

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 import axpo_jax
-from axpo_jax.agent.episode import EpisodeLimits
+from axpo_jax.agent.limits import EpisodeLimits
 from axpo_jax.agent.tools.base import ToolBox
 from axpo_jax.agent.tools.zoom import ImageZoomIn
 from axpo_jax.engine.protocol import SamplingParams
