@@ -93,7 +93,7 @@ class Policy:
     return self._loop.steps_done
 
   def start(self, question: Question) -> Transcript:
-    """The prompt of a question. Raises ImageError or ChatError for one that cannot be asked."""
+    """The prompt of a question. Raises ImageError, ChatError or EnvironmentFailed for one that cannot be asked."""
     return self._loop.actor.start(question)
 
   async def continue_episode(self, transcript: Transcript, question: Question, seed: int = 0) -> Rollout:

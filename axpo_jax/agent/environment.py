@@ -17,19 +17,19 @@ none, and such rollouts are resampled from the question.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from types import NoneType
 from typing import Any
 
 from absl import logging
 
 from axpo_jax.agent.parse import CallError, ToolCall
 from axpo_jax.agent.tools import background
-from axpo_jax.agent.tools.base import EpisodeState, Observation, Tool
+from axpo_jax.agent.tools.base import EpisodeState, Observation, PastCall, Tool, ToolBox
 from axpo_jax.data.question import Question
 
 REPLAY, COPY, NONE = "replay", "copy", "none"
@@ -109,23 +109,67 @@ class Environment:
     """The episode is over: lets go of what `state` holds."""
 
 
+# A turn, and the ids that answered it.
+Answered = tuple[PolicyTurn, Sequence[int]]
+
+
 class Running:
   """An environment in one episode: its state, and calls of it within limits.
 
   Args:
-    overlap: an environment that waits runs beside the sampling; False: on the spot.
+    tools: of the episode. An environment that waits runs beside the sampling where they do.
   """
 
-  def __init__(self, environment: Environment, *, overlap: bool):
-    self._environment, self._overlap = environment, overlap
+  def __init__(self, environment: Environment, tools: ToolBox):
+    self._environment, self._tools = environment, tools
     self._state: Any = None
     self._started = False
 
-  async def start(self, question: Question, episode: EpisodeState) -> None:
-    """Begins the episode. Raises EnvironmentFailed."""
-    self._state = await self._bounded("start", self._environment.start(question, episode))
-    self._started = True
-    episode.memory[MEMORY] = self._state
+  async def start(self, question: Question, episode: EpisodeState, turns: Sequence[Answered] = (),
+                  states: Sequence[Any] = (), rendered: Callable[[Step], Sequence[int]] = lambda _: ()
+                  ) -> None:
+    """Begins the episode, in the state behind the turns of a transcript that is continued.
+
+    Args:
+      episode: its history has the outcomes of the turns' calls.
+      turns: those that were answered, each with the ids that answered it.
+      states: copies of the state behind each, if there are any.
+      rendered: ids of a step's reply.
+
+    Raises:
+      EnvironmentFailed: it cannot, or a replay answers otherwise than the transcript says.
+    """
+    if turns and len(states) == len(turns) and states[-1] is not None:
+      self._own(self._copy(states[-1]), episode)  # and no state is made that nobody would close
+      return
+    if turns and self._environment.resume != REPLAY:
+      raise EnvironmentFailed(f"its state cannot be made again (resume={self._environment.resume!r}), so "
+                              "an episode cannot go on from the middle")
+    self._own(await self._bounded("start", self._environment.start(question, episode)), episode)
+    past = iter(tuple(episode.history))
+    for turn, answered in turns:
+      await self._replay(turn, answered, rendered, past, episode)
+
+  def _own(self, state: Any, episode: EpisodeState) -> None:
+    self._state, self._started = state, True
+    episode.memory[MEMORY] = state
+
+  async def _replay(self, turn: PolicyTurn, answered: Sequence[int], rendered: Callable[[Step], Sequence[int]],
+                    past: Iterator[PastCall], episode: EpisodeState) -> None:
+    """Steps through a turn again, after those of its calls that may have changed the state."""
+    own, episode.turn = {tool.name for tool in self._environment.tools}, turn.number
+    for call in turn.calls:
+      before = next(past) if isinstance(call, ToolCall) else None
+      if before is None or call.name not in own:
+        continue
+      again = await self._tools.repeat(before, episode)
+      if again is not None and again.error and not before.error:
+        raise EnvironmentFailed(f"in its replay, {call.name} of turn {turn.number} fails, which worked "
+                                f"before: {again.text[:300]}")
+    step = await self.step(turn)
+    if step.done or (step.reply is not None and list(rendered(step)) != list(answered)):
+      raise EnvironmentFailed(f"its replay answers turn {turn.number} otherwise than before: what it "
+                              "draws must depend on the question alone")
 
   async def step(self, turn: PolicyTurn) -> Step:
     """What follows a turn, checked. Raises EnvironmentFailed."""
@@ -138,42 +182,20 @@ class Running:
     if turn.calls and step.reply is not None:
       raise EnvironmentFailed("it replied to a turn whose calls are answered already")
     reply = Observation(step.reply) if isinstance(step.reply, str) else step.reply
+    if not isinstance(reply, (Observation, NoneType)):
+      raise EnvironmentFailed(f"the reply of its step is {type(reply)}; give a text or an Observation")
     return dataclasses.replace(step, reply=reply)
 
   def copied(self) -> Any:
     """A copy of the state to go back to; None where the environment keeps none."""
-    return copy.deepcopy(self._state) if self._environment.resume == COPY else None
+    return self._copy(self._state) if self._environment.resume == COPY else None
 
-  async def resume(self, turns: Sequence[tuple[PolicyTurn, Sequence[int]]], states: Sequence[Any],
-                   rendered: Callable[[Step], Sequence[int]], episode: EpisodeState) -> None:
-    """Gives the state of a transcript that is continued.
-
-    Args:
-      turns: those that were answered, each with the ids that answered it.
-      states: copies of the state behind each, if there are any.
-      rendered: ids of a step's reply.
-
-    Raises:
-      EnvironmentFailed: it cannot, or a replay answers otherwise than the transcript says.
-    """
-    if not turns:
-      return
-    if len(states) == len(turns) and states[-1] is not None:
-      self._state = episode.memory[MEMORY] = copy.deepcopy(states[-1])
-      return
-    if self._environment.resume != REPLAY:
-      raise EnvironmentFailed(f"its state cannot be made again (resume={self._environment.resume!r}), so "
-                              "an episode cannot go on from the middle")
-    own = {tool.name: tool for tool in self._environment.tools}
-    for turn, answered in turns:
-      for call in turn.calls:
-        if isinstance(call, ToolCall) and call.name in own:
-          with contextlib.suppress(Exception):  # as it failed before
-            await own[call.name].run(own[call.name].check(call.arguments), episode)
-      step = await self.step(turn)
-      if step.done or (step.reply is not None and list(rendered(step)) != list(answered)):
-        raise EnvironmentFailed(f"its replay answers turn {turn.number} otherwise than before: what it "
-                                "draws must depend on the question alone")
+  def _copy(self, state: Any) -> Any:
+    try:
+      return copy.deepcopy(state)
+    except Exception as error:  # whatever the state holds: a lock, a socket
+      raise EnvironmentFailed(f"its state cannot be copied ({error}): set its resume to 'replay' or 'none'"
+                              ) from error
 
   async def close(self) -> None:
     """Ends the episode; what that raises is logged."""
@@ -187,13 +209,13 @@ class Running:
   async def _bounded(self, what: str, work: Coroutine) -> Any:
     if self._environment.waits:
       work = self._timed(what, work)
-      work = background.submit(work) if self._overlap else _on_the_spot(work)
+      work = background.submit(work) if self._tools.overlap else _on_the_spot(work)
     try:
       return await work
     except EnvironmentFailed:
       raise
     except Exception as error:
-      raise EnvironmentFailed(f"its {what} failed: {type(error).__name__}: {str(error)[:500]}") from error
+      raise EnvironmentFailed(f"its {what} failed: {_described(error)}") from error
 
   async def _timed(self, what: str, work: Coroutine) -> Any:
     seconds = self._environment.time_limit
@@ -208,6 +230,20 @@ class Running:
 
 async def _on_the_spot(work: Coroutine) -> Any:
   return background.run(work)
+
+
+def opened(environment: Environment, question: Question) -> Question:
+  """The question as the environment's prompt shows it. Raises EnvironmentFailed, whatever `opening` raises."""
+  try:
+    return environment.opening(question)
+  except EnvironmentFailed:
+    raise
+  except Exception as error:
+    raise EnvironmentFailed(f"its opening failed: {_described(error)}") from error
+
+
+def _described(error: Exception) -> str:
+  return f"{type(error).__name__}: {str(error)[:500]}"
 
 
 def seed_of(question: Question) -> int:

@@ -107,7 +107,7 @@ async def continue_episode(transcript: Transcript, question: Question, engine: E
     EnvironmentFailed: the environment failed, or cannot go on from a cut transcript.
   """
   episode = _Episode(transcript.copy(), question, engine, tools, limits, chat, processor, seed)
-  episode.environment = environments.Running(environment, overlap=tools.overlap)
+  episode.environment = environments.Running(environment, tools)
   episode.sampling = dataclasses.replace(
       sampling, stop_ids=sampling.stop_ids or tuple(chat.stop_ids),
       banned_ids=sampling.banned_ids or tuple(chat.banned_ids))
@@ -189,9 +189,8 @@ class _Episode:
     """Runs to the end; returns the stop reason."""
     if len(self.transcript.images) > self.limits.max_images:
       return rollout_lib.IMAGE_LIMIT
-    await self.environment.start(question, self.state)
-    await self.environment.resume(self._answered_turns(), self.transcript.states, self._rendered,
-                                  self.state)
+    await self.environment.start(question, self.state, self._answered_turns(), self.transcript.states,
+                                 self._rendered)
     while True:
       stop = None if self.transcript.turn_is_closed else await self._think()
       stop = stop or await self._act()
@@ -322,7 +321,7 @@ class _Episode:
     turns = self.transcript.turns
     return turns[:-1] if self.transcript.turn_is_open or self.transcript.turn_is_closed else turns
 
-  def _answered_turns(self) -> list[tuple[environments.PolicyTurn, list[int]]]:
+  def _answered_turns(self) -> list[environments.Answered]:
     """Those turns, each with the ids that answered it."""
     turns, ids = self._answered(), self.transcript.ids
     ends = [turn.start for turn in self.transcript.turns[1:]] + [len(ids)]

@@ -16,7 +16,7 @@ from absl import logging
 from tqdm import tqdm
 
 from axpo_jax import seeds
-from axpo_jax.agent.environment import QUESTION, Environment
+from axpo_jax.agent.environment import QUESTION, Environment, EnvironmentFailed, opened
 from axpo_jax.agent.episode import EXACT, continue_episode, start_transcript
 from axpo_jax.agent.limits import EpisodeLimits
 from axpo_jax.agent.reward_functions import RewardSum
@@ -58,8 +58,8 @@ class Actor:
   check: Callable[[Transcript], None] | None = None
 
   def start(self, question: Question) -> Transcript:
-    return start_transcript(self.environment.opening(question), self.chat, self.toolbox, self.system_prompt, self.processor,
-                            self.image_limits)
+    return start_transcript(opened(self.environment, question), self.chat, self.toolbox, self.system_prompt,
+                            self.processor, self.image_limits)
 
   async def roll(self, transcript: Transcript, question: Question, seed: int) -> Rollout:
     """Continues `transcript` to its end and scores it.
@@ -134,7 +134,7 @@ def prompt(actor: Actor, question: Question) -> Transcript | None:
   """The question's prompt; None if it cannot be asked, which must not end the run."""
   try:
     return actor.start(question)
-  except (question_lib.ImageError, images.ImageError, ChatError) as error:
+  except (question_lib.ImageError, images.ImageError, ChatError, EnvironmentFailed) as error:
     logging.warning("question %s cannot be asked and is left out: %s", question.id, error)
     return None
 

@@ -7,6 +7,7 @@ import importlib.util
 import math
 import pathlib
 import re
+import threading
 import time
 from typing import ClassVar
 
@@ -161,7 +162,93 @@ def test_tools_of_an_environment_find_its_state_and_are_replayed(world, scripted
   assert again.transcript.rewards == [2.0, 3.0, 3.0]
 
 
+def walking(hangs_after=10**6):
+  """An environment of steps, with a tool that is refused and one that works for a number of calls."""
+  calls = []
+
+  @tool(scope="network", time_limit=0.3)
+  async def move(steps: int, episode: EpisodeState) -> str:
+    """Moves.
+
+    Args:
+      steps: how far.
+    """
+    calls.append(steps)
+    if len(calls) > hangs_after:
+      await asyncio.sleep(60)
+    episode.memory["environment"]["at"] += steps
+    return "moved"
+
+  @tool(scope="write")
+  def jump(episode: EpisodeState) -> str:
+    """Jumps far."""
+    episode.memory["environment"]["at"] += 100
+    return "jumped"
+
+  class Walk(Environment):
+    tools = (move, jump)
+
+    async def start(self, question, episode):
+      return {"at": 0}
+
+    async def step(self, state, turn):
+      return Step(reward=float(state["at"]))
+
+  return Walk(), ToolBox([move, jump], ["network"])
+
+
+def calling(*calls):
+  written = "\n".join(f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+                      for name, arguments in calls)
+  return f"</think>{written}<|im_end|>"
+
+
+def test_a_call_that_was_refused_is_not_run_by_a_replay(world, scripted):
+  environment, box = walking()
+  source = play(world, scripted, environment, [calling(("jump", "{}"), ("move", '{"steps": 2}')), guess("B")],
+                tools=box)
+  assert [call.error for call in source.calls] == ["refused", None]
+  cut = source.transcript.cut(source.transcript.turns[1].start)
+  again = play(world, scripted, environment, [guess("B")], cut, tools=box)
+  assert again.transcript.rewards == source.transcript.rewards == [2.0, 2.0]
+
+
+def test_a_replayed_call_has_its_tools_time_limit(world, scripted):
+  environment, box = walking(hangs_after=1)
+  source = play(world, scripted, environment, [calling(("move", '{"steps": 2}')), guess("B")], tools=box)
+  cut, begin = source.transcript.cut(source.transcript.turns[1].start), time.monotonic()
+  with pytest.raises(EnvironmentFailed, match=r"move of turn 0 fails, which worked before.*longer than 0.3"):
+    play(world, scripted, environment, [guess("B")], cut, tools=box)
+  assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("resume, started", [(REPLAY, 2), (COPY, 1)])
+def test_a_state_that_is_copied_is_not_started_too(world, scripted, resume, started):
+  """Nobody would close the second one."""
+  class Started(Counting):
+    starts = 0
+
+    async def start(self, question, episode):
+      self.starts += 1
+      return await super().start(question, episode)
+
+  environment = Started(resume)
+  source = play(world, scripted, environment, [guess("A"), guess("B"), guess("C")])
+  play(world, scripted, environment, [guess("C")], source.transcript.cut(source.transcript.turns[2].start))
+  assert environment.starts == started
+
+
+def test_a_state_that_cannot_be_copied(world, scripted):
+  class Locked(Counting):
+    async def start(self, question, episode):
+      return {"turns": 0, "lock": threading.Lock()}
+
+  with pytest.raises(EnvironmentFailed, match=r"cannot be copied.*resume to 'replay'"):
+    play(world, scripted, Locked(COPY), [guess("A")])
+
+
 @pytest.mark.parametrize("broken, says", [
+  (Step({"text": "x"}), "reply of its step is <class 'dict'>"),
   (None, "its step is"), (Step("x", reward=math.nan), "reward of its step"),
   (Step("x", reward=True), "reward of its step"), (Step("x", reward="1"), "reward of its step"),
   (RuntimeError("boom" * 1000), "its step failed: RuntimeError: boom"), (3.0, "not at once")])

@@ -1,13 +1,15 @@
 """OpenEnv environments on a real server on loopback, and servers that break the rules."""
 
 import asyncio
+import socket
 import time
 
 import pytest
 
-from axpo_jax.agent.environment import NONE, EnvironmentFailed, seed_of
+from axpo_jax.agent.environment import NONE, EnvironmentFailed, PolicyTurn, seed_of
 from axpo_jax.agent.environments.openenv import OpenEnv
 from axpo_jax.agent.reward_functions import parse
+from axpo_jax.agent.tools import background
 from tests.agent import openenv_server
 
 REWARD = parse("environment", time_limit=5.0)
@@ -74,10 +76,26 @@ def test_a_server_that_is_not_there(world):
   assert OpenEnv("http://x", repeatable=False).resume == NONE
 
 
+def test_a_server_that_takes_connections_and_says_nothing(world):
+  """The prompt is made outside of any episode's deadline."""
+  with socket.create_server(("127.0.0.1", 0)) as listening, pytest.raises(EnvironmentFailed, match="does not answer"):
+    OpenEnv(f"http://127.0.0.1:{listening.getsockname()[1]}", time_limit=0.5).opening(world.question)
+
+
+def test_an_action_of_brackets_is_the_policys_mistake(world, scripted):
+  with openenv_server.serving() as (url, _):
+    environment = OpenEnv(url)
+    session = background.run(environment.start(world.question, None))
+    try:
+      step = background.run(environment.step(session, PolicyTurn(0, "[" * 100_000, "")))
+    finally:
+      background.run(environment.close(session))
+  assert "This is no action: it is nested too deeply" in step.reply
+
+
 def test_the_package_itself(world, scripted):
   """A server of openenv-core's own, where it is installed."""
   openenv = pytest.importorskip("openenv.core.env_server")
-  import socket
   import threading
 
   import uvicorn

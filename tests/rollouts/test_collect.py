@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from axpo_jax.agent.environment import Environment
 from axpo_jax.agent.limits import EpisodeLimits
 from axpo_jax.agent.parse import SpecialIds
 from axpo_jax.agent.rollout import ENGINE_ERROR
@@ -121,6 +122,16 @@ def play(engine, chat, processor, config=AXPO, questions=None):
     return groups
 
   return asyncio.run(step())
+
+
+def test_a_question_whose_environment_is_away_is_left_out(chat, processor):
+  class Gone(Environment):
+    def opening(self, question):
+      raise ConnectionError("no server")
+
+  actor = dataclasses.replace(make_actor(Script(chat), chat, processor), environment=Gone())
+  (group,) = asyncio.run(collect.sample_groups(actor, [question("q0")], 2, 1))
+  assert group.rollouts == [] and group.failures == ["the question cannot be asked"] * 2
 
 
 @pytest.fixture(scope="module")

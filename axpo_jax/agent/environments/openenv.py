@@ -13,6 +13,7 @@ away ends that rollout.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -121,24 +122,28 @@ class _Session:
   """One connection, and with it one environment of the server's."""
 
   def __init__(self, seconds: float):
-    self._timeout = aiohttp.ClientTimeout(total=None, connect=seconds)
     self._seconds = seconds
     self._client: aiohttp.ClientSession | None = None
     self._socket: aiohttp.ClientWebSocketResponse | None = None
 
   async def open(self, url: str) -> None:
-    self._client = aiohttp.ClientSession(timeout=self._timeout)
+    # No total limit: a session lives as long as its episode. Each exchange has its own.
+    self._client = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None))
     try:
-      self._socket = await self._client.ws_connect(url, max_msg_size=_MOST_BYTES)
-    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+      async with asyncio.timeout(self._seconds):
+        self._socket = await self._client.ws_connect(url, max_msg_size=_MOST_BYTES)
+    except BaseException as error:  # a deadline cancels this too
       await self._client.close()
-      raise EnvironmentFailed(f"the OpenEnv server does not answer ({type(error).__name__})") from error
+      if isinstance(error, (aiohttp.ClientError, OSError, TimeoutError)):
+        raise EnvironmentFailed(f"the OpenEnv server does not answer ({type(error).__name__})") from error
+      raise
 
   async def ask(self, message: dict[str, Any]) -> dict[str, Any]:
     """The answer's JSON object. Raises EnvironmentFailed."""
     try:
-      await self._socket.send_json(message)
-      answer = await self._socket.receive_json(timeout=self._seconds)
+      async with asyncio.timeout(self._seconds):
+        await self._socket.send_json(message)
+        answer = await self._socket.receive_json()
     except (aiohttp.ClientError, OSError, TimeoutError, TypeError, ValueError, RuntimeError) as error:
       raise EnvironmentFailed(f"the OpenEnv server gave no answer to a {message['type']} "
                               f"({type(error).__name__})") from error
@@ -149,14 +154,18 @@ class _Session:
   async def close(self) -> None:
     """Again is harmless."""
     if self._socket is not None and not self._socket.closed:
-      with contextlib.suppress(aiohttp.ClientError, OSError):  # it is closed already
-        await self._socket.send_json({"type": "close"})
-      await self._socket.close()
+      with contextlib.suppress(aiohttp.ClientError, OSError, TimeoutError):  # it is gone already
+        async with asyncio.timeout(self._seconds):
+          await self._socket.send_json({"type": "close"})
+          await self._socket.close()
     await self._client.close()
 
 
 def _object(text: str) -> dict[str, Any]:
-  value = json.loads(text)
+  try:
+    value = json.loads(text)
+  except RecursionError as error:  # the policy's brackets, and no fault of the environment
+    raise ValueError("it is nested too deeply") from error
   if not isinstance(value, dict):
     raise ValueError("it is no object")
   return value

@@ -275,6 +275,23 @@ class ToolBox:
       return failure(BAD_ARGUMENTS, f"{tool.name}: {error}")
     if self.dry_run:
       return Observation("Dry run: the call was recorded and not run.", error=DRY_RUN)
+    return await self._start(tool, arguments, episode, clock)
+
+  async def repeat(self, past: PastCall, episode: EpisodeState) -> Observation | None:
+    """Runs a call of an earlier turn again, for what it does to the tool's state. Neither counted nor logged.
+
+    Returns:
+      What it answers now; None for a call that was not run then, or that this box does not permit.
+    """
+    tool = self._by_name.get(past.call.name)
+    if past.error in NOT_RUN or tool is None or tool.scope not in self.granted_scopes or self.dry_run:
+      return None
+    try:
+      return await self._start(tool, tool.check(past.call.arguments), episode, _Clock())
+    except ArgumentError as error:
+      return failure(BAD_ARGUMENTS, f"{tool.name}: {error}")
+
+  async def _start(self, tool, arguments, episode, clock) -> Observation:
     if not tool.waits:
       return await _run(tool, arguments, episode, clock)
     work = self._take_turn(tool, arguments, episode, clock)
