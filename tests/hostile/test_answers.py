@@ -1,9 +1,11 @@
 """Answers that a policy writes to stop or to fool the rewards."""
 
 import asyncio
+import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -45,7 +47,7 @@ def test_an_event_loop_goes_on_while_answers_run_out_of_time():
 
   async def main():
     beside = asyncio.create_task(other())
-    verdicts = await asyncio.gather(*(rewards.judge_soon(question, f"(x+y+z+1)^{{99{i % 2}}}")
+    verdicts = await asyncio.gather(*(rewards.judge_soon(question, f"(({9 - i % 2}!)!)!")
                                       for i in range(32)))
     beside.cancel()
     return verdicts
@@ -55,13 +57,43 @@ def test_an_event_loop_goes_on_while_answers_run_out_of_time():
   assert turns > 5  # of 40 in the 0.4 s of two endless answers; where they block the loop, at most 3
 
 
+ORDINARY = ["12", "-7", "0.75", "1.5", "\\frac{3}{4}", "\\frac12", "2\\sqrt{3}", "4\\pi", "60^\\circ", "\\frac{\\pi}{6}",
+            "3 + \\sqrt{2}", "50 - \\frac{25\\pi}{4}", "x = 5", "2x + 1", "x^2 - 1", "5 \\text{ cm}", "(1, 2)", "3:4",
+            "1,000", "2^{10}"]
+
+
+def cpu_seconds(pid: int) -> float:
+  """Of a process, the children that it has waited for, and those that run."""
+  used = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
+  children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+  return sum(map(int, used)) / os.sysconf("SC_CLK_TCK") + sum(map(cpu_seconds, map(int, children)))
+
+
+def test_ordinary_answers_cost_less_than_two_milliseconds():
+  """Of CPU time, this process's share included: 400 pairs of answer and gold answer."""
+  questions = [Question("q", "?", (), (gold,), kind="math") for gold in ORDINARY]
+  worker = mathematics._Worker()
+  try:
+    assert worker.ask(("same", "x", "x"))["result"]
+    asked, begin, before = [], time.process_time(), cpu_seconds(worker._process.pid)
+    for answer in ORDINARY:
+      for gold, found in (pair for question in questions for pair in rewards._by_rule(question, answer)):
+        if found is None:
+          asked.append(worker.ask(("same", answer, gold)))
+    used = time.process_time() - begin + cpu_seconds(worker._process.pid) - before
+  finally:
+    worker._kill()
+  assert not any("died" in said for said in asked) and len(asked) > 200
+  assert used / len(ORDINARY)**2 < 2e-3, f"{used / len(ORDINARY)**2 * 1e3:.2f} ms"
+
+
 IGNORING = """
 import signal
 from axpo_jax.agent import mathematics
 signal.signal(signal.SIGPROF, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})
 mathematics.CPU_SECONDS = 0.2
-assert mathematics.same("(99999999)!", "x^2") is None
+assert mathematics.same("((9!)!)!", "x^2") is None
 """
 
 
