@@ -23,8 +23,8 @@ TOLERANCE = 0.05  # of the gold number
 class Relaxed(Benchmark):
   """Numbers within 5 %; all else as `Benchmark` compares it."""
 
-  async def score(self, question, answer, judge=None) -> Score:
-    score = await super().score(question, answer, judge)
+  async def score(self, question, answer, judge=None, response="") -> Score:
+    score = await super().score(question, answer, judge, response)
     given, golds = parse_number(answer or ""), [parse_number(gold) for gold in question.answers]
     near = given is not None and any(
       gold is not None and abs(given - gold) <= TOLERANCE * abs(gold) for gold in golds)

@@ -6,7 +6,7 @@ Pass@k. Sampling is the same for all (`config.eval`), and so are the tools.
 
   benchmark = BENCHMARKS["hrbench_4k"]
   questions = list(benchmark.read("hr_bench_4k.parquet"))     # or a folder, or several files
-  score = await benchmark.score(question, answer, judge)      # answer: Rollout.answer, may be None
+  score = await benchmark.score(question, answer, judge, response)  # answer: Rollout.answer, may be None
   clusters = [benchmarks.group(question) for question in questions]     # for eval.passk
   more = benchmark.details([(question, scores), ...], prefix="eval/hrbench_4k")
 
@@ -49,6 +49,7 @@ class Benchmark:
     size: records of the public release, all variants counted; another number deserves a warning. 0: not
       known.
     judged: a judge may decide where no rule matches.
+    judge_sees: it gets the question's images too, as in the official scoring.
     reports_f1: token F1 is part of its official scoring; without a judge it is the value.
     variants: metric name of "right in all variants of a question"; "" where there are none.
     layout: of its files; None takes the one of its name in `data.adapters`.
@@ -59,6 +60,7 @@ class Benchmark:
   category: str
   size: int = 0
   judged: bool = False
+  judge_sees: bool = False
   reports_f1: bool = False
   variants: str = ""
   layout: Layout | None = None
@@ -70,22 +72,38 @@ class Benchmark:
       return adapters.read(self.name, paths, config, report)
     return read_questions(paths, config, report, self.layout, files.TYPES)
 
-  async def score(self, question: Question, answer: str | None, judge: Judge | None = None) -> Score:
-    """Scores one answer (the text inside \\boxed{}; None where a response gave none)."""
+  async def score(self, question: Question, answer: str | None, judge: Judge | None = None,
+                  response: str = "") -> Score:
+    """Scores one answer.
+
+    Args:
+      question: with what its layout keeps for the scoring.
+      answer: the text inside \\boxed{}; None where a response gave none.
+      judge: asked where no rule matches, if the benchmark has judges.
+      response: all that the policy and its tools said; graded where the question has a rubric.
+    """
     f1 = None
     if self.reports_f1:
       f1 = scoring.token_f1(answer, question.answers) if scoring.is_scorable(answer) else 0.0
-    if not scoring.is_scorable(answer):
-      return Score(0.0, scoring.NO_ANSWER, f1)
-    if await asyncio.to_thread(scoring.right_by_rule, question, answer):
-      return Score(1.0, scoring.RULE, f1)
-    if self.judged and judge is not None:
-      try:
-        right = await judge(question.text, question.answers, answer)
-      except JudgeError:
-        return Score(0.0, scoring.JUDGE_FAILED, f1)
-      return Score(float(right), scoring.JUDGE, f1)
-    return Score(f1, scoring.F1, f1) if self.reports_f1 else Score(0.0, scoring.RULE, f1)
+    judge = judge if self.judged else None
+    rubric = question.meta.get("rubric") if judge else None
+    scorable = scoring.is_scorable(answer)
+    if scorable and await asyncio.to_thread(scoring.right_by_rule, question, answer):
+      return Score(1.0, scoring.RULE, f1, process=1.0 if rubric else None)
+    try:
+      if rubric:
+        grade = await judge.grade(question.text, question.answers, response or answer or "", rubric)
+        right = scorable and grade.right
+        return Score(float(right), scoring.JUDGE if scorable else scoring.NO_ANSWER, f1,
+                     1.0 if right else scoring.WRONG_PROCESS * grade.share)
+      if not scorable:
+        return Score(0.0, scoring.NO_ANSWER, f1)
+      if judge is None:
+        return Score(f1, scoring.F1, f1) if self.reports_f1 else Score(0.0, scoring.RULE)
+      images = question.images if self.judge_sees else ()
+      return Score(float(await judge(question.text, question.answers, answer, images)), scoring.JUDGE, f1)
+    except JudgeError:
+      return Score(0.0, scoring.JUDGE_FAILED, f1)
 
   def details(self, results: Iterable[tuple[Question, Sequence[Score]]], *,
               prefix: str) -> dict[str, float]:
@@ -98,6 +116,7 @@ class Benchmark:
     Returns:
       {prefix}/{category}/pass_at_1 by the benchmark's own categories; {prefix}/all_cycles_right or
       worst_case: share of questions that are right in all variants; {prefix}/f1;
+      {prefix}/process_score: mean of what a judge graded by a rubric;
       {prefix}/judged_share and {prefix}/judge_failed (a count) where a judge was asked.
     """
     results = [(question, scores) for question, scores in results if scores]
@@ -108,6 +127,8 @@ class Benchmark:
       out[f"{prefix}/{self.variants}"] = _all_variants(results)
     if self.reports_f1 and every:
       out[f"{prefix}/f1"] = math.fsum(score.f1 or 0.0 for score in every) / len(every)
+    if graded := [score.process for score in every if score.process is not None]:
+      out[f"{prefix}/process_score"] = math.fsum(graded) / len(graded)
     if self.judged and every:
       asked = [score.how for score in every if score.how in (scoring.JUDGE, scoring.JUDGE_FAILED)]
       out[f"{prefix}/judged_share"] = len(asked) / len(every)
@@ -171,6 +192,6 @@ BENCHMARKS = {benchmark.name: benchmark for benchmark in (
     Benchmark("visualprobe_bench", "VisualProbe", "perception", 106, judged=True),
     Benchmark("hrbench_4k", "HR-Bench 4K", "perception", 800, variants=ALL_CYCLES),
     Benchmark("hrbench_8k", "HR-Bench 8K", "perception", 800, variants=ALL_CYCLES),
-    Benchmark("hr_mmsearch", "HR-MMSearch", "search", 305, judged=True),
+    Benchmark("hr_mmsearch", "HR-MMSearch", "search", 305, judged=True, judge_sees=True),
     Benchmark("mmsearch", "MMSearch", "search", 300, judged=True, reports_f1=True),
 )}

@@ -33,6 +33,10 @@ JUDGE = "judge"  # the judge decided
 JUDGE_FAILED = "judge_failed"  # the judge could not be asked or understood: wrong, and counted
 
 
+# What all points of a rubric are worth where the answer is wrong, as Math-VR counts.
+WRONG_PROCESS = 0.7
+
+
 @dataclasses.dataclass(frozen=True)
 class Score:
   """What one answer is worth.
@@ -41,11 +45,14 @@ class Score:
     value: in [0, 1]; 0 or 1 unless `how` is "f1".
     how: one of the constants above.
     f1: token F1 against the best gold answer, of benchmarks that report it; else None.
+    process: 1 if right, else WRONG_PROCESS of the points that a rubric gives the response; None where
+      nobody graded it.
   """
 
   value: float
   how: str
   f1: float | None = None
+  process: float | None = None
 
 
 def is_scorable(answer: str | None) -> bool:

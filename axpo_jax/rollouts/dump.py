@@ -206,6 +206,17 @@ def load_rollouts(path: str | os.PathLike, processor: ImageProcessor) -> Iterato
       yield rollout_from_line(line, store, processor, f"{path}, line {number}")
 
 
+def responses(path: str | os.PathLike, chat: Chat) -> list[str]:
+  """What follows the prompt in each rollout of a dump, as text. Its pictures are not opened."""
+  found = []
+  with epath.Path(path).open() as lines:
+    for line in lines:
+      transcript = json.loads(line)["transcript"]
+      prompt = sum(count for kind, count in transcript["kinds"] if kind == Kind.PROMPT)
+      found.append(chat.decode(transcript["ids"][prompt:]))
+  return found
+
+
 def rollout_from_line(line: str | bytes, store: ImageStore, processor: ImageProcessor,
                       place: str) -> Rollout:
   """One rollout of a dump.

@@ -33,7 +33,7 @@ from axpo_jax import paths, seeds
 from axpo_jax.agent.rollout import FAILED_STOPS, Rollout
 from axpo_jax.data import files
 from axpo_jax.data.filters import Counts
-from axpo_jax.data.question import IMAGE_MARK, Question
+from axpo_jax.data.question import Question
 from axpo_jax.errors import RunStopped
 from axpo_jax.eval.scoring import JUDGE_FAILED, Score
 from axpo_jax.model.chat import Chat
@@ -47,8 +47,10 @@ DONE = "done.json"
 HELD_OUT, FORCED = "held_out", "forced"
 # Shards under way at once: while the last episodes of one end, the next one has begun.
 _AHEAD = 2
+_AGAIN = 16  # questions judged again at once; each holds its pictures
 
-Scorer = Callable[[Question, str | None], Awaitable[Score]]
+# Of a question, an answer to it, and all that was said on the way.
+Scorer = Callable[[Question, str | None, str], Awaitable[Score]]
 
 
 class ShardError(ValueError):
@@ -250,27 +252,37 @@ async def judge_again(folder: epath.Path, questions: Callable[[], Iterable[Quest
     chat, processor: of the policy that was sampled, to write its rollouts again.
   """
   files = {path: _read(path) for path in paths.glob(folder, "records_*.jsonl")}
-  waiting = {record.id for kept in files.values() for record in kept if record.unjudged}
+  waiting = {record.id: (path, i) for path, kept in files.items() for i, record in enumerate(kept)
+             if record.unjudged}
   if not waiting:
     return 0
-  # Without pictures, which may be huge: a score is one of texts.
-  asked = {question.id: dataclasses.replace(question, images=(), text=question.text.replace(
-    IMAGE_MARK, "")) for question in questions() if question.id in waiting}
-  for path, kept in files.items():
-    if any(record.unjudged for record in kept):
-      files[path] = await asyncio.gather(*(_judged(record, asked, score) for record in kept))
-      _rewrite(path, files[path], chat, processor)
+  changed = {path for path, _ in waiting.values()}
+  said = {path: dump.responses(_rollouts_of(path), chat) for path in changed}
+  room = asyncio.Semaphore(_AGAIN)
+
+  async def one(question: Question, path: epath.Path, i: int) -> None:
+    first = sum(len(record.stats) for record in files[path][:i])
+    files[path][i] = await _judged(files[path][i], question, score, said[path][first:])
+    room.release()
+
+  async with asyncio.TaskGroup() as tasks:
+    for question in questions():
+      if question.id in waiting:
+        await room.acquire()
+        tasks.create_task(one(question, *waiting[question.id]))
+  for path in sorted(changed):
+    _rewrite(path, files[path], chat, processor)
   everything = [record for kept in files.values() for record in kept]
   if done(folder):
     paths.write_text(folder / DONE, json.dumps(totals(everything), indent=2))
   return sum(len(record.unjudged) for record in everything)
 
 
-async def _judged(record: Record, asked: Mapping[str, Question], score: Scorer) -> Record:
+async def _judged(record: Record, question: Question, score: Scorer, responses: list[str]) -> Record:
   """The record with new scores where it had none."""
   scores, stats = list(record.scores), list(record.stats)
-  for i in record.unjudged if record.id in asked else ():
-    scores[i] = await score(asked[record.id], record.answers[i])
+  for i in record.unjudged:
+    scores[i] = await score(question, record.answers[i], responses[i])
     stats[i] = dataclasses.replace(stats[i], reward=scores[i].value)
   return dataclasses.replace(record, scores=tuple(scores), stats=tuple(stats))
 
@@ -355,7 +367,8 @@ class _Run:
     rollouts = [] if start is None else await asyncio.gather(*(
       actor.roll(start, question, seeds.derive(self.seed, question.id, i)) for i in range(self.n)))
     scores = () if self.score is None else await asyncio.gather(*(
-      self.score(question, rollout.answer) for rollout in rollouts))
+      self.score(question, rollout.answer, actor.chat.decode(
+        rollout.transcript.ids[rollout.transcript.prompt_length:])) for rollout in rollouts))
     for rollout, score in zip(rollouts, scores):
       rollout.reward = score.value
     error = "the question cannot be asked" if start is None else next(

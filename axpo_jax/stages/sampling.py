@@ -167,7 +167,7 @@ async def _scorer(job: Job, config: ConfigDict) -> AsyncIterator[shards.Scorer |
   named = config.eval.judge
   judge = ChatJudge(**named) if named.url else None
   try:
-    yield functools.partial(job.benchmark.score, judge=judge)
+    yield lambda question, answer, response: job.benchmark.score(question, answer, judge, response)
   finally:
     if judge is not None:
       await judge.close()

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from axpo_jax.agent.judge import JudgeError
+from axpo_jax.agent.judge import Grade, JudgeError
 from axpo_jax.data import readers
 from axpo_jax.data.adapters import LAYOUTS, parts
 from axpo_jax.data.question import load_image
@@ -170,6 +170,32 @@ def test_mathvr_keeps_its_gold_answers_in_a_list(tmp_path):
   assert value("mathvr", one, "4.0") == 1
 
 
+def test_mathvr_grades_a_response_by_its_rubric(tmp_path):
+  """The process score: 1 for a right answer, else 0.7 of the share of points, as the official summary counts."""
+  row = {"id": 1, "question": "Find $x$.", "category": "text", "answers": ["4"], "total_score": 5,
+         "scoring_points": ["p1: squares", "p2: sums"], "scores": ["p1: 2", "p2: 3"]}
+  (graded, plain), _ = read("mathvr", parquet(
+      tmp_path / "test.parquet", row, {**row, "id": 2, "scoring_points": None}))
+  benchmark = BENCHMARKS["mathvr"]
+
+  def score(question, answer, judge):
+    return asyncio.run(benchmark.score(question, answer, judge, "I square, and sum."))
+
+  partly, fully = Grade(False, 0.5), Grade(True, 1.0)
+  judge = ScriptedJudge(partly)
+  scores = [score(graded, "4", judge), score(graded, "5", judge), score(graded, "four", ScriptedJudge(fully)),
+            score(graded, None, judge), score(graded, None, ScriptedJudge(fully)), score(graded, "5", None),
+            score(graded, "5", ScriptedJudge(None))]
+  assert scores == [Score(1, "rule", None, 1), Score(0, "judge", None, 0.35), Score(1, "judge", None, 1),
+                    Score(0, "no_answer", None, 0.35), Score(0, "no_answer", None, 0.7), Score(0, "rule"),
+                    Score(0, "judge_failed")]
+  assert judge.asked[0] == ("Find $x$.", ("4",), "I square, and sum.", {
+      "max_score": 5.0, "scoring_points": row["scoring_points"], "point_values": row["scores"]})
+  assert benchmark.details([(graded, scores[:4])], prefix="p")["p/process_score"] == pytest.approx(2.7 / 4)
+  assert "p/process_score" not in benchmark.details([(graded, scores[5:])], prefix="p")
+  assert score(plain, "5", ScriptedJudge(True)) == Score(1, "judge")
+
+
 # ---- perception ----
 
 
@@ -286,6 +312,9 @@ def test_hr_mmsearch(tmp_path):
   assert (one.answers, many.answers) == (("Ada",), ("Ada", "Lovelace"))
   assert [value("hr_mmsearch", many, answer) for answer in ("lovelace", "ada.", "Bob")] == [1, 1, 0]
   assert [bad.row for bad in report.examples] == [3, 4]
+  judge = ScriptedJudge(True)  # which gets the picture, as the official one does
+  assert value("hr_mmsearch", one, "Lady Byron's daughter", judge) == 1
+  assert judge.asked == [("Who made it?", ("Ada",), "Lady Byron's daughter", *one.images)] and one.images
 
 
 def mmsearch(**fields):
@@ -321,8 +350,14 @@ class ScriptedJudge:
   def __init__(self, verdict):
     self.verdict, self.asked = verdict, []
 
-  async def __call__(self, question, golds, answer):
-    self.asked.append((question, tuple(golds), answer))
+  async def __call__(self, question, golds, answer, images=()):
+    self.asked.append((question, tuple(golds), answer, *images))
+    if self.verdict is None:
+      raise JudgeError("down")
+    return self.verdict
+
+  async def grade(self, question, golds, solution, rubric):
+    self.asked.append((question, tuple(golds), solution, rubric))
     if self.verdict is None:
       raise JudgeError("down")
     return self.verdict

@@ -188,7 +188,8 @@ def test_trajectories_are_read_one_by_one(whole):
 def test_a_benchmark_judges(whole, tmp_path):
   _, questions, actor, _ = whole
 
-  async def score(question, answer):
+  async def score(question, answer, response):
+    assert answer is None or answer in response
     return Score(0.25, RULE, f1=0.5)
 
   found = run(tmp_path, questions[:2], actor, score=score, group=lambda question: "one")
@@ -204,8 +205,8 @@ def test_what_a_judge_failed_to_judge_is_judged_again(whole, tmp_path):
   asked = []
 
   def judge(down: bool):
-    async def score(question, answer):
-      asked.append(question.id)
+    async def score(question, answer, response):
+      asked.append((question.id, answer, response, len(question.images)))
       if down and question.id in (questions[1].id, questions[4].id):
         return Score(0.0, JUDGE_FAILED)
       return Score(1.0, JUDGE)
@@ -217,13 +218,16 @@ def test_what_a_judge_failed_to_judge_is_judged_again(whole, tmp_path):
                                           actor.processor))
 
   run(tmp_path / "whole", questions[:7], actor, score=judge(down=False))
+  asked.clear()
   run(tmp_path / "late", questions[:7], actor, score=judge(down=True))
+  failed = sorted(seen for seen in asked if seen[0] in (questions[1].id, questions[4].id))
   assert json.loads((tmp_path / "late" / shards.DONE).read_text())["right"] == 10
   assert again(tmp_path / "late", down=True) == 4
   before = content(tmp_path / "late")
   assert [record.counts.passed for record in shards.records(tmp_path / "late")] == [2, 0, 2, 2, 0, 2, 2]
   assert again(tmp_path / "late") == 0
-  assert asked == [questions[1].id] * 2 + [questions[4].id] * 2
+  assert sorted(asked) == failed and len(failed) == 4  # with what it saw the first time
+  assert all(answer in response and images == 1 for _, answer, response, images in asked)
   after = content(tmp_path / "late")
   assert after == content(tmp_path / "whole")
   assert after["records_00002.jsonl"] == before["records_00002.jsonl"]

@@ -6,6 +6,7 @@ what the variants of one question share.
 
 from __future__ import annotations
 
+import math
 import pathlib
 import re
 from collections.abc import Mapping
@@ -66,11 +67,18 @@ def _mathvr(record: Record, path: pathlib.Path) -> Record:
   missing = [number for number in numbers if record.get(f"image{number}") is None]
   if missing:
     raise RecordError(f"the question shows <image{missing[0]}>, but column image{missing[0]} is empty")
-  # One text for all sub-questions. The official judge compares them, and a rubric gives partial credit.
   answers = parts.items(record.get("answers")) or [parts.answer(record, "answer")]
-  return {"id": record.get("id"), "question": parts.number_images(question, len(numbers)),
-          "answer": "; ".join(answers), "category": record.get("category"),
-          "images": [record[f"image{number}"] for number in numbers]}
+  out = {"id": record.get("id"), "question": parts.number_images(question, len(numbers)),
+         "answer": "; ".join(answers), "category": record.get("category"),  # one text for all sub-questions
+         "images": [record[f"image{number}"] for number in numbers]}
+  try:
+    most = float(record["total_score"])
+  except (KeyError, TypeError, ValueError):
+    return out
+  if record.get("scoring_points") and 0 < most < math.inf:
+    out["rubric"] = {"max_score": most, "scoring_points": record["scoring_points"],
+                     "point_values": record.get("scores")}
+  return out
 
 
 LAYOUTS = {
@@ -84,5 +92,7 @@ LAYOUTS = {
         meta=("level", "group", "tolerance", "contained")),
     "mathvr": Layout(
         adapt=_mathvr, needed=("question",),
-        optional=("id", "answers", "answer", "category", *(f"image{number}" for number in range(1, 9)))),
+        optional=("id", "answers", "answer", "category", "total_score", "scoring_points", "scores",
+                  *(f"image{number}" for number in range(1, 9))),
+        meta=("rubric",)),
 }
