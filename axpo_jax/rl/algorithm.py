@@ -17,7 +17,9 @@ advantage), `advantages`, `shaping`, `weights`, `surrogates`, `losses`; `recipes
 Legend: B questions, N rollouts of one question, K continuations of one prefix, S sequences, T tokens.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -92,20 +94,28 @@ def plan_resamples(
   *,
   num_rollouts: int | None = None,
   recovery: Recovery | None = None,
+  unfinished: Mapping[int, int] = MappingProxyType({}),
 ) -> list[Selection]:
-  """The step's prefixes in the order in which they are resampled.
+  """The step's prefixes in the order in which they are chosen.
 
   Round 0 holds every triggered question's best prefix, round 1 every second best, and so on; the
   budget cuts the queue. Ties fall to the smaller question index, then the smaller rollout key, so the plan
   does not depend on the order of questions or rollouts. Nothing carries over to the next step.
 
+  While rollouts of some questions still run, the plan has what is certain: what will be chosen however those
+  turn out. For each of them, as many prefixes as it has rollouts stand in the queue, before all others of
+  their round:
+
+    round 0   ?  ?  0.3  0.5     round 1   ?  ?  0.4     budget 3: 0.3 is certain, 0.5 must wait
+
   Args:
-    groups: all questions of the step, triggered or not.
+    groups: all questions of the step that have ended, triggered or not.
     config: see ResampleConfig.
     rng_seed: used by choice="random" only; >= 0, change it every step.
     num_rollouts: B * N as asked for, which the budget is a share of; None: the rollouts of `groups`,
       right where none was lost to a fault.
     recovery: what earlier steps recovered; read by choice="recoverable" only, None: nothing yet.
+    unfinished: the step's other questions: index -> N. `num_rollouts` must count them.
 
   Returns:
     At most `resample.prefix_budget` selections, each (group, rollout) at most once.
@@ -114,19 +124,27 @@ def plan_resamples(
     ValueError: question indices repeat, or a candidate has no finite confidence.
   """
   resample_lib.check_indices(groups)
-  queue = []
+  queue: list[tuple[tuple, Selection | None]] = []
+
+  def line_up(index: int, rank: int, score: float, key: int, chosen: Selection | None) -> None:
+    turn = (rank if config.breadth_first else 0, score if config.round_order == "confidence" else 0.0,
+            index, rank, key)
+    queue.append((turn, chosen))
+
   for group in groups:
     if not triggered(group.rewards_N, group.used_tool_N, subgroup=config.subgroup):
       continue
     ranked = resample_lib.rank_candidates(group, config, rng_seed, recovery or Recovery())
     for rank, (score, key, rollout) in enumerate(ranked):
-      turn = (rank if config.breadth_first else 0,
-              score if config.round_order == "confidence" else 0.0, group.index, rank, key)
-      queue.append((turn, Selection(group.index, rollout, float(group.confidence_N[rollout]))))
+      line_up(group.index, rank, score, key, Selection(group.index, rollout, float(group.confidence_N[rollout])))
+  for index, n in unfinished.items():
+    for rank in range(n):
+      line_up(index, rank, -math.inf, -1, None)
   queue.sort(key=lambda entry: entry[0])
   if num_rollouts is None:
-    num_rollouts = sum(len(group.rewards_N) for group in groups)
-  return [chosen for _, chosen in queue[:resample_lib.prefix_budget(num_rollouts, config)]]
+    num_rollouts = sum(len(group.rewards_N) for group in groups) + sum(unfinished.values())
+  first = queue[:resample_lib.prefix_budget(num_rollouts, config)]
+  return [chosen for _, chosen in first if chosen is not None]
 
 
 # ---- 5. resample

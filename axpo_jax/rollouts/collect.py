@@ -1,13 +1,19 @@
-"""The rollout phase of a step: N rollouts a question, then AXPO's continuations of frozen prefixes.
+"""The rollout phase of a step: N rollouts a question, and AXPO's continuations of frozen prefixes.
 
 In: questions and an Actor (engine, tools, limits). Out: Groups, each with its rollouts and the
 Branches that AXPO added. A fresh rollout continues the prompt, a continuation continues a cut
 transcript: both are the same call.
+
+Continuations do not wait for the step's last rollout. A prefix is resampled as soon as the plan is certain to
+choose it, which is often the case once all but a few stragglers have ended:
+
+  question 0  ====== ======== ===            K continuations --------
+  question 1  ===== === =======                 K continuations ------
+  question 2  ============================================== (a straggler)
 """
 
 import asyncio
 import dataclasses
-import itertools
 import math
 import traceback
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
@@ -31,7 +37,7 @@ from axpo_jax.model.chat import Chat, ChatError
 from axpo_jax.model.images import ImageLimits, ImageProcessor
 from axpo_jax.rl import algorithm
 from axpo_jax.rl.recovery import Recovery
-from axpo_jax.rl.resample import DynamicConfig, ResampleConfig
+from axpo_jax.rl.resample import Cut, DynamicConfig, GroupView, ResampleConfig, Selection
 from axpo_jax.rollouts.groups import Branch, Group, cut_of, failures_of, plan_view, resumable
 
 
@@ -81,7 +87,7 @@ class Actor:
 
 
 async def sample_step(actor: Actor, questions: Iterator[Sequence[Question]], count: int, n: int, seed: int,
-                      config: ResampleConfig, dynamic: DynamicConfig, *, progress: str = ""
+                      resampling: "Resampling", dynamic: DynamicConfig, *, progress: str = ""
                       ) -> tuple[list[Group], list[Group]]:
   """The rollouts of one step: all that were sampled, and those of the questions that it trains on.
 
@@ -90,17 +96,17 @@ async def sample_step(actor: Actor, questions: Iterator[Sequence[Question]], cou
     count: B, questions to train on.
     n: N, rollouts a question.
     seed: of the step.
-    config: what AXPO can repair, which `dynamic` must not leave out.
+    resampling: what is certain to be resampled begins meanwhile, unless `dynamic` chooses the questions first.
     dynamic: off, the first B questions are trained on. Otherwise the first B that can teach something;
       fewer if the rounds end before, and the first B of all if none can.
   """
-  sampled, kept = [], []
+  sampled, kept, config = [], [], resampling.config
   for number in range(1 + dynamic.rounds):
     wanted, asked = math.ceil(dynamic.oversample * (count - len(kept))), []
     while len(asked) < wanted:
       asked += next(questions)
     new = await sample_groups(actor, asked, n, seeds.derive(seed, "round", number) if number else seed,
-                              progress=progress)
+                              resampling=None if dynamic.rounds else resampling, progress=progress)
     sampled += new
     if not dynamic.rounds:
       return sampled, sampled
@@ -112,22 +118,29 @@ async def sample_step(actor: Actor, questions: Iterator[Sequence[Question]], cou
 
 
 async def sample_groups(actor: Actor, questions: Sequence[Question], n: int, seed: int, *,
-                        progress: str = "") -> list[Group]:
+                        resampling: "Resampling | None" = None, progress: str = "") -> list[Group]:
   """N independent rollouts of every question, all at once.
 
   Args:
     seed: of the step; rollout i of question q draws from derive(seed, q, i).
+    resampling: is told of every question that has ended.
     progress: label of a progress bar; empty for none.
   """
+  async def of_question(q: int, question: Question, start: Transcript | None) -> Group:
+    group = Group(question, [], failures=["the question cannot be asked"] * n)
+    if start is not None:
+      group = _group(question, await asyncio.gather(*(
+        _counted(actor.roll(start, question, seeds.derive(seed, q, i)), bar) for i in range(n))))
+    if resampling is not None:
+      resampling.add(q, group)
+    return group
+
+  if resampling is not None:
+    resampling.expect(len(questions), n)
   starts = [prompt(actor, question) for question in questions]
-  rollouts = iter(await _gather([
-    actor.roll(start, question, seeds.derive(seed, q, i))
-    for q, (question, start) in enumerate(zip(questions, starts))
-    if start is not None for i in range(n)],
-    progress))
-  return [_group(question, itertools.islice(rollouts, n)) if start is not None
-          else Group(question, [], failures=["the question cannot be asked"] * n)
-          for question, start in zip(questions, starts)]
+  with tqdm(total=n * len(questions), desc=progress, leave=False, disable=not progress) as bar:
+    return await asyncio.gather(*(
+      of_question(q, question, start) for q, (question, start) in enumerate(zip(questions, starts))))
 
 
 def prompt(actor: Actor, question: Question) -> Transcript | None:
@@ -141,55 +154,107 @@ def prompt(actor: Actor, question: Question) -> Transcript | None:
 
 async def resample(actor: Actor, groups: Sequence[Group], config: ResampleConfig, seed: int, *,
                    recovery: Recovery | None = None, progress: str = "") -> None:
-  """Adds AXPO's branches to `groups` (section 3 of the paper).
+  """Adds AXPO's branches to `groups` (section 3 of the paper), all of whose rollouts have ended.
+
+  Args: as of Resampling.
+  """
+  async with Resampling(actor, config, seed, recovery=recovery, progress=progress) as resampling:
+    await resampling.finish(groups)
+
+
+class Resampling:
+  """AXPO's branches of one step. A prefix's continuations begin when it is certain that the plan has it.
+
+  So the prefixes are those that a plan behind all rollouts would choose, and never more. Leaving the context
+  cancels what still runs.
 
   Args:
-    seed: of the step; continuation k of its prefix m draws from derive(seed, "k", m, k).
+    seed: of the step; continuation k of rollout i of question q draws from derive(seed, "k", q, i, k).
     recovery: what earlier steps recovered, for config.choice="recoverable".
+    progress: label of a progress bar; empty for none.
   """
-  cuts = [[resumable(cut_of(rollout.transcript, config), rollout.transcript, actor.environment)
-           for rollout in group.rollouts] for group in groups]
-  views = [plan_view(number, group, own) for number, (group, own) in enumerate(zip(groups, cuts))]
-  # Nothing is resampled yet, so all failures are of the N rollouts, and N = kept + failed.
-  asked = sum(len(group.rollouts) + group.failed for group in groups)
-  chosen = algorithm.plan_resamples(views, config, seed, num_rollouts=asked, recovery=recovery)
-  with tqdm(total=len(chosen) * config.k, desc=progress, leave=False, disable=not progress) as bar:
-    continued = await asyncio.gather(*(
-      _continuations(actor, groups[selection.group], selection.rollout,
-                     cuts[selection.group][selection.rollout].end, config,
-                     [seeds.derive(seed, "k", number, k) for k in range(config.k)], bar)
-      for number, selection in enumerate(chosen)))
-  for selection, rollouts in zip(chosen, continued):
-    group = groups[selection.group]
-    group.failures += failures_of(rollouts)
-    if kept := [rollout for rollout in rollouts if not rollout.failed]:
-      group.branches.append(Branch(selection.rollout, cuts[selection.group][selection.rollout].end,
-                                   selection.confidence, kept))
 
+  def __init__(self, actor: Actor, config: ResampleConfig, seed: int, *, recovery: Recovery | None = None,
+               progress: str = ""):
+    self.config = config
+    self._actor, self._seed, self._recovery = actor, seed, recovery
+    self._rollouts = 0  # B * N
+    self._unfinished: dict[int, int] = {}  # question -> N
+    self._views: dict[int, GroupView] = {}
+    self._groups: dict[int, Group] = {}
+    self._cuts: dict[int, list[Cut | None]] = {}
+    self._tasks: dict[Selection, asyncio.Task[list[Rollout]]] = {}
+    self._bar = tqdm(total=0, desc=progress, leave=False, disable=not progress)
 
-async def _continuations(actor: Actor, group: Group, source: int, end: int, config: ResampleConfig,
-                         seeds_K: Sequence[int], bar: tqdm) -> list[Rollout]:
-  """Continuations of the first `end` tokens of a rollout; those that failed too."""
-  prefix, rollouts = group.rollouts[source].transcript.cut(end), []
-  judged: list[float] = []
-  while count := algorithm.draws(judged, len(rollouts), config):
-    new = seeds_K[len(rollouts):len(rollouts) + count]
-    rollouts += await asyncio.gather(*(
-      _counted(actor.roll(prefix, group.question, seed), bar) for seed in new))
-    judged = [rollout.reward for rollout in rollouts if not rollout.failed]
-  return rollouts
+  async def __aenter__(self) -> "Resampling":
+    return self
+
+  async def __aexit__(self, *_) -> None:
+    self._bar.close()
+    for task in self._tasks.values():
+      task.cancel()
+    await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+  def expect(self, count: int, n: int) -> None:
+    """So many questions with N rollouts each will be added."""
+    self._unfinished = dict.fromkeys(range(count), n)
+    self._rollouts = count * n
+
+  def add(self, number: int, group: Group) -> None:
+    """All rollouts of a question have ended."""
+    self._unfinished.pop(number, None)
+    self._groups[number] = group
+    self._cuts[number] = [resumable(cut_of(rollout.transcript, self.config), rollout.transcript, self._actor.environment)
+                          for rollout in group.rollouts]
+    self._views[number] = plan_view(number, group, self._cuts[number])
+    self._begin()
+
+  async def finish(self, groups: Sequence[Group]) -> None:
+    """Waits for the continuations of these groups, and adds them as branches."""
+    if not self._groups:
+      # Nothing is resampled yet, so all failures are of the N rollouts, and N = kept + failed.
+      self._unfinished = {number: len(group.rollouts) + group.failed for number, group in enumerate(groups)}
+      self._rollouts = sum(self._unfinished.values())
+      for number, group in enumerate(groups):
+        self.add(number, group)
+    chosen = self._plan()
+    for selection, rollouts in zip(chosen, await asyncio.gather(*map(self._tasks.get, chosen))):
+      group = self._groups[selection.group]
+      group.failures += failures_of(rollouts)
+      if kept := [rollout for rollout in rollouts if not rollout.failed]:
+        group.branches.append(Branch(selection.rollout, self._cuts[selection.group][selection.rollout].end,
+                                     selection.confidence, kept))
+
+  def _plan(self) -> list[Selection]:
+    return algorithm.plan_resamples(
+      list(self._views.values()), self.config, self._seed, num_rollouts=self._rollouts, recovery=self._recovery,
+      unfinished=self._unfinished)
+
+  def _begin(self) -> None:
+    for chosen in self._plan():
+      if chosen not in self._tasks:
+        self._bar.total += self.config.k
+        self._tasks[chosen] = asyncio.create_task(self._continuations(chosen))
+
+  async def _continuations(self, chosen: Selection) -> list[Rollout]:
+    """Those of one prefix, those that failed too."""
+    group, source = self._groups[chosen.group], chosen.rollout
+    prefix = group.rollouts[source].transcript.cut(self._cuts[chosen.group][source].end)
+    rollouts: list[Rollout] = []
+    judged: list[float] = []
+    while count := algorithm.draws(judged, len(rollouts), self.config):
+      rollouts += await asyncio.gather(*(
+        _counted(self._actor.roll(prefix, group.question, seeds.derive(self._seed, "k", chosen.group, source, k)),
+                 self._bar)
+        for k in range(len(rollouts), len(rollouts) + count)))
+      judged = [rollout.reward for rollout in rollouts if not rollout.failed]
+    return rollouts
 
 
 def _group(question: Question, rollouts: Iterable[Rollout]) -> Group:
   rollouts = list(rollouts)
   kept = [rollout for rollout in rollouts if not rollout.failed]
   return Group(question, kept, failures=failures_of(rollouts))
-
-
-async def _gather(episodes: Sequence[Coroutine], progress: str) -> list[Rollout]:
-  """All episodes at once; a progress bar counts those that have ended."""
-  with tqdm(total=len(episodes), desc=progress, leave=False, disable=not progress) as bar:
-    return await asyncio.gather(*(_counted(episode, bar) for episode in episodes))
 
 
 async def _counted(episode: Coroutine[None, None, Rollout], bar: tqdm) -> Rollout:

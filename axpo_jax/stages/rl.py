@@ -153,14 +153,15 @@ class Loop:
     rl, clock, seed = self.config.rl, Clock(), seeds.derive(self.config.seed, "rl", step)
     self.engine.stats(reset=True)
     self.actor.toolbox.step = step  # for the audit log
-    with clock("rollout"):
-      sampled, groups = await collect.sample_step(
-        self.actor, self.questions, rl.questions, rl.num_rollouts, seed, self.recipe.resample,
-        self.recipe.dynamic, progress="rollouts")
-    position = self.questions.get_state()
-    with clock("resample"):
-      await collect.resample(self.actor, groups, self.recipe.resample, seed, recovery=self.recovery,
-                             progress="continuations")
+    async with collect.Resampling(self.actor, self.recipe.resample, seed, recovery=self.recovery,
+                                  progress="continuations") as resampling:
+      with clock("rollout"):
+        sampled, groups = await collect.sample_step(
+          self.actor, self.questions, rl.questions, rl.num_rollouts, seed, resampling, self.recipe.dynamic,
+          progress="rollouts")
+      position = self.questions.get_state()
+      with clock("resample"):  # what is left of it behind the last rollout
+        await resampling.finish(groups)
     self.recovery = self.recovery.after(tried_prefixes(groups))
     if failed := failure_summary(sampled):
       logging.warning("step %d: %d rollouts failed and are left out: %s", step,

@@ -173,6 +173,37 @@ def test_breadth_first(groups, config):
     served[s.group] += 1
 
 
+@given(steps(), configs, st.integers(0, 5), st.randoms())
+@settings(max_examples=200)
+def test_what_is_certain_before_all_have_ended_is_what_is_chosen_then(groups, config, seed, random):
+  """Whichever order questions end in, what is certain is never taken back, and it grows to the whole plan."""
+  sizes = {g.index: len(g.rewards_N) for g in groups}
+  total = sum(sizes.values())
+  whole = plan_resamples(groups, config, seed, num_rollouts=total)
+  begun, ended = set(), []
+  for g in random.sample(groups, len(groups)):
+    ended.append(g)
+    del sizes[g.index]
+    certain = plan_resamples(ended, config, seed, num_rollouts=total, unfinished=sizes)
+    assert begun <= set(certain) <= set(whole)
+    begun = set(certain)
+  assert begun == set(whole)
+
+
+def test_what_is_certain_by_hand():
+  groups = [group([0.30, 0.10, None, None], index=0), group([0.20, None, None, None], index=1)]
+  def certain(budget, unfinished):
+    config = ResampleConfig(ratio=budget * 4 / 100, k=4)
+    return [(s.group, s.rollout) for s in plan_resamples(groups, config, num_rollouts=100, unfinished=unfinished)]
+  # The queue is ?, 0.10, 0.20 | ?, 0.30 with a question that may turn out to be less certain than all others.
+  assert certain(1, {2: 4}) == []
+  assert certain(2, {2: 4}) == [(0, 1)]
+  assert certain(4, {2: 4}) == [(0, 1), (1, 0)]
+  assert certain(5, {2: 4}) == [(0, 1), (1, 0), (0, 0)]
+  assert certain(4, {2: 4, 3: 4}) == [(0, 1), (1, 0)]
+  assert certain(1, {}) == [(0, 1)]
+
+
 def test_order_by_hand():
   groups = [
     group([0.30, 0.10, None, None], index=0),

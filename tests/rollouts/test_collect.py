@@ -194,12 +194,48 @@ def test_early_stop_ends_a_prefix_with_its_first_right_and_wrong_continuation(gr
   assert [r.seed for r in stopped[0].rollouts] == [r.seed for r in groups[0].branches[0].rollouts[:2]]
 
 
+class Straggler(Script):
+  """Rollouts of q1 wait until a prefix of q0 is resampled."""
+
+  def __init__(self, chat):
+    super().__init__(chat)
+    self.resampled = asyncio.Event()
+
+  async def generate(self, request):
+    if request.ids[-1] == self.chat.tool_call_id:
+      self.resampled.set()
+    elif request.session == "q1":
+      await asyncio.wait_for(self.resampled.wait(), 20)
+    return await super().generate(request)
+
+
+def test_a_prefix_that_is_certain_to_be_chosen_does_not_wait_for_stragglers(chat, processor, groups):
+  """Of two prefixes q1 could take one, so q0's first is certain and its second is not."""
+  async def step():
+    actor, asked = make_actor(Straggler(chat), chat, processor), iter([[question("q0"), question("q1")]])
+    async with collect.Resampling(actor, dataclasses.replace(AXPO, ratio=0.5), 1) as resampling:
+      made, _ = await collect.sample_step(actor, asked, 2, 8, 1, resampling, DynamicConfig())
+      await resampling.finish(made)
+    return made
+
+  made = asyncio.run(step())
+  assert not any(group.failed for group in made)
+  assert [[branch.source for branch in group.branches] for group in made] == [[2, 5], []]
+  # And it draws what it draws behind all rollouts.
+  seeds = [[rollout.seed for rollout in group.branches[0].rollouts] for group in (made[0], groups[0])]
+  assert seeds[0] == seeds[1]
+
+
 def test_dynamic_sampling_asks_until_enough_questions_teach_something(chat, processor):
   """q2 never does; q1 has rewards that differ; q0 triggers AXPO, and has both."""
   def step(dynamic, config=AXPO):
     asked = ([question(name)] for name in ("q2", "q1", "q0"))
-    actor = make_actor(Script(chat), chat, processor)
-    sampled, kept = asyncio.run(collect.sample_step(actor, asked, 2, 8, 1, config, dynamic))
+    async def run():
+      actor = make_actor(Script(chat), chat, processor)
+      async with collect.Resampling(actor, config, 1) as resampling:
+        return await collect.sample_step(actor, asked, 2, 8, 1, resampling, dynamic)
+
+    sampled, kept = asyncio.run(run())
     return [g.question.id for g in sampled], [g.question.id for g in kept]
 
   assert step(DynamicConfig()) == (["q2", "q1"], ["q2", "q1"])
