@@ -147,6 +147,31 @@ def test_wrong_answers_are_asked_for_again_or_counted(run):
   assert metrics["train/logp_gap_abs_mean"] < 1e-5
 
 
+def test_turns_that_an_update_interrupts_go_on_and_are_trained_on(run):
+  """The same weights under a new version, pushed while rollouts run: some turns have tokens of both. The trainer
+  finds the log-probability of every token, so each was drawn behind those that the server had handed back."""
+  loop, asked = run.loop, []
+  before, interrupted = loop.steps_done, loop.engine.interrupted
+  run.between.before["/generate"] = lambda _: asked.append(1)
+
+  async def scenario():
+    await loop.sync()
+    collecting = asyncio.create_task(loop.collect(before))
+    while len(asked) < QUESTIONS * ROLLOUTS // 2:
+      await asyncio.sleep(0.005)
+    loop.steps_done += 1
+    await loop.sync()
+    return await collecting
+
+  groups = asyncio.run(scenario()).groups
+  rollouts = [rollout for group in groups for rollout in group.rollouts]
+  assert len(rollouts) == QUESTIONS * ROLLOUTS and loop.engine.interrupted > interrupted
+  drawn = [set(rollout.transcript.versions[slice(*turn)]) for rollout in rollouts for turn in rollout.transcript.turns]
+  assert {before, before + 1} in drawn
+  assert set().union(*drawn) == {before, before + 1}
+  assert loop.update(groups)["train/logp_gap_abs_mean"] < 1e-5
+
+
 def test_a_frozen_server_costs_its_rollouts_and_not_the_run(run):
   asked, fleet = [], run.loop.engine._fleet
   patient = fleet.config
