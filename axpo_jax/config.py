@@ -176,7 +176,8 @@ def _agent() -> ConfigDict:
     environment="",
     environment_args="{}",    # what its class is made with, as a JSON object
     # What a rollout is worth: a sum of exact, math_verify, judge, format, length, environment, and
-    # functions of yours, such as "exact + 0.2 * my_module:brevity" (docs/extending.md).
+    # functions of yours, such as "exact + 0.2 * my_module:brevity" (docs/extending.md). A rollout whose sum is
+    # above 0.5 counts as right: in success rates, Pass@k, AXPO's trigger and exports.
     reward="exact",
     reward_time_limit=60.0,   # seconds a function of yours may take
     # A rollout whose reward fails is left out of training ("leave_out"), or worth nothing ("zero").

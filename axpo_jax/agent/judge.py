@@ -139,7 +139,7 @@ class ChatJudge:
     known = self._known[key]
     try:
       return await asyncio.shield(known)  # others may wait for it too
-    except JudgeError:
+    except Exception:
       if self._known.get(key) is known:
         del self._known[key]  # asked again the next time
       raise

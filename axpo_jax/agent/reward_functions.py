@@ -6,15 +6,17 @@ A reward function is an async function of a `Finished` rollout that returns a nu
     async def brevity(rollout):
       return 1.0 if len(rollout.response) < 500 else 0.0
 
-Functions run on an event loop in a thread of their own, beside the sampling, and within a time limit. What
-raises, takes too long, or returns anything but finite numbers fails that one rollout's reward, which is
-counted, and never the run.
+Functions run on an event loop in a thread of their own, beside the sampling, and within a time limit. A
+function that raises, takes too long, or returns anything but finite numbers fails that one rollout's reward. The
+failure is counted, and never ends the run.
 """
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import ctypes
 import dataclasses
 import importlib
 import inspect
@@ -35,6 +37,7 @@ from axpo_jax.data.question import Question
 from axpo_jax.model.chat import Chat
 
 MAX_PARTS = 32  # of one function's reward: each is a metric
+MAX_BLOCKED = 8  # threads that functions hold up for ever, before all rewards fail
 _GRACE_SECONDS = 5.0  # after a time limit, for a function that holds up the loop it runs on
 _PART = re.compile(r"[\w.-]{1,64}")
 _TERM = re.compile(r"\s*([+-])?\s*(?:(\d+\.?\d*(?:[eE]-?\d+)?)\s*\*)?\s*([A-Za-z_][\w.]*(?::[A-Za-z_]\w*)?)\s*")
@@ -179,9 +182,9 @@ def _checked(name: str, value: Any) -> Score:
     if part and not (isinstance(part, str) and _PART.fullmatch(part)):
       raise RewardError(f"a part is called {str(part)[:80]!r}; use up to 64 of A-Z a-z 0-9 _ . -")
     try:
-      number = float(number)
+      number = float(None if isinstance(number, (str, bytes)) else number)
     except (TypeError, ValueError, OverflowError) as error:
-      raise RewardError(f"it returned {type(number)!s}, not a number") from error
+      raise RewardError(f"it returned {type(parts[part])!s}, not a number") from error
     if not math.isfinite(number):
       raise RewardError(f"it returned {number}")
     out[f"{name}/{part}" if part else name] = number
@@ -229,48 +232,87 @@ def _imported(name: str, names: Mapping[str, Function]) -> Function:
                       "as 'module:function'")
   try:
     function = getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError) as error:
-    raise RewardError(f"{name!r} cannot be imported: {error}") from error
+  except Exception as error:  # of the user's module
+    raise RewardError(f"{name!r} cannot be imported: {_described(error)}") from error
   if not inspect.iscoroutinefunction(function):
     raise RewardError(f"{name!r} is no async function: write `async def {attribute}(rollout)`")
   return function
 
 
 # ---- the loop they run on ----
+#
+# One loop in one thread serves all functions. A function that never gives it back (an endless computation, a
+# request without a time limit) would hold up all others, so its loop is given up and the next reward gets a
+# new one. Python cannot end a thread: the old one gets an exception at its next instruction, which ends
+# a computation, but no call into C that does not return.
 
 _lock = threading.Lock()
-_loop: asyncio.AbstractEventLoop | None = None
+_loop: _Loop | None = None
+_given_up: list[threading.Thread] = []
 
 
-def _running() -> asyncio.AbstractEventLoop:
+class _Loop:
+  """An event loop and its thread."""
+
+  def __init__(self):
+    self.loop = asyncio.new_event_loop()
+    self.thread = threading.Thread(target=self._serve, name="rewards", daemon=True)
+    self.thread.start()
+
+  def _serve(self) -> None:
+    with contextlib.suppress(SystemExit):
+      self.loop.run_forever()
+    # Interrupted. The functions that wait here are cancelled, and `_run` begins them again on the next loop.
+    self.loop.set_exception_handler(lambda *_: None)  # it would report the interrupted function
+    self.loop.call_soon(self.loop.stop)
+    self.loop.run_forever()  # once round: what was handed over meanwhile becomes tasks, and none of them runs
+    while tasks := asyncio.all_tasks(self.loop):
+      for task in tasks:
+        task.cancel()
+      self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    self.loop.close()
+
+  def interrupt(self) -> None:
+    """Raises SystemExit in the thread, as soon as it runs Python; it ends the thread and nothing else."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread.ident), ctypes.py_object(SystemExit))
+
+
+def _running() -> _Loop:
+  """The loop that serves. Raises RewardError where too many were given up, and their threads are still there."""
   global _loop
   with _lock:
     if _loop is None:
-      _loop = asyncio.new_event_loop()
-      threading.Thread(target=_loop.run_forever, name="rewards", daemon=True).start()
+      _given_up[:] = [thread for thread in _given_up if thread.is_alive()]
+      if len(_given_up) >= MAX_BLOCKED:
+        raise RewardError(f"{len(_given_up)} functions hold up their threads and do not return: "
+                          "await what waits, and give it a time limit")
+      _loop = _Loop()
     return _loop
 
 
-def _abandon(loop: asyncio.AbstractEventLoop) -> None:
-  """Leaves a loop that a function holds up to itself: the next reward gets a new one."""
+def _give_up(held_up: _Loop) -> None:
   global _loop
   with _lock:
-    if _loop is loop:
+    if _loop is held_up:
       _loop = None
+      _given_up.append(held_up.thread)
+      held_up.interrupt()
 
 
 async def _run(term: Term, rollout: Finished) -> Any:
-  """The function's value. Raises what it raises, or TimeoutError."""
-  loop = _running()
-  future = asyncio.run_coroutine_threadsafe(_limited(term, rollout), loop)
+  """The function's value. Raises what it raises, TimeoutError, or RewardError where none can run."""
   limit = None if term.time_limit is None else term.time_limit + _GRACE_SECONDS
-  done, _ = await _wait(future, limit)
-  if not done:
-    future.cancel()
-    _abandon(loop)
-    raise TimeoutError(f"no value after {term.time_limit:g} seconds, and a reward holds up the event "
-                       "loop: await what waits, or use asyncio.to_thread")
-  return future.result()
+  while True:
+    serving = _running()
+    future = asyncio.run_coroutine_threadsafe(_limited(term, rollout), serving.loop)
+    done, _ = await _wait(future, limit)
+    if not done:
+      future.cancel()
+      _give_up(serving)
+      raise TimeoutError(f"no value after {term.time_limit:g} seconds, and a reward holds up the event "
+                         "loop: await what waits, or use asyncio.to_thread")
+    if serving is _loop or not future.cancelled():
+      return future.result()
 
 
 async def _wait(future: concurrent.futures.Future, seconds: float | None):

@@ -55,8 +55,9 @@ def _environment(name: str, arguments: str) -> Environment:
   module, _, attribute = name.partition(":")
   try:
     found = getattr(importlib.import_module(module), attribute)
-  except (ImportError, AttributeError, ValueError) as error:
-    raise ConfigError(f"config.agent.environment={name!r} cannot be imported: {error}") from error
+  except Exception as error:  # of the user's module
+    raise ConfigError(f"config.agent.environment={name!r} cannot be imported: "
+                      f"{type(error).__name__}: {error}") from error
   try:
     arguments = json.loads(arguments)
     found = found(**arguments) if callable(found) else found

@@ -92,7 +92,7 @@ def test_a_function_sees_the_whole_rollout(finished, own):
 
 @pytest.mark.parametrize("value, says", [
   (math.nan, "nan"), (math.inf, "inf"), ({"a": 1.0, "b": -math.inf}, "-inf"), (None, "not a number"),
-  ("much", "not a number"), ({}, "0 parts"), ({f"p{i}": 1.0 for i in range(10_000)}, "10000 parts"),
+  ("much", "not a number"), ("1.0", "not a number"), ({}, "0 parts"), ({f"p{i}": 1.0 for i in range(10_000)}, "10000 parts"),
   ({"a b": 1.0}, "is called"), ({"x" * 10**6: 1.0}, "is called"), ({3: 1.0}, "is called"),
   (10**400, "not a number"), ([1.0], "not a number"), ({"a": 1e308, "b": 1e308}, "")])
 def test_values_that_are_no_reward(finished, own, value, says):
@@ -152,6 +152,50 @@ def test_a_function_that_holds_up_its_loop(finished, own, monkeypatch):
   assert "holds up the event loop" in found.error and ticked < 0.5
   assert score("exact", finished).reward == 1.0
   release.set()
+
+
+def reward_threads():
+  return [thread for thread in threading.enumerate() if thread.name == "rewards"]
+
+
+def test_an_endless_computation_is_ended_and_others_begin_again(finished, own, monkeypatch):
+  monkeypatch.setattr(reward_functions, "_GRACE_SECONDS", 0.3)
+
+  async def spins(rollout):
+    while True:
+      pass
+
+  async def waits(rollout):
+    await asyncio.sleep(0.01)
+    return 1.0
+
+  async def both():
+    return await asyncio.gather(parse("own:spins", time_limit=0.2)(finished), parse("own:waits", time_limit=60)(finished))
+
+  own(spins=spins, waits=waits)
+  before = len(reward_threads())
+  begin = time.monotonic()
+  endless, other = asyncio.run(both())
+  assert "holds up the event loop" in endless.error and other.reward == 1.0
+  assert time.monotonic() - begin < 30
+  assert len(reward_threads()) <= max(before, 1)
+
+
+def test_threads_that_cannot_be_ended_are_few(finished, own, monkeypatch):
+  monkeypatch.setattr(reward_functions, "_GRACE_SECONDS", 0.1)
+  monkeypatch.setattr(reward_functions, "MAX_BLOCKED", 1)
+  release = threading.Event()
+
+  async def blocks(rollout):
+    release.wait(60)
+
+  own(blocks=blocks)
+  assert "holds up" in score("own:blocks", finished, 0.1).error
+  assert "await what waits, and give it a time limit" in score("exact", finished).error
+  release.set()  # the call returns, and the thread ends
+  for thread in list(reward_functions._given_up):
+    thread.join(10)
+  assert score("exact", finished).reward == 1.0
 
 
 @pytest.mark.parametrize("expression, says", [
