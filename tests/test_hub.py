@@ -33,6 +33,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
     self.asked.append(path)
     if "/org/gated" in path:
       return self._send(403, b"{}", {"X-Error-Code": "GatedRepo"})
+    if path.endswith("/revision/nowhere"):
+      return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
     if re.fullmatch(r"/api/(models|datasets)/org/name/revision/\w+", path):
       return self._send(200, json.dumps({"id": "org/name", "sha": SHA, "siblings": [
         {"rfilename": name} for name in FILES]}).encode())
@@ -102,6 +104,7 @@ def test_a_model_and_a_data_set_by_name(server, tmp_path):
   assert not (folder / "pytorch_model.bin").exists()
   data = pathlib.Path(fetch("data.path", "org/name", tmp_path, server).stdout.strip())
   assert (data / "data" / "train.jsonl").read_bytes() == FILES["data/train.jsonl"]
+  assert fetch("model.checkpoint", f"org/name@{SHA}", tmp_path, server).stdout == done.stdout
   # Without a network: what is in the cache.
   again = fetch("model.checkpoint", "org/name", tmp_path, server, HF_HUB_OFFLINE="1")
   assert again.stdout == done.stdout
@@ -110,6 +113,7 @@ def test_a_model_and_a_data_set_by_name(server, tmp_path):
 @pytest.mark.parametrize("field, name, more, words", [
   ("model.checkpoint", "org/other", {}, ["'org/other'", "no such folder here", "no such model at http"]),
   ("data.path", "org/gated", {}, ["'org/gated'", "gated", "HF_TOKEN"]),
+  ("model.checkpoint", "org/name@nowhere", {}, ["no revision 'nowhere'"]),
   ("sft.path", "org/name", {"HF_HUB_OFFLINE": "1"}, ["hf download org/name --repo-type dataset"]),
   ("model.checkpoint", "org/name", {"HF_ENDPOINT": "http://127.0.0.1:9"}, ["'org/name'", "hf download org/name`"]),
 ])

@@ -1,4 +1,4 @@
-"""The page of runs that are still going on: a small server on this machine, for one's own browser.
+"""The page of runs that are in progress: a small server on this machine, for one's own browser.
 
 In: the folders of runs. Out: at http://127.0.0.1:PORT the page as `page.render` makes it, made again when the runs
 have written more; the browser asks for that every few seconds. Nothing is written to the runs.
@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import html
 import http.server
+import logging
 import pathlib
 import threading
 from collections.abc import Callable, Sequence
 
-from axpo_jax.report.runs import Run, load_runs
+from axpo_jax.report.runs import ReportError, Run, load_runs
 
 _PATTERNS = ("metrics.jsonl", "**/step_*.jsonl", "eval/*/records_*.jsonl")
 _WAITING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="3">
@@ -43,8 +44,8 @@ class Watched:
 
   def page(self) -> bytes:
     """The page, made anew if the runs have changed since the last one."""
-    version = self.version()
     with self._lock:  # several tabs wait for one rendering
+      version = self.version()
       if self._made is None or self._made[0] != version:
         self._made = version, self._new().encode("utf-8", "replace")
       return self._made[1]
@@ -52,8 +53,11 @@ class Watched:
   def _new(self) -> str:
     try:
       return self._render(load_runs(self._folders))
-    except Exception as error:  # a run in the middle of its first step, or with a file that is half there
+    except ReportError as error:  # nothing is written yet
       return _WAITING.format(html.escape(str(error)))
+    except Exception as error:  # perhaps a file that is half written: the next change makes the page anew
+      logging.exception("the page of %s", self._folders)
+      return _WAITING.format(html.escape(f"{type(error).__name__}: {error}"))
 
 
 def _stat(path: pathlib.Path):
@@ -72,7 +76,7 @@ def server(watched: Watched, port: int) -> http.server.ThreadingHTTPServer:
   class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
       # Another site's page must not read a run by a name that leads here.
-      if self.headers.get("Host", "").rpartition(":")[0] not in ("127.0.0.1", "localhost"):
+      if self.headers.get("Host", "").partition(":")[0] not in ("127.0.0.1", "localhost"):
         return self.send_error(403)
       found = {"/": lambda: (watched.page(), "text/html"),
                "/version": lambda: (watched.version().encode(), "text/plain")}.get(self.path.partition("?")[0])

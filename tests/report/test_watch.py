@@ -38,6 +38,26 @@ def test_a_run_that_is_not_there_yet_is_waited_for(served):
   assert "Thinking–acting report" in get(url)
 
 
+def test_a_page_that_cannot_be_made_says_why_and_is_made_again(tmp_path):
+  answers = iter([KeyError("x"), "the page"])
+
+  def make(runs):
+    answer = next(answers)
+    if isinstance(answer, Exception):
+      raise answer
+    return answer
+
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1.0}\n')
+  watched = watch.Watched([str(tmp_path)], make)
+  assert b"KeyError" in watched.page() and b"KeyError" in watched.page()
+  (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1.0}\n{"step": 2, "a": 1.0}\n')
+  assert watched.page() == b"the page"
+
+
+def test_a_browser_may_leave_the_port_out(served):
+  assert "Nothing to show yet" in get(served[1], Host="127.0.0.1")
+
+
 def test_time_left_is_on_the_page(served):
   folder, url = served
   folder.mkdir()
