@@ -21,14 +21,14 @@ if TYPE_CHECKING:
   from axpo_jax.diagnose.reading import read as read_logs
   from axpo_jax.errors import ConfigError
   from axpo_jax.rl.algorithm import assign_credit, plan_resamples
-  from axpo_jax.rl.credit import Branch, Credit, CreditConfig, GroupOutcome
+  from axpo_jax.rl.credit import BranchOutcome, Credit, CreditConfig, GroupOutcome
   from axpo_jax.rl.resample import GroupView, ResampleConfig, Selection
   from axpo_jax.rollouts.collect import Group
   from axpo_jax.stages.metrics import read_metrics
 
 # Public name -> (module, name there).
 _PUBLIC = {
-  "Branch": ("rl.credit", "Branch"),
+  "BranchOutcome": ("rl.credit", "BranchOutcome"),
   "ConfigError": ("errors", "ConfigError"),
   "Credit": ("rl.credit", "Credit"),
   "CreditConfig": ("rl.credit", "CreditConfig"),

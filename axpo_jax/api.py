@@ -24,6 +24,7 @@ from axpo_jax.errors import ConfigError
 from axpo_jax.rl.credit import Credit
 from axpo_jax.rollouts import collect
 from axpo_jax.rollouts.collect import Group
+from axpo_jax.rollouts.dump import dump_groups
 from axpo_jax.stages import policies, rl, sections
 from axpo_jax.stages.context import run_context
 
@@ -112,7 +113,7 @@ class Policy:
 
   def credit(self, groups: Sequence[Group]) -> list[Credit]:
     """Advantage and region of every rollout and continuation, group by group."""
-    return self._loop.credits(list(groups))
+    return self._loop.policy_update.credits(list(groups))
 
   async def train_step(self, groups: Sequence[Group]) -> dict[str, float]:
     """One step of RL on these groups; the sampler then has the new weights. Returns docs/metrics.md's metrics."""
@@ -123,7 +124,7 @@ class Policy:
 
   def write_log(self, groups: Sequence[Group], file: str) -> None:
     """Writes all rollouts as JSON lines, and beside them as readable text with their images."""
-    rl.dump(list(groups), self.credit(groups), epath.Path(file), self._loop.context.chat)
+    dump_groups(file, list(groups), self.credit(groups), self._loop.context.chat)
 
   def save(self, folder: str) -> None:
     """Writes the policy as a folder in Hugging Face layout."""

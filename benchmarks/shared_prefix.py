@@ -42,7 +42,7 @@ from axpo_jax.model.config import PRESETS, ModelConfig
 from axpo_jax.model.images import PatchFormat, ProcessedImage
 from axpo_jax.model.vision_inputs import mrope_positions
 from axpo_jax.rl.algorithm import assign_credit
-from axpo_jax.rl.credit import Branch, CreditConfig, GroupOutcome
+from axpo_jax.rl.credit import BranchOutcome, CreditConfig, GroupOutcome
 from axpo_jax.rl.loss_config import LossConfig
 from axpo_jax.rl.resample import ResampleConfig, prefix_budget
 from axpo_jax.train.batch import Batch, packing_metrics, place, targets
@@ -123,7 +123,7 @@ def step_examples(questions: int, tool_rate: float, config: ModelConfig) -> list
     # Rollouts with a call are wrong. The first one's call is sampled anew, once right.
     rewards, branches = np.eye(N)[-1], []
     if tools[q] and served:
-      served, branches = served - 1, [Branch(0, np.eye(K)[0])]
+      served, branches = served - 1, [BranchOutcome(0, np.eye(K)[0])]
     continuations = [[*rollouts[0][:3], *_act(rng, config), _words(rng, ANSWER)] for _ in range(K)]
     credits = assign_credit([GroupOutcome(rewards, branches)],
                             CreditConfig())

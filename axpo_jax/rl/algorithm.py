@@ -4,10 +4,10 @@
   2. trigger      questions whose tool-using rollouts are all wrong              triggered
   3. cut          each behind the <tool_call> that opened its call               choose_cut
   4. choose       M of those rollouts, least certain call first, breadth first   plan_resamples
-  5. resample     K continuations of each prefix, with the same policy           draws, rollouts.collect
+  5. resample     K continuations of each prefix, with the same policy           next_continuations, rollouts.collect
   6. credit       one advantage a rollout, a prefix, a continuation              assign_credit
   7. mask         the tokens of a sequence that receive it                       loss_mask
-  8. update       the clipped surrogate with a KL, summed and divided once       weigh, losses.policy_loss
+  8. update       the clipped surrogate with a KL, summed and divided once       loss_weights, losses.policy_loss
 
 With a budget of zero nothing is chosen, and the step is GRPO bit for bit. All functions are pure and work on
 plain arrays and small records: `rollouts.collect` samples, `train` packs and differentiates. The modules beside
@@ -150,7 +150,7 @@ def plan_resamples(
 # ---- 5. resample
 
 
-def draws(rewards: Sequence[float], drawn: int, config: ResampleConfig) -> int:
+def next_continuations(rewards: Sequence[float], drawn: int, config: ResampleConfig) -> int:
   """How many continuations of a prefix to sample next, at once; 0 ends it.
 
   Args:
@@ -255,7 +255,7 @@ def loss_mask(sampled_T: np.ndarray, region: str, prefix_end: int | None = None)
 # ---- 8. update
 
 
-class Weighed(NamedTuple):
+class LossWeights(NamedTuple):
   """What each sequence of an update weighs.
 
   weights_S: float32 [S], of one token of the sequence. divisor: of the summed loss. metrics: what to log.
@@ -278,13 +278,13 @@ def needs_old_logprobs(config: LossConfig, updates: int, old_logprobs: str) -> b
   return updates > 1 or old_logprobs == "trainer" or config.tis_mask is not None
 
 
-def weigh(
+def loss_weights(
   credits: Sequence[Credit],
   tokens_S: np.ndarray,
   questions: float,
   config: LossConfig,
   gap_sums_S: np.ndarray | None = None,
-) -> Weighed:
+) -> LossWeights:
   """What each sequence of an update weighs: GRPO's loss plus L_clip of the prefixes and continuations.
 
   Args:
@@ -298,10 +298,10 @@ def weigh(
   regions = np.asarray([credit.region for credit in credits])
   metrics = {}
   if config.tis_mask is not None:
-    apart_S = weights_lib.drifted(gap_sums_S, tokens_S, config.tis_mask)
-    metrics["train/tis_masked_share"] = float(tokens_S[apart_S].sum() / max(tokens_S.sum(), 1))
-    tokens_S = np.where(apart_S, 0, tokens_S)
+    drifted_S = weights_lib.drifted(gap_sums_S, tokens_S, config.tis_mask)
+    metrics["train/tis_masked_share"] = float(tokens_S[drifted_S].sum() / max(tokens_S.sum(), 1))
+    tokens_S = np.where(drifted_S, 0, tokens_S)
   weights_S, divisor = weights_lib.sequence_weights(tokens_S, regions != ALL, config, questions)
   advantages_S = np.asarray([credit.advantage for credit in credits])
   shares = weights_lib.advantage_shares(weights_S, tokens_S, advantages_S, regions)
-  return Weighed(weights_S, divisor, metrics | shares)
+  return LossWeights(weights_S, divisor, metrics | shares)

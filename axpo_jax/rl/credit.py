@@ -63,7 +63,7 @@ class CreditConfig:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Branch:
+class BranchOutcome:
   """K continuations of one prefix.
 
   Attributes:
@@ -94,7 +94,7 @@ class GroupOutcome:
   """
 
   rewards_N: np.ndarray
-  branches: Sequence[Branch] = ()
+  branches: Sequence[BranchOutcome] = ()
   num_calls_N: np.ndarray | None = None
   lengths_N: np.ndarray | None = None
   turn_rewards_N: Sequence[Sequence[float]] | None = None

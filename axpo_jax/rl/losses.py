@@ -2,7 +2,7 @@
 
 GRPO and AXPO share it: they differ in advantages and masks alone (`algorithm.assign_credit`). All
 results are *sums* over tokens, so that micro-batches add up; the caller divides once by the step's
-divisor (`algorithm.weigh`). Everything is computed in float32.
+divisor (`algorithm.loss_weights`). Everything is computed in float32.
 
 Legend: B rows, T tokens of a row.
 """

@@ -242,7 +242,7 @@ class Resampling:
     prefix = group.rollouts[source].transcript.cut(self._cuts[chosen.group][source].end)
     rollouts: list[Rollout] = []
     judged: list[float] = []
-    while count := algorithm.draws(judged, len(rollouts), self.config):
+    while count := algorithm.next_continuations(judged, len(rollouts), self.config):
       rollouts += await asyncio.gather(*(
         _counted(self._actor.roll(prefix, group.question, seeds.derive(self._seed, "k", chosen.group, source, k)),
                  self._bar)

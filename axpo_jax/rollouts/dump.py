@@ -32,6 +32,8 @@ from axpo_jax.agent.transcript import EpisodeImage, Kind, Outcome, Transcript, T
 from axpo_jax.data.question import ImageError, ImageSource, load_image
 from axpo_jax.model.chat import Chat
 from axpo_jax.model.images import ImageLimits, ImageProcessor, ProcessedImage, image_key
+from axpo_jax.rl.credit import Credit
+from axpo_jax.rollouts.groups import Group
 
 FORMAT = 1
 
@@ -191,6 +193,31 @@ def dump_rollouts(path: str | os.PathLike, rollouts: Sequence[Rollout], *,
   if chat is not None:
     text = "\n".join(pages).encode("utf-8", "backslashreplace")  # halves of characters too
     paths.write_bytes(path.with_suffix(".txt"), text)
+
+
+def dump_groups(path: str | os.PathLike, groups: Sequence[Group], credits: Sequence[Credit], chat: Chat
+                ) -> tuple[list[Rollout], list[dict[str, Any]]]:
+  """Dumps all rollouts of a step; returns them and what the dump says of each.
+
+  Args:
+    credits: one a rollout, in the order of `algorithm.assign_credit`.
+  """
+  rollouts, notes = [], []
+  for number, group in enumerate(groups):
+    question = {"group": number, "category": group.question.category,
+                "acting": group.question.acting, "gold": list(group.question.answers)}
+    for i, rollout in enumerate(group.rollouts):
+      rollouts.append(rollout)
+      notes.append({**question, "rollout": i})
+    for b, branch in enumerate(group.branches):
+      for k, rollout in enumerate(branch.rollouts):
+        rollouts.append(rollout)
+        notes.append({**question, "branch": b, "source": branch.source,
+                      "prefix_end": branch.prefix_end, "continuation": k})
+  for note, credit in zip(notes, credits, strict=True):
+    note |= {"region": credit.region, "advantage": credit.advantage}
+  dump_rollouts(path, rollouts, extra=notes, chat=chat)
+  return rollouts, notes
 
 
 def load_rollouts(path: str | os.PathLike, processor: ImageProcessor) -> Iterator[Rollout]:

@@ -20,8 +20,7 @@ from axpo_jax.data.question import Question
 from axpo_jax.model.chat import Chat
 from axpo_jax.rl import algorithm
 from axpo_jax.rl.advantages import is_right
-from axpo_jax.rl.credit import Branch as BranchOutcome
-from axpo_jax.rl.credit import GroupOutcome
+from axpo_jax.rl.credit import BranchOutcome, GroupOutcome
 from axpo_jax.rl.recovery import Tried
 from axpo_jax.rl.resample import Cut, GroupView, ResampleConfig, confidence
 from axpo_jax.rollouts import census

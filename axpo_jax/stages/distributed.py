@@ -104,14 +104,14 @@ async def on_main_async(function: Callable[[], Awaitable[T]], sent: Callable[[T]
     sent: result -> what the other processes get of it; None: all.
 
   Raises:
-    preemption.Stopped: in all processes, if any was told to stop before the coroutine ended.
+    preemption.Stopped: in all processes, if any was asked to stop before the coroutine ended.
   """
   if jax.process_count() == 1:
-    return await preemption.unless_told(function)
+    return await preemption.cancel_on_stop(function)
   outcome = result = None
   if is_main():
     try:
-      result = await preemption.unless_told(function)
+      result = await preemption.cancel_on_stop(function)
       outcome = (sent(result) if sent else result), None
     except Exception as error:
       outcome = None, error

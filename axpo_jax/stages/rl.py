@@ -20,30 +20,26 @@ from typing import Any
 
 from absl import logging
 from etils import epath
+from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from axpo_jax import seeds
-from axpo_jax.agent.rollout import Rollout
 from axpo_jax.data.question import Question
 from axpo_jax.errors import RunStopped
 from axpo_jax.model import lora, programs
-from axpo_jax.model.chat import Chat
-from axpo_jax.rl import algorithm
-from axpo_jax.rl.credit import Credit
 from axpo_jax.rl.recipes import Recipe
 from axpo_jax.rl.recovery import Recovery
 from axpo_jax.rl.resample import prefix_budget
 from axpo_jax.rollouts import census, collect
 from axpo_jax.rollouts.acting import acting_census
-from axpo_jax.rollouts.dump import dump_rollouts
+from axpo_jax.rollouts.dump import dump_groups
 from axpo_jax.rollouts.groups import (
   Group,
   failure_summary,
   for_training,
   group_stats,
   lag_metrics,
-  outcome_of,
   tried_prefixes,
 )
 from axpo_jax.rollouts.prefetch import Prefetch
@@ -59,16 +55,15 @@ from axpo_jax.stages import (
   selection,
   toolbox,
   trackers,
+  updates,
 )
 from axpo_jax.stages.context import RunContext
 from axpo_jax.stages.metrics import read_metrics
 from axpo_jax.stages.questions import question_batches
-from axpo_jax.train import examples, pictures, preemption
-from axpo_jax.train.batch import Batch, packing_metrics, sums_by_example, weigh
+from axpo_jax.train import preemption
 from axpo_jax.train.checkpoint import Checkpoints
-from axpo_jax.train.packing import Example
-from axpo_jax.train.state import TrainState, move_params, with_adapters
-from axpo_jax.train.step import Learner, policy_objective, whole
+from axpo_jax.train.state import TrainState, with_adapters
+from axpo_jax.train.step import Learner, policy_objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,27 +107,24 @@ class Loop:
       policy_objective(self.recipe.loss, config.rollout.staleness), context.mesh, context.rules,
       banned_ids=context.chat.banned_ids, temperature=config.rollout.temperature,
       chunk=config.batch.logprob_chunk, frozen_dtype=policies.frozen_dtype(context, policy))
-    self.reference = policies.load_params(context, policy, config.seed)
+    params = policies.load_params(context, policy, config.seed)
     self.questions = question_batches(config, context.folder) if questions is None else questions
-    self.engine = engines.make_engine(config, context, self.reference, urls, workdir)
-    self.state = self._first_state()
-    if not config.rl.loss.kl_coef:
-      self.reference = None  # nothing asks it
-    elif config.rl.reference_offload and self.reference is not None:
-      self.reference = move_params(self.reference, "pinned_host")
+    self.engine = engines.make_engine(config, context, params, urls, workdir)
+    self.state = self._first_state(params)
+    self.policy_update = updates.PolicyUpdate(config, context, self.recipe, self.learner,
+                                              updates.kept_reference(params, config, context), workdir)
     # Of several processes only the main one collects.
     self.actor = actors.make_actor(config, context, self.engine) if distributed.is_main() else None
     self.steps_done = 0  # RL steps; each makes up to `rl.updates` optimizer steps
     self.lost_steps = 0  # the last so many steps had no rollout that did not fail
     self.unwritten: dict[str, float] | None = None  # metrics of the last of them, not evaluated yet
 
-  def _first_state(self) -> TrainState:
-    """Trains a copy of the policy, for the policy is also the reference; with adapters it stays as it
-    is and is both."""
-    config, context, params = self.config, self.context, self.reference
+  def _first_state(self, params: nnx.State) -> TrainState:
+    """The state that training starts from: a copy of the policy, which is also the reference. With adapters
+    no copy is made: without them the policy stays as it is."""
+    config, context = self.config, self.context
     if context.lora is None:
       return self.learner.init(self.learner.own_copy(params))
-    self.reference = None
     return self.learner.init(
       with_adapters(params, context.trained_config, config.seed, context.mesh, context.rules))
 
@@ -209,7 +201,8 @@ class Loop:
     """Writes the last step's rollouts, in a thread for the same reason as the update. Trackers get some of
     them as a table."""
     path = self.workdir / "rollouts" / f"step_{self.steps_done:06d}.jsonl"
-    rollouts, notes = await asyncio.to_thread(dump, groups, self.credits(groups), path, self.context.chat)
+    rollouts, notes = await asyncio.to_thread(dump_groups, path, groups, self.policy_update.credits(groups),
+                                              self.context.chat)
     for tracker in self.context.trackers:
       await asyncio.to_thread(tracker.table, first_step + self.steps_done, trackers.chosen(rollouts, notes),
                               self.context.chat)
@@ -239,74 +232,9 @@ class Loop:
     }
 
   def update(self, groups: list[Group]) -> dict[str, float]:
-    """Credit, batches and `rl.updates` optimizer steps; none if every rollout failed."""
-    config = self.config
-    kept = [group for group in groups if group.rollouts]
-    credits = self.credits(kept)
-    trained = examples.credited(kept, credits, self.context.model_config.image_token_id,
-                                self.steps_done)
-    metrics = census.credit_census(credits)
-    parts = algorithm.split_updates(list(zip(trained, credits, strict=True)), config.rl.updates)
-    updates = [self._packed([example for example, _ in part]) for part in parts]
-    packed, start = [batch for batches in updates for batch in batches], time.perf_counter()
-    metrics |= packing_metrics(packed, trained)
-    updates = [self._annotated(batches) for batches in updates]
-    logged = []
-    for part, batches in zip(parts, updates, strict=True):
-      batches, divisor, counted = self._weighed(
-        batches, [earned for _, earned in part], len(groups) * len(part) / len(trained))
-      self.state, result = self.learner.update(self.state, batches, divisor)
-      logged.append(self.learner.metrics(result, batches, self.workdir / "nonfinite") | counted)
-    metrics |= gauges.utilisation(self.context.model_config, packed, time.perf_counter() - start,
-                                  self.context.mesh.devices.flat)
-    return metrics | _joined(logged)
-
-  def _packed(self, trained: list[Example]) -> list[Batch]:
-    return pictures.fetched(learners.pack_examples(self.config, self.context, trained), trained)
-
-  def _weighed(self, batches: list[Batch], credits: list[Credit], questions: float
-               ) -> tuple[list[Batch], float, dict[str, float]]:
-    """An update's batches with the weights of the loss, its divisor, and what to log of both.
-
-    Args:
-      questions: of the step, times the share of its sequences that this update has.
-    """
-    loss, gap_sums_S = self.recipe.loss, None
-    tokens_S = sums_by_example(batches, [batch.weights_BxG for batch in batches], len(credits))
-    if loss.tis_mask is not None:
-      gaps = [whole(batch.old_logp_BxG) - batch.behaviour_logp_BxG for batch in batches]
-      gap_sums_S = sums_by_example(batches, gaps, len(credits))
-    weighed = algorithm.weigh(credits, tokens_S, questions, loss, gap_sums_S)
-    return weigh(batches, weighed.weights_S), weighed.divisor, weighed.metrics
-
-  def credits(self, groups: list[Group]) -> list[Credit]:
-    """Who learns with which advantage; groups that lost every rollout have none."""
-    return algorithm.assign_credit([outcome_of(group) for group in groups if group.rollouts],
-                                   self.recipe.credit, self.recipe.shaping)
-
-  def _annotated(self, batches):
-    """With the log-probabilities of the reference and, where the ratio needs it, of the weights
-    that the step began with."""
-    rl = self.config.rl
-    needs_old = algorithm.needs_old_logprobs(self.recipe.loss, rl.updates, rl.old_logprobs)
-    return self.learner.annotate(batches, old=self.state.params if needs_old else None,
-                                 reference=self._reference() if rl.loss.kl_coef else None)
-
-  def _reference(self):
-    if self.reference is None:
-      return lora.switched_off(self.state.params)
-    # An offloaded one is on the devices in here alone, where there are no gradients yet.
-    return move_params(self.reference, "device")
-
-
-def _joined(updates: list[dict[str, float]]) -> dict[str, float]:
-  """Metrics of a step's updates: largest of what is a maximum, mean of the rest."""
-  out = {}
-  for name in updates[0] if updates else ():
-    values = [metrics[name] for metrics in updates if name in metrics]
-    largest = name.partition("/lag_")[0].endswith("_max")
-    out[name] = max(values) if largest else sum(values) / len(values)
-  return out
+    """Trains on the step's groups; returns metrics."""
+    self.state, metrics = self.policy_update(self.state, groups, self.steps_done)
+    return metrics
 
 
 class Clock:
@@ -444,30 +372,3 @@ def _watch(metrics: dict[str, float], log: ConfigDict) -> None:
   if log.stop_on_gap:
     raise LogProbGapError(message)
   logging.warning(message)
-
-
-def noted(groups: list[Group], credits: Sequence[Credit]) -> tuple[list[Rollout], list[dict[str, Any]]]:
-  """All rollouts of a step, and what a dump says of each; `credits` are in their order."""
-  rollouts, notes = [], []
-  for number, group in enumerate(groups):
-    question = {"group": number, "category": group.question.category,
-                "acting": group.question.acting, "gold": list(group.question.answers)}
-    for i, rollout in enumerate(group.rollouts):
-      rollouts.append(rollout)
-      notes.append({**question, "rollout": i})
-    for b, branch in enumerate(group.branches):
-      for k, rollout in enumerate(branch.rollouts):
-        rollouts.append(rollout)
-        notes.append({**question, "branch": b, "source": branch.source,
-                      "prefix_end": branch.prefix_end, "continuation": k})
-  for note, earned in zip(notes, credits, strict=True):
-    note |= {"region": earned.region, "advantage": earned.advantage}
-  return rollouts, notes
-
-
-def dump(groups: list[Group], credits: Sequence[Credit], path: epath.Path, chat: Chat
-         ) -> tuple[list[Rollout], list[dict[str, Any]]]:
-  """Writes all rollouts of a step as JSON lines, readable text and images; returns what `noted` gives."""
-  rollouts, notes = noted(groups, credits)
-  dump_rollouts(path, rollouts, extra=notes, chat=chat)
-  return rollouts, notes

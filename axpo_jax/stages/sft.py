@@ -92,7 +92,7 @@ def run(config: ConfigDict, context: RunContext, policy: str, root: epath.Path,
         metrics = {name.replace("train/", "sft/"): value for name, value in metrics.items()}
         writer.write(first_step + done, metrics)
         shown.show(metrics)
-        stopping = distributed.on_main(preemption.told)
+        stopping = distributed.on_main(preemption.stop_requested)
         if stopping or done % config.checkpoint.every == 0 or done == sft.steps:
           checkpoints.save(done, learner.stored(state), host={"stage": "sft"}, iterator=data.stream)
         bar.update()

@@ -39,7 +39,7 @@ class Batch:
     at_BxG: int32, the position in the row that predicts the target. One position may have several.
     targets_BxG: int32 ids.
     weights_BxG: float32, weight of the target in the loss; 0 for padding. `pack` gives every target 1,
-      `weigh` what an update wants.
+      `with_weights` what an update wants.
     advantages_BxG: float32.
     behaviour_logp_BxG: float32, the sampler's log-probability of the target.
     lag_BxG: int32, versions by which the weights that drew the target are behind.
@@ -127,7 +127,7 @@ def shape_of(batch: Batch) -> str:
   return ", ".join(parts)
 
 
-def weigh(batches: Sequence[Batch], weights_S: np.ndarray) -> list[Batch]:
+def with_weights(batches: Sequence[Batch], weights_S: np.ndarray) -> list[Batch]:
   """The batches with the weight `weights_S[s]` on every target of example s; see `rl.weights`."""
   padded = np.append(np.asarray(weights_S, np.float32), np.float32(0))  # -1 picks the last
   return [dataclasses.replace(batch, weights_BxG=padded[batch.example_BxG]) for batch in batches]

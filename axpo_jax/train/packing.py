@@ -92,7 +92,7 @@ def pack(
   """Packs examples into micro-batches of at most [rows, length].
 
   Deterministic. Micro-batches have `rows` rows or, where that leaves fewer of them empty, half as
-  many. Every target weighs 1: `batch.weigh` says otherwise.
+  many. Every target weighs 1: `batch.with_weights` changes that.
 
   Args:
     share_prefixes: equal beginnings (ids, positions, images) of examples are computed once a row.

@@ -28,8 +28,8 @@ from axpo_jax.rl import algorithm
 from axpo_jax.rl.credit import CreditConfig
 from axpo_jax.rl.resample import ResampleConfig
 from axpo_jax.rollouts import census, collect
+from axpo_jax.rollouts.dump import dump_groups
 from axpo_jax.rollouts.groups import group_stats, outcome_of
-from axpo_jax.stages import rl
 from axpo_jax.stages.metrics import MetricsWriter
 
 TINY = pathlib.Path(axpo_jax.__file__).parent / "assets" / "tiny_tokenizer"
@@ -81,7 +81,7 @@ def write_run(folder: pathlib.Path, *, steps: int = 3, questions: int = 4, rollo
       asked = [_question(draw, f"q{step}-{i}") for i in range(questions)]
       groups = asyncio.run(_groups(_actor(chat, sampler), asked, rollouts, step))
       earned = _credits(groups)
-      rl.dump(groups, earned, folder / "rl" / "rollouts" / f"step_{step:06d}.jsonl", chat)
+      dump_groups(folder / "rl" / "rollouts" / f"step_{step:06d}.jsonl", groups, earned, chat)
       writer.write(step, _metrics(groups, earned, chat, draw))
 
 

@@ -9,13 +9,13 @@ import pytest
 from axpo_jax.rl.algorithm import (
   assign_credit,
   choose_cut,
-  draws,
   informative,
   needs_old_logprobs,
+  next_continuations,
   plan_resamples,
   split_updates,
 )
-from axpo_jax.rl.credit import Branch, CreditConfig, GroupOutcome
+from axpo_jax.rl.credit import BranchOutcome, CreditConfig, GroupOutcome
 from axpo_jax.rl.loss_config import LossConfig
 from axpo_jax.rl.recovery import Recovery, Tried
 from axpo_jax.rl.resample import Cut, GroupView, ResampleConfig
@@ -38,15 +38,15 @@ def test_a_rollout_is_cut_at_one_of_its_calls(cut, want):
 
 
 def test_all_continuations_are_drawn_at_once():
-  assert draws([], 0, ResampleConfig()) == 4
-  assert draws([1, 0, 0], 4, ResampleConfig()) == 0  # one was lost
+  assert next_continuations([], 0, ResampleConfig()) == 4
+  assert next_continuations([1, 0, 0], 4, ResampleConfig()) == 0  # one was lost
 
 
 @pytest.mark.parametrize(("rewards", "drawn"), [("10", 2), ("110", 3), ("0001", 4), ("0000", 4), ("01", 2)])
 def test_early_stop_ends_with_both_outcomes_or_k(rewards, drawn):
   seen, config = [], ResampleConfig(early_stop=True)
   coming = iter(map(float, rewards))
-  while count := draws(seen, len(seen), config):
+  while count := next_continuations(seen, len(seen), config):
     assert count == (2 if not seen else 1)
     seen += itertools.islice(coming, count)
   assert len(seen) == drawn
@@ -54,9 +54,9 @@ def test_early_stop_ends_with_both_outcomes_or_k(rewards, drawn):
 
 def test_early_stop_counts_lost_continuations():
   config = ResampleConfig(early_stop=True)
-  assert draws([0.0], 2, config) == 1
-  assert draws([], 3, config) == 1
-  assert draws([], 4, config) == 0
+  assert next_continuations([0.0], 2, config) == 1
+  assert next_continuations([], 3, config) == 1
+  assert next_continuations([], 4, config) == 0
 
 
 def test_dynamic_sampling_keeps_what_axpo_repairs():
@@ -73,7 +73,7 @@ def test_dynamic_sampling_keeps_what_axpo_repairs():
 def test_leave_one_out_is_the_mean_of_the_others():
   rewards = np.array([1.0, 0, 0, 1, 1, 0.5, 0, 0])
   config = CreditConfig(normalise_std=False, leave_one_out=True)
-  got = [c.advantage for c in assign_credit([GroupOutcome(rewards, [Branch(1, np.array([1.0, 0, 0]))])], config)]
+  got = [c.advantage for c in assign_credit([GroupOutcome(rewards, [BranchOutcome(1, np.array([1.0, 0, 0]))])], config)]
   others = [r - np.delete(rewards, i).mean() for i, r in enumerate(rewards)]
   others[1] = 1.0 - np.delete(rewards, 1).mean()  # the prefix was recovered
   np.testing.assert_allclose(got, [*others, 1.0, -0.5, -0.5], atol=1e-12)
@@ -83,7 +83,7 @@ def test_leave_one_out_is_the_mean_of_the_others():
 
 def test_credit_reads_shaped_rewards():
   """A tool call costs a right answer its whole reward here; the K continuations are shaped as their group."""
-  group = GroupOutcome(np.array([1.0, 1.0, 0.0]), [Branch(2, np.array([1.0, 0.0]), np.array([1, 0]))],
+  group = GroupOutcome(np.array([1.0, 1.0, 0.0]), [BranchOutcome(2, np.array([1.0, 0.0]), np.array([1, 0]))],
                        np.array([0, 9, 1]))
   plain = [c.advantage for c in assign_credit([group], CreditConfig())]
   shaped = [c.advantage for c in assign_credit([group], CreditConfig(), ShapingConfig(tool_penalty="otc"))]

@@ -7,7 +7,7 @@ import pytest
 
 from axpo_jax.rl.advantages import group_advantages
 from axpo_jax.rl.algorithm import assign_credit, loss_mask, plan_resamples
-from axpo_jax.rl.credit import ALL, Branch, CreditConfig, GroupOutcome
+from axpo_jax.rl.credit import ALL, BranchOutcome, CreditConfig, GroupOutcome
 from axpo_jax.rl.loss_config import LossConfig
 from axpo_jax.rl.losses import policy_loss
 from axpo_jax.rl.resample import GroupView, ResampleConfig
@@ -35,7 +35,7 @@ def outcomes(config, seed=0):
   branches = [[] for _ in views]
   for chosen in plan_resamples(views, config):
     rewards_K = (rng.random(config.k) < 0.5).astype(float)
-    branches[chosen.group].append(Branch(chosen.rollout, rewards_K))
+    branches[chosen.group].append(BranchOutcome(chosen.rollout, rewards_K))
   return [GroupOutcome(r, b) for r, b in zip(rewards, branches)]
 
 

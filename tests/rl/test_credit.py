@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from axpo_jax.rl.advantages import group_advantages
 from axpo_jax.rl.algorithm import assign_credit, loss_mask
 from axpo_jax.rl.credit import (
-  Branch,
+  BranchOutcome,
   Credit,
   CreditConfig,
   GroupOutcome,
@@ -57,7 +57,7 @@ def test_any_does_not_count_how_many(others_right, right):
 
 def test_one_group_in_full():
   """Eight rollouts; 2 used a tool wrongly and is the source; three no-tool ones are right."""
-  branch = Branch(2, np.array([0, 1, 0, 0]))
+  branch = BranchOutcome(2, np.array([0, 1, 0, 0]))
   credits = assign_credit([outcome([1, 1, 0, 1, 0, 0, 0, 0], branch)], PAPER)
   plain = group_advantages([1, 1, 0, 1, 0, 0, 0, 0])
   want = [
@@ -73,7 +73,7 @@ def test_one_group_in_full():
 
 
 def test_zero_advantage_sequences_stay():
-  credits = assign_credit([outcome([0] * 8, Branch(0, np.zeros(4)))], PAPER)
+  credits = assign_credit([outcome([0] * 8, BranchOutcome(0, np.zeros(4)))], PAPER)
   assert len(credits) == 12
   assert {c.advantage for c in credits} == {0.0}
 
@@ -84,9 +84,9 @@ continuations = st.lists(st.sampled_from([0.0, 1.0]), min_size=4, max_size=4).ma
 
 @given(groups, continuations, continuations)
 def test_two_sources_are_independent(rewards, first, second):
-  alone_0 = by_place(assign_credit([outcome(rewards, Branch(0, first))], PAPER))
-  alone_1 = by_place(assign_credit([outcome(rewards, Branch(1, second))], PAPER))
-  both = by_place(assign_credit([outcome(rewards, Branch(0, first), Branch(1, second))], PAPER))
+  alone_0 = by_place(assign_credit([outcome(rewards, BranchOutcome(0, first))], PAPER))
+  alone_1 = by_place(assign_credit([outcome(rewards, BranchOutcome(1, second))], PAPER))
+  both = by_place(assign_credit([outcome(rewards, BranchOutcome(0, first), BranchOutcome(1, second))], PAPER))
   assert both[0, 0, None] == alone_0[0, 0, None]
   assert both[0, 1, None] == alone_1[0, 1, None]
   for k in range(4):
@@ -118,9 +118,9 @@ def test_permuting_rollouts_and_continuations_permutes_credit(rewards, resampled
   order = random.sample(range(len(rewards)), len(rewards))
   order_k = random.sample(range(4), 4)
   moved = by_place(
-    assign_credit([outcome(rewards[order], Branch(order.index(1), resampled[order_k]))], config)
+    assign_credit([outcome(rewards[order], BranchOutcome(order.index(1), resampled[order_k]))], config)
   )
-  base = by_place(assign_credit([outcome(rewards, Branch(1, resampled))], config))
+  base = by_place(assign_credit([outcome(rewards, BranchOutcome(1, resampled))], config))
   for (_, rollout, branch), c in moved.items():
     source = order[rollout] if branch is None else order_k[rollout]
     same = base[0, source, branch]
@@ -133,14 +133,14 @@ def test_permuting_rollouts_and_continuations_permutes_credit(rewards, resampled
 def test_no_prefix_credit_leaves_the_source_as_grpo_does():
   rewards = [0, 1, 0, 0]
   credits = assign_credit(
-    [outcome(rewards, Branch(0, np.array([1, 0, 0, 0])))], CreditConfig(prefix_credit="none")
+    [outcome(rewards, BranchOutcome(0, np.array([1, 0, 0, 0])))], CreditConfig(prefix_credit="none")
   )
   assert credits[:4] == assign_credit([outcome(rewards)], PAPER)
   assert [c.region for c in credits[4:]] == ["continuation"] * 4
 
 
 def test_merged_group_normalises_over_all():
-  branch = Branch(0, np.array([1.0, 0, 0, 0]))
+  branch = BranchOutcome(0, np.array([1.0, 0, 0, 0]))
   config = CreditConfig(merge_resamples=True)
   credits = by_place(assign_credit([outcome([0, 1, 0, 0], branch)], config))
   merged = np.array([0, 1, 0, 0, 1, 0, 0, 0.0])
@@ -186,7 +186,7 @@ def test_excess_grows_with_success_where_nothing_else_is_right():
 
 def test_no_std_normalisation():
   config = CreditConfig(normalise_std=False)
-  branch = Branch(0, np.array([1, 0, 0, 0]))
+  branch = BranchOutcome(0, np.array([1, 0, 0, 0]))
   credits = by_place(assign_credit([outcome([0, 0, 0, 1], branch)], config))
   assert credits[0, 0, None].advantage == 0.5
   assert credits[0, 3, None].advantage == 0.75
@@ -227,7 +227,7 @@ def test_bad_mask_requests(region, end):
 
 @pytest.mark.parametrize("sources", [(4,), (-1,), (1, 1)])
 def test_bad_sources(sources):
-  branches = [Branch(s, np.zeros(4)) for s in sources]
+  branches = [BranchOutcome(s, np.zeros(4)) for s in sources]
   with pytest.raises(ValueError, match="source"):
     assign_credit([outcome([0, 0, 0, 0], *branches)], PAPER)
 
@@ -253,7 +253,7 @@ def test_turns_are_compared_with_the_same_turn_of_the_other_rollouts():
 
 
 def test_turns_reach_the_credits_and_leave_the_rest_as_it_is():
-  group = GroupOutcome(np.array([1.0, 0.0]), [Branch(1, np.array([1.0, 0.0]), turn_rewards_K=[[0.0], [1.0]])],
+  group = GroupOutcome(np.array([1.0, 0.0]), [BranchOutcome(1, np.array([1.0, 0.0]), turn_rewards_K=[[0.0], [1.0]])],
                        turn_rewards_N=[[1.0], [0.0]])
   plain = assign_credit([group], CreditConfig())
   turned = assign_credit([group], CreditConfig(turn_weight=1.0))

@@ -11,7 +11,7 @@ import numpy as np
 from axpo_jax.eval import passk
 from axpo_jax.rl import losses, recipes
 from axpo_jax.rl.algorithm import assign_credit
-from axpo_jax.rl.credit import Branch, CreditConfig, GroupOutcome
+from axpo_jax.rl.credit import BranchOutcome, CreditConfig, GroupOutcome
 from axpo_jax.rl.loss_config import LossConfig
 from axpo_jax.rollouts import census
 from axpo_jax.rollouts.acting import acting_census
@@ -62,7 +62,7 @@ def _produced():
   names = set(census.census(groups)) | set(census.resample_census(groups, budget=2))
   names |= set(acting_census([census.GroupStats(rollouts, acting=label)
                               for label in ("act", "decline")]))
-  outcome = GroupOutcome(np.zeros(4), [Branch(0, np.array([1.0, 0.0]))])
+  outcome = GroupOutcome(np.zeros(4), [BranchOutcome(0, np.array([1.0, 0.0]))])
   names |= set(census.credit_census(assign_credit([outcome], CreditConfig())))
   x = jnp.linspace(-2.0, -1.0, 8)
   config = LossConfig(dual_clip=3.0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from axpo_jax.rl.algorithm import assign_credit
-from axpo_jax.rl.credit import Branch, CreditConfig, GroupOutcome
+from axpo_jax.rl.credit import BranchOutcome, CreditConfig, GroupOutcome
 from axpo_jax.rl.loss_config import LossConfig
 from axpo_jax.rl.losses import add_metrics, k3, policy_loss, summarise
 
@@ -304,7 +304,7 @@ def test_jits_with_a_static_config():
 def test_axpo_loss_is_the_sum_of_its_parts():
   """L = GRPO loss of the rest + L_clip(prefix) + sum_k L_clip(y_k), all in one token mean."""
   rng = np.random.default_rng(3)
-  outcome = GroupOutcome(np.zeros(3), [Branch(1, np.array([1.0, 0, 0, 1]))])
+  outcome = GroupOutcome(np.zeros(3), [BranchOutcome(1, np.array([1.0, 0, 0, 1]))])
   credits = assign_credit([outcome], CreditConfig())
   tokens = 5
   rows = len(credits)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from axpo_jax.rl.algorithm import assign_credit
-from axpo_jax.rl.credit import ALL, CONTINUATION, PREFIX, Branch, CreditConfig, GroupOutcome
+from axpo_jax.rl.credit import ALL, CONTINUATION, PREFIX, BranchOutcome, CreditConfig, GroupOutcome
 from axpo_jax.rl.loss_config import LossConfig
 from axpo_jax.rl.weights import advantage_shares, drifted, sequence_weights
 
@@ -55,7 +55,7 @@ def test_sums_over_micro_batches_are_the_formula(
 def test_a_step_of_the_papers_shape_by_hand():
   """One question, eight rollouts of 10 tokens, one prefix of 4 with four continuations of 5."""
   outcome = GroupOutcome(np.array([0, 1, 1, 0, 0, 0, 0, 0]),
-                         [Branch(0, np.array([1, 0, 0, 0]))])
+                         [BranchOutcome(0, np.array([1, 0, 0, 0]))])
   credits = assign_credit([outcome], CreditConfig())
   regions = [c.region for c in credits]
   tokens_S = np.array([{ALL: 10, PREFIX: 4, CONTINUATION: 5}[region] for region in regions])

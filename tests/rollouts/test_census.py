@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from axpo_jax.rl.algorithm import assign_credit
-from axpo_jax.rl.credit import Branch, CreditConfig, GroupOutcome
+from axpo_jax.rl.credit import BranchOutcome, CreditConfig, GroupOutcome
 from axpo_jax.rollouts import census as census_lib
 from axpo_jax.rollouts.census import (
   BranchStats,
@@ -197,7 +197,7 @@ def test_order_of_rollouts_does_not_matter(random):
 
 
 def test_credit_metrics():
-  outcome = GroupOutcome(np.zeros(8), [Branch(0, np.array([1, 0, 0, 0]))])
+  outcome = GroupOutcome(np.zeros(8), [BranchOutcome(0, np.array([1, 0, 0, 0]))])
   credits = assign_credit([outcome, GroupOutcome(np.zeros(8))], CreditConfig())
   got = census_lib.credit_census(credits)
   assert got["train/sequences"] == 20

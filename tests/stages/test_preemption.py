@@ -76,7 +76,7 @@ def calls(run) -> set:
 @pytest.fixture
 def notice(monkeypatch):
   """SIGTERM is a notice to this process, which has had none."""
-  monkeypatch.setattr(preemption, "_told", threading.Event())
+  monkeypatch.setattr(preemption, "_requested", threading.Event())
   before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
   preemption.install()
   yield lambda: os.kill(os.getpid(), signal.SIGTERM)
@@ -95,7 +95,7 @@ def test_notice_waits_for_the_end_of_what_has_state(notice):
   reached = []
   with pytest.raises(preemption.Stopped), preemption.held():
     notice()
-    assert preemption.told()
+    assert preemption.stop_requested()
     reached.append("the end")
   assert reached == ["the end"]
 
@@ -111,11 +111,11 @@ def test_notice_cancels_what_is_awaited(notice):
       raise
 
   async def everything():
-    assert await preemption.unless_told(lambda: asyncio.sleep(0, "done")) == "done"
+    assert await preemption.cancel_on_stop(lambda: asyncio.sleep(0, "done")) == "done"
     asyncio.get_running_loop().call_later(0.1, notice)
     for _ in range(2):  # and what comes next is not begun
       with pytest.raises(preemption.Stopped):
-        await preemption.unless_told(work)
+        await preemption.cancel_on_stop(work)
 
   with pytest.raises(preemption.Stopped), preemption.held():
     asyncio.run(everything())

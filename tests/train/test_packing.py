@@ -23,7 +23,7 @@ from axpo_jax.train.batch import (
   save_batch,
   sums_by_example,
   targets,
-  weigh,
+  with_weights,
 )
 from axpo_jax.train.packing import PackingError, pack
 
@@ -252,7 +252,7 @@ def test_weights_by_example(make_example, options):
   ids = [b.targets_BxG for b in batches]
   want = [e.ids_T[e.loss_mask_T].sum() for e in examples]
   np.testing.assert_array_equal(sums_by_example(batches, ids, 3), want)
-  weighed = weigh(batches, np.array([0.5, 0.25, 7.0]))
+  weighed = with_weights(batches, np.array([0.5, 0.25, 7.0]))
   for batch, plain in zip(weighed, batches, strict=True):
     np.testing.assert_array_equal(batch.weights_BxG != 0, plain.weights_BxG != 0)
   np.testing.assert_allclose(

@@ -15,7 +15,7 @@ from axpo_jax.model.vision_inputs import mrope_positions
 from axpo_jax.rl.loss_config import LossConfig
 from axpo_jax.rl.losses import add_metrics
 from axpo_jax.rl.weights import sequence_weights
-from axpo_jax.train.batch import packing_metrics, weigh
+from axpo_jax.train.batch import packing_metrics, with_weights
 from axpo_jax.train.optimizer_config import OptimizerConfig
 from axpo_jax.train.packing import Example, pack
 from axpo_jax.train.state import make_optimizer
@@ -154,7 +154,7 @@ def _compare(tree, seed, weighing, config, images, one_a_row, learner, policies)
   tokens_S = [e.loss_mask_T.sum() for e in examples]
   resampled_S = rng.random(len(examples)) < 0.3
   weights_S, _ = sequence_weights(tokens_S, resampled_S, LossConfig(**weighing), questions=2)
-  shared, plain = (weigh(pack(examples, share_prefixes=share, **options), weights_S)
+  shared, plain = (with_weights(pack(examples, share_prefixes=share, **options), weights_S)
                    for share in (True, False))
   tokens = [packing_metrics(batches, examples)["pack/tokens"] for batches in (shared, plain)]
   hypothesis.event(f"saved {1 - tokens[0] / max(tokens[1], 1):.1f} of the tokens")
