@@ -44,24 +44,19 @@ def policy_loss(
 
   Args:
     logp: log-probability of each token under the policy being trained. The gradient flows here.
-    old_logp: the same under the weights that began the step, by a forward pass of the trainer. None where
-      the step has one update and the ratio is one (`algorithm.needs_old_logprobs`).
-    ref_logp: the same under the fixed reference. May be None if kl_coef is 0; the KL is then
-      neither used nor logged.
+    old_logp: the same under the weights that began the step; None: `logp`, and the ratio is one.
+    ref_logp: the same under the fixed reference; None, if kl_coef is 0, leaves the KL out.
     behaviour_logp: what the sampler reported.
     advantages: A of each token.
-    weights: 0 masks a token, which then has exactly zero loss and gradient whatever the other
-      arrays hold there (NaN included).
+    weights: 0 masks a token: its loss and gradient are exactly zero whatever the other arrays hold (NaN too).
     config: see LossConfig.
-    entropy: policy entropy of each token in nats; needed if entropy_coef is not 0, else logged.
-    sequence: int, a number a token; neighbours of one number in a row are one sequence. Needed by the
-      surrogates of whole sequences.
-    lag: int, versions by which the weights that drew the token were behind those being trained.
-    max_lag: the gap to the sampler is also logged for every lag from 0 to this, if it is not 0.
+    entropy: of the policy at each token, in nats; needed if entropy_coef is not 0, else logged.
+    sequence: int; neighbours of one number in a row are one sequence. Surrogates of whole sequences need it.
+    lag: int, versions by which the weights that drew the token were behind.
+    max_lag: above 0, the gap to the sampler is also logged for every lag up to this.
 
   Returns:
-    The summed loss (f32 scalar) and metric sums (f32 scalars; see `add_metrics` and
-    `summarise`).
+    The summed loss (f32 scalar) and metric sums (f32 scalars; see `add_metrics` and `summarise`).
 
   Raises:
     ValueError: an array that the config needs is None.
@@ -77,31 +72,31 @@ def policy_loss(
   old_logp = jax.lax.stop_gradient(logp if old_logp is None else clean(old_logp))
   behaviour_logp = clean(behaviour_logp)
   log_ratio = jnp.clip(logp - old_logp, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-  ratio = jnp.exp(log_ratio)
-  surrogate, clipped = SURROGATES[config.variant](
-    Tokens(log_ratio, ratio, logp, old_logp, advantages,
-           lambda x: mean_by_sequence(x, mask, sequence)), config)
-  gap = jnp.where(mask, old_logp - behaviour_logp, 0.0)
-  tis, corrected = sampler_weight(gap, config)
+  tokens = Tokens(log_ratio, jnp.exp(log_ratio), logp, old_logp, advantages,
+                  lambda x: mean_by_sequence(x, mask, sequence))
+  surrogate, clipped = SURROGATES[config.variant](tokens, config)
+  tis, corrected = sampler_weight(jnp.where(mask, old_logp - behaviour_logp, 0.0), config)
   sampler_metrics = _sampler_metrics(old_logp, behaviour_logp, corrected, mask, lag, max_lag)
   per_token = -tis * surrogate
   totals = {"tokens": mask, "weight": weights, "policy_loss": -tis * surrogate * weights}
-  # Around 1, where the ratio is: the difference of two sums near 1 would lose its variance in float32.
-  off_one = ratio - 1.0
-  totals |= {"ratio_off_one": off_one, "ratio_off_one_squared": off_one**2, **clipped,
-             "advantage": advantages, "advantage_nonzero": advantages != 0}
+  totals |= _ratio_metrics(tokens) | clipped
+  totals |= {"advantage": advantages, "advantage_nonzero": advantages != 0}
   if ref_logp is not None:
-    kl = k3(logp, clean(ref_logp), config.kl_cap)
-    per_token += config.kl_coef * kl
-    totals["kl"] = kl
+    totals["kl"] = k3(logp, clean(ref_logp), config.kl_cap)
+    per_token += config.kl_coef * totals["kl"]
   if entropy is not None:
-    entropy = clean(entropy)
-    per_token -= config.entropy_coef * entropy
-    totals["entropy"] = entropy
-  sums = _masked_sums(totals, mask)
-  ratio_max = {"ratio_max": jnp.max(jnp.where(mask, ratio, 0.0), initial=0.0)}
-  metrics = jax.lax.stop_gradient(sums | sampler_metrics | ratio_max)
+    totals["entropy"] = clean(entropy)
+    per_token -= config.entropy_coef * totals["entropy"]
+  sums = _masked_sums(totals, mask) | sampler_metrics
+  sums["ratio_max"] = jnp.max(jnp.where(mask, tokens.ratio, 0.0), initial=0.0)
+  metrics = jax.lax.stop_gradient(sums)
   return jnp.sum(per_token * weights), metrics
+
+
+def _ratio_metrics(tokens: Tokens) -> dict[str, jax.Array]:
+  # Around 1, where the ratio is: the difference of two sums near 1 would lose its variance in float32.
+  off_one = tokens.ratio - 1.0
+  return {"ratio_off_one": off_one, "ratio_off_one_squared": off_one**2}
 
 
 def k3(logp: jax.Array, ref_logp: jax.Array, cap: float) -> jax.Array:
