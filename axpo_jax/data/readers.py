@@ -22,6 +22,7 @@ from axpo_jax import paths as paths_lib
 from axpo_jax.data import files, image_sources
 from axpo_jax.data.files import ReaderError, RecordError
 from axpo_jax.data.question import ImageError, ImageSource, Question
+from axpo_jax.records import value_at
 
 _LOG = logging.getLogger(__name__)
 _BOXED = re.compile(r"\s*\\boxed\{(.*)\}\s*", re.DOTALL)
@@ -296,13 +297,8 @@ def _deeper(value: Any, most: int) -> bool:
 
 
 def _field(record: Mapping[str, Any], column: str) -> Any:
-  """A column's value; None where it is absent. A column named with its dots goes before a path."""
-  if not column or column in record:
-    return record.get(column) if column else None
-  value: Any = record
-  for name in column.split("."):
-    value = value.get(name) if isinstance(value, Mapping) else None
-  return value
+  """A column's value; None where it is absent or has no name."""
+  return value_at(record, column) if column else None
 
 
 def _optional_text(record: Mapping[str, Any], column: str) -> str:

@@ -16,7 +16,8 @@ from typing import Any
 
 from axpo_jax.diagnose.events import GIVEN, GIVEN_ROLES, is_agents
 from axpo_jax.diagnose.notations import CHATML, parsed, split_text, text_of
-from axpo_jax.diagnose.traces import TraceError, at
+from axpo_jax.diagnose.traces import TraceError
+from axpo_jax.records import value_at
 
 COMPLETIONS = ("completion", "output", "response")
 _USERS = ("user", "human")
@@ -68,7 +69,7 @@ def conversations(record: Mapping[str, Any], path: pathlib.Path, form: str | Non
     TraceError: not the one that was named.
   """
   if messages is not None:
-    found = at(record, messages)
+    found = value_at(record, messages)
     if not isinstance(found, list | str) or not found:
       raise TraceError(f"there are no messages at {messages!r}")
     return "messages", [Conversation(_as_messages(found, "assistant"), record, tools=_tools(record))]
@@ -142,7 +143,7 @@ def _tau2(record: Mapping[str, Any], path: pathlib.Path) -> list[Conversation] |
   """results.json of tau2: many simulations of the tasks of one domain."""
   if not _objects(record.get("simulations")):
     return None
-  domain = at(record, "info.environment_info.domain_name")
+  domain = value_at(record, "info.environment_info.domain_name")
   return [Conversation(run.get("messages") or (), run, {
             "question": f"{domain or path.stem} {run.get('task_id')}"})
           for run in record["simulations"]]
@@ -213,7 +214,7 @@ def _messages(record: Mapping[str, Any], path: pathlib.Path) -> list[Conversatio
   if not messages or (not any(map(is_agents, messages)) and _made(record) is not None):
     return None
   facts = {}
-  instruction = at(record, "info.task.instruction")
+  instruction = value_at(record, "info.task.instruction")
   if "traj" in record and instruction:  # tau-bench counts its tasks from 0 in every domain
     facts["question"] = f"{record.get('task_id')} {instruction}"
   return [Conversation(_system(record) + messages, record, facts, _tools(record))]

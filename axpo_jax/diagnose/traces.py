@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from axpo_jax.records import value_at
 from axpo_jax.rl.advantages import RIGHT
 from axpo_jax.rollouts.acting import ACT, DECLINE
 
@@ -110,7 +111,7 @@ class Fields:
     """(name, value) of one field; ("", None) if the record has none. What a format `known`s itself
     goes before the usual names, and after a path that was given."""
     if field in self._names:
-      return self._names[field], at(record, self._names[field])
+      return self._names[field], value_at(record, self._names[field])
     if known and known.get(field) is not None:
       return field, known[field]
     for place in (record, *(record.get(name) for name in META)):
@@ -139,15 +140,6 @@ class Fields:
         raise TraceError(f"acting is {acting!r}; it must be one of {ACTING}")
       out["acting"] = acting
     return out
-
-
-def at(record: Any, path: str) -> Any:
-  """What lies at a dotted path; None if nothing does. A name with dots in it goes first."""
-  if isinstance(record, Mapping) and path in record:
-    return record[path]
-  for name in path.split("."):
-    record = record.get(name) if isinstance(record, Mapping) else None
-  return record
 
 
 def _reward(value: Any) -> float | None:

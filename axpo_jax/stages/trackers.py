@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import importlib
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ class Tracker:
   Args:
     name: the package, "wandb" or "trackio".
     config: of the run.
-    root: the run's folder; its path names the run, so that a resumed one goes on in it.
+    root: the run's folder. A file in it holds the tracker's id of the run, so that a resumed run continues there.
 
   Raises:
     ConfigError: the package is missing, or refuses to start (no key, no network).
@@ -48,13 +49,13 @@ class Tracker:
       self._module = importlib.import_module(name)
     except ImportError as error:
       raise ConfigError(f"config.log.trackers names {name!r}: pip install {name}") from error
-    where = os.path.abspath(root) if not paths.is_remote(root) else str(root)
-    options: dict[str, Any] = {"project": config.log.project, "config": config.to_dict()}
+    run_id = _run_id(root)
+    options: dict[str, Any] = {"project": config.log.project, "config": config.to_dict(), "resume": "allow"}
     if name == "wandb":
-      options |= {"id": hashlib.sha256(where.encode()).hexdigest()[:16], "name": root.name, "resume": "allow",
-                  "dir": str(paths.scratch(root)), "settings": self._module.Settings(silent=True)}
+      options |= {"id": run_id, "name": root.name, "dir": str(paths.scratch(root)),
+                  "settings": self._module.Settings(silent=True)}
     else:  # trackio knows runs by their names
-      options |= {"name": where.strip("/").replace("/", "-"), "resume": "allow", "embed": False}
+      options |= {"name": f"{root.name}-{run_id}", "embed": False}
     try:
       self._run = self._module.init(**options)
     except Exception as error:  # of the network, of a login, whatever the package raises
@@ -102,6 +103,20 @@ class Tracker:
       if not self._failed:
         logging.warning("%s failed, and the run goes on without it: %s", self.name, error)
       self._failed = True
+
+
+def _run_id(root: epath.Path) -> str:
+  """The id of the run in its trackers, the same whenever it is resumed.
+
+  It is random: machines and containers have runs of the same path. And it depends on the path: the copy of a
+  run's folder is another run.
+  """
+  file = root / "tracker_id.txt"
+  if not file.exists():
+    paths.make(root)
+    paths.write_text(file, secrets.token_hex(8) + "\n")
+  where = str(root) if paths.is_remote(root) else os.path.abspath(root)
+  return hashlib.sha256(f"{where} {file.read_text().strip()}".encode()).hexdigest()[:16]
 
 
 def start(config: ConfigDict, root: epath.Path) -> list[Tracker]:

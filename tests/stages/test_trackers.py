@@ -88,6 +88,11 @@ def test_a_resumed_run_goes_on_in_its_own(tmp_path, monkeypatch):
   for folder in ("a", "a", "b"):
     trackers.start(config("wandb"), trackers.epath.Path(tmp_path / folder))
   assert asked[0]["id"] == asked[1]["id"] != asked[2]["id"]
+  (tmp_path / "a").rename(tmp_path / "old")
+  trackers.start(config("wandb"), trackers.epath.Path(tmp_path / "a"))  # the same path on another machine
+  (tmp_path / "old").rename(tmp_path / "copy")
+  trackers.start(config("wandb"), trackers.epath.Path(tmp_path / "copy"))  # and a copy of the folder
+  assert len({options["id"] for options in asked}) == 4
   assert (asked[0]["resume"], asked[0]["name"], asked[0]["config"]["seed"]) == ("allow", "a", 3)
 
 
