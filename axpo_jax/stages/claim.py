@@ -1,9 +1,9 @@
-"""Whose folder a --workdir is: a run's, with the fields of its config that define its numbers.
+"""Which config a run's folder belongs to, and whether another one may continue the run.
 
-In: the run's folder and a config. Out: config.json in it, or a ConfigError that lists what differs. A run
-may be continued with other fields that leave its numbers as they are: where it logs, how often it
-saves, which devices and servers do the work, and how long it trains where the learning rate does not
-depend on that. A field that the folder's config lacks, since an older version wrote it, has its default.
+In: the run's folder and a config. Out: config.json in it, or a ConfigError that lists the differences. A
+config may differ in fields that do not change the run's numbers: where it logs, how often it saves, which
+devices and servers do the work, and the number of steps where the learning rate does not depend on it. If
+the folder's config lacks a field because an older version wrote it, the field counts as its default.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from axpo_jax.errors import ConfigError
 
 _FILE = "config.json"
 _SHOWN = 8  # differences in a message
-# Fields that a run may be continued with another value of, as patterns.
+# Patterns of the fields that may change when a run continues.
 _FREE = (
-  # Of a recipe the fields count that it sets.
+  # A recipe's name: the fields that it sets are compared themselves.
   "rl.recipe", "log.*", "checkpoint.*", "compilation_cache", "eval.every", "rl.max_lost_steps", "rl.reference_offload",
-  # Who computes: the same up to rounding.
+  # Devices and servers: the numbers are the same up to rounding.
   "mesh.*", "batch.*", "model.remat", "model.attention", "model.attention_chunk",
   "rollout.urls", "rollout.sidecar.*", "rollout.sglang.*", "rollout.embedded.*",
-  # Where things lie, and how fast they are asked for.
+  # Paths, and how fast requests are sent.
   "data.image_folder", "data.image_anywhere", "data.image_cache", "data.max_bad_share", "agent.audit",
   "agent.overlap_tools", "agent.reward_time_limit",
   "agent.judge.max_requests", "eval.judge.max_requests", "agent.run_limits.*", "agent.python.warm", "agent.python.max_concurrent",
@@ -39,18 +39,18 @@ _FREE = (
   *(f"{endpoint}.{name}" for endpoint in ("teach", "eval.judge", "agent.judge")
     for name in ("url", "max_concurrent", "attempts", "timeout_s")),
 )
-# Of these, what changes more than rounding.
+# Exceptions: these change more than rounding.
 _NOT_FREE = ("rollout.sglang.push_dtype", "rollout.embedded.dtype", "rollout.sidecar.device")
 # Sections whose entries a config chooses.
 _OPEN = ("sft.kinds.", "sft.teacher.", "data.miniworld.kinds.", "data.miniworld.families.")
-# Stages that read a section: the others do not mind what is in it.
+# The stages that read a section. A change of it does not matter to the others.
 _READERS = {"teach": {"teach"}, "sft": {"sft", "teach"}, "screen": {"screen"}, "rl": {"rl"},
             "optimizer": {"rl"}, "eval": {"rl", "eval"}}
 _SCHEDULES = {"sft": "sft.optimizer", "rl": "optimizer"}
 
 
 def check(root: epath.Path, config: ConfigDict) -> None:
-  """Whether this config may run or go on in a folder. Writes nothing.
+  """Checks that this config may start or continue a run in a folder. Writes nothing.
 
   Raises:
     ConfigError: the folder cannot be written, or holds a run whose numbers another config defined.
@@ -80,11 +80,11 @@ def take(root: epath.Path, config: ConfigDict) -> None:
 
 
 def reopen(root: epath.Path, config: ConfigDict) -> None:
-  """Sets the policy of a finished stage aside where the config now asks for more steps of it."""
+  """Renames the policy of a finished stage if the config now asks for more steps, so that the stage continues."""
   for stage in _SCHEDULES:
     policy, done = root / stage / "policy", steps_done(root, stage)
     if stage in config.stages and done and done < config[stage].steps and policy.exists():
-      print(f"{stage}: goes on from step {done}; its policy of that step is now policy_{done}")
+      print(f"{stage}: continues from step {done}; its policy of that step is now policy_{done}")
       paths.move(policy, root / stage / f"policy_{done}", first=_FILE)
 
 
@@ -96,11 +96,11 @@ def steps_done(root: epath.Path, stage: str) -> int:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], root: epath.Path) -> list[str]:
-  """What defines the numbers and differs, a line a field: "rl.num_rollouts: 8 there, 16 here".
+  """The fields that differ and define the run's numbers, one line each: "rl.num_rollouts: 8 there, 16 here".
 
   Args:
-    there, here: dotted names -> values, of the folder's config and of the one at hand.
-    root: of the run, which says what it has done.
+    there, here: dotted names -> values, of the folder's config and of the current one.
+    root: the run's folder, which shows the steps that each stage has done.
   """
   default = dict(_flat(_json(base_config())))
   ran = set(there.get("stages") or here["stages"])  # a stage that is added has not begun
@@ -123,20 +123,20 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], root: epath.P
 
 
 def _may_change(name: str, before: Any, now: Any) -> bool:
-  if name == "stages":  # stages may be added behind those that are there
+  if name == "stages":  # stages may be appended
     return isinstance(before, list) and now[:len(before)] == before
   return (name not in _NOT_FREE
           and any(fnmatch.fnmatchcase(name, pattern) for pattern in _FREE))
 
 
 def _why_not(stage: str, here: Mapping[str, Any], root: epath.Path) -> str:
-  """Why a stage cannot get another number of steps; empty if it can."""
+  """Why a stage's number of steps cannot change; empty if it can."""
   section = _SCHEDULES[stage]
   if here[f"{section}.schedule"] != "constant" or here[f"{section}.warmup"]:
     return f" (its learning rate depends on them: config.{section}.schedule, .warmup)"
   later = here["stages"][here["stages"].index(stage) + 1:] if stage in here["stages"] else []
   if begun := [name for name in later if (root / name).exists()]:
-    return f" (stage {begun[0]!r} began with what it made)"
+    return f" (stage {begun[0]!r} has started from its policy)"
   if here[f"{stage}.steps"] < (done := steps_done(root, stage)):
     return f" (it has done {done})"
   if "://" in os.fspath(root) and (root / stage / "policy").exists():
@@ -161,7 +161,7 @@ def _flat(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any
 
 
 def _check_writable(root: epath.Path) -> None:
-  """A folder of this machine that is there, or can be made; or an object store that can be reached."""
+  """Checks that the folder exists or can be made; on an object store, that the store can be reached."""
   if paths.is_remote(root):
     paths.check_store(root)
     return
@@ -170,4 +170,4 @@ def _check_writable(root: epath.Path) -> None:
     nearest = nearest.parent
   if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
     raise ConfigError(f"--workdir={str(root)!r} cannot be written: {nearest} is "
-                      f"{'read-only to you' if nearest.is_dir() else 'no folder'}")
+                      f"{'read-only for this user' if nearest.is_dir() else 'not a folder'}")

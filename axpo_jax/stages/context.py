@@ -1,6 +1,6 @@
 """What every stage of a run shares: the model's sizes, the chat format, the mesh.
 
-In: a config. Out: a RunContext. Parameters are not in it: a stage loads them and lets go of them.
+In: a config. Out: a RunContext. It holds no parameters: each stage loads its own and frees them.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ class RunContext:
   """What every stage of a run shares.
 
   Attributes:
-    folder: of the run, for the audit log of tool calls; None keeps no log.
-    lora: adapters that are trained in the place of the model's own parameters; None: no adapters.
-    trackers: that follow the run; in the main process alone.
+    folder: of the run, for the audit log of tool calls; None: no log.
+    lora: adapters that are trained instead of the model's own parameters; None: no adapters.
+    trackers: experiment trackers; empty in all processes but the main one.
   """
 
   model_config: ModelConfig
@@ -44,7 +44,7 @@ class RunContext:
 
   @property
   def trained_config(self) -> ModelConfig:
-    """The model as learners know it, with adapters; all others know `model_config`."""
+    """The model's config with adapters, for learners. All others use `model_config`."""
     return dataclasses.replace(self.model_config, lora=self.lora)
 
 
@@ -93,7 +93,7 @@ def _model_config(config: ConfigDict, chat: Chat) -> ModelConfig:
 
 
 def _with_tokenizer(base: ModelConfig, chat: Chat) -> ModelConfig:
-  """The tiny preset takes its vocabulary from whatever tokenizer it is trained with."""
+  """The tiny preset with the vocabulary of the run's tokenizer."""
   return dataclasses.replace(
     base, text=dataclasses.replace(base.text, vocab_size=chat.vocab_size),
     image_token_id=chat.image_pad_id, video_token_id=chat.video_pad_id,

@@ -1,14 +1,14 @@
-"""Several processes: all of them train, the main one alone talks to the world.
+"""Several processes: all of them train; the main one also samples, writes files and prints.
 
-Every process runs the same loop on the same examples and packs the same micro-batches; each puts only
-its own devices' rows on them. What cannot be done twice (rollouts with their tools and servers, files,
-the terminal) the main process does, and shares the outcome: `on_main`. Nothing else differs between
-one process and many, so a run may be resumed with another number of them.
+Every process runs the same loop on the same examples and packs the same micro-batches; each puts its own
+devices' rows on them. What must happen once (rollouts with their tools and servers, files, the terminal)
+happens in the main process, which shares the result (`on_main`). Nothing else differs between one process and
+many, so a run may be resumed with another number of them.
 
-The alternative, every process with its own questions, would spread the host's work, but plan, budget
+The alternative, questions of its own for every process, would spread the work of the host. But plan, budget
 and packing are decisions about a whole step. So all processes get a step's tokens (`Collected.for_training`),
-and each the pixels that its own rows show (`pictures`, which has the figures). What grows with a run's
-speed, sampling, lives in servers.
+and each gets the pixels of its own rows (`train.pictures` has the numbers). Sampling, which grows with the
+speed of a run, happens in servers.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from axpo_jax.train import preemption
 
 T = TypeVar("T")
 
-# Seconds without a sign of life after which a process counts as dead, and those that one that ends
-# waits for the others.
+# Seconds without a heartbeat until a process counts as dead; seconds that a process waits for the others
+# when it ends.
 _HEARTBEAT, _SHUTDOWN = 120, 60
 
 
@@ -46,14 +46,13 @@ def initialize(coordinator: str = "", processes: int = 0, process: int = -1) -> 
   """Joins the processes of a run; call it before anything touches a device.
 
   Args:
-    coordinator: host:port that process 0 listens on, on that address alone; empty: what the environment says (a TPU pod,
-      Slurm, Open MPI, Kubernetes, or JAX_COORDINATOR_ADDRESS), and if it says nothing, the process
-      is alone.
-    processes: how many; 0: what the environment says; 1: alone, whatever it says.
-    process: this one's number, from 0.
+    coordinator: host:port that process 0 listens on, on that address alone. Empty: from the environment (a
+      TPU pod, Slurm, Open MPI, Kubernetes, or JAX_COORDINATOR_ADDRESS); without one there, a single process.
+    processes: how many; 0: from the environment; 1: a single process in any environment.
+    process: the number of this one, from 0.
 
   Raises:
-    ConfigError: some of the three are given and some are neither given nor in the environment.
+    ConfigError: one of the three is given, and another is neither given nor in the environment.
   """
   if processes == 1:
     return
@@ -73,12 +72,12 @@ def initialize(coordinator: str = "", processes: int = 0, process: int = -1) -> 
 def bind_address(coordinator: str) -> str | None:
   """Where process 0 listens so that others reach it at `coordinator`; None: JAX's default, all interfaces.
 
-  Whoever reaches that port can end the run and read what processes exchange, so the default is taken only
-  where the address is none of this machine's (the name of a service, a forwarded port), and said.
+  Anyone who reaches that port can end the run and read what processes exchange. So the default is used only
+  if the address is not one of this machine (the name of a service, a forwarded port), with a warning.
   """
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdigit():
-    return None  # jax says what is wrong with it
+    return None  # jax reports the error
   host = host.strip("[]")
   try:
     for family, _, _, _, (address, *_) in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
@@ -87,21 +86,21 @@ def bind_address(coordinator: str) -> str | None:
       return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
   except OSError:
     logging.warning("--coordinator=%s is no address of this machine, so process 0 listens on all of its "
-                    "interfaces: let a firewall keep strangers from port %s", coordinator, port)
+                    "interfaces: restrict access to port %s with a firewall", coordinator, port)
   return None
 
 
 def on_main(function: Callable[..., T], *args: Any) -> T:
-  """function(*args), called by the main process; all get its result, or its exception."""
+  """Calls function(*args) in the main process; all processes get its result, or its exception."""
   return processes.share(processes.attempt(function, *args) if is_main() else None)
 
 
 async def on_main_async(function: Callable[[], Awaitable[T]], sent: Callable[[T], T] | None = None
                         ) -> T:
-  """`on_main` of a coroutine function. Others on the event loop go on meanwhile.
+  """`on_main` of a coroutine function. Other tasks of the event loop run meanwhile.
 
   Args:
-    sent: result -> what the other processes get of it; None: all.
+    sent: result -> what the other processes get; None: the result.
 
   Raises:
     preemption.Stopped: in all processes, if any was asked to stop before the coroutine ended.
@@ -120,8 +119,8 @@ async def on_main_async(function: Callable[[], Awaitable[T]], sent: Callable[[T]
 
 
 def whole_on_main(params: Any, mesh: jax.sharding.Mesh, rules: sharding.Rules) -> Any:
-  """Parameters that are spread over all processes, copied onto `mesh` of the main one; None in the
-  others. Call it in all of them."""
+  """Gathers parameters that are split over all processes onto `mesh` of the main one; None in the others. Call
+  it in all processes."""
   def copy(leaf, target):
     value = multihost_utils.process_allgather(leaf, tiled=True)
     return jax.device_put(value, target) if is_main() else None
@@ -144,7 +143,7 @@ def metrics_writer(root: str | os.PathLike, **options: Any) -> MetricsWriter | N
 
 async def update_weights(hand_over: Callable[[Any, int], T], install: Callable[[T], Awaitable[None]],
                          params: Any, version: int) -> None:
-  """One update of the sampler's weights, whatever the engine; all processes call it at the same place.
+  """Updates the sampler's weights, for every kind of engine; all processes call it at the same point.
 
       main     hand_over ┐ install ┐
       others   hand_over ┘ (wait)  ┘ all go on, or all raise what went wrong
@@ -159,8 +158,10 @@ async def update_weights(hand_over: Callable[[Any, int], T], install: Callable[[
 
 
 class LocalEngine(EmbeddedEngine):
-  """The embedded engine of the main process, on its own devices: it decides what to compute by what its
-  episodes wait for, which several processes cannot do in step."""
+  """The embedded engine of a run of several processes: it runs in the main one, on that one's devices.
+
+  It decides what to compute by what its episodes wait for, and several processes could not decide alike.
+  """
 
   def __init__(self, model_config: ModelConfig, graphdef: nnx.GraphDef, params: nnx.State, *,
                rules: sharding.Rules, **options: Any):
@@ -183,7 +184,7 @@ class RemoteEngine(SGLangEngine):
 
 
 class Follower:
-  """Stands where the main process has its engine, in the others.
+  """Takes the place of the engine in all processes but the main one.
 
   Args:
     hand_over: as in `update_weights`.

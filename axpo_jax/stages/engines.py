@@ -44,7 +44,7 @@ def servers(config: ConfigDict, policy: str, folder: epath.Path) -> Iterator[tup
 def _start_servers(stack: contextlib.ExitStack, config: ConfigDict, policy: str, folder: epath.Path
                    ) -> tuple[str, ...]:
   try:
-    # A server that loads weights does not answer. It must not be killed as hanging.
+    # A server does not answer while it loads weights, and must not count as hanging.
     spec = sections.sidecar(config, str(paths.local(policy)),
                             hang_after=max(config.rollout.sglang.load_s, 300.0),
                             api_key=os.environ.get(API_KEY_VARIABLE, ""))
@@ -55,10 +55,10 @@ def _start_servers(stack: contextlib.ExitStack, config: ConfigDict, policy: str,
 
 def make_engine(config: ConfigDict, context: RunContext, params: nnx.State, urls: Sequence[str],
                 folder: epath.Path) -> Engine:
-  """The sampler that the config names. It samples nothing before its first `update_weights`.
+  """The sampler that the config names. Call `update_weights` before it samples.
 
-  In a run of several processes each of them calls this and `update_weights` of the result. Only the
-  main process samples.
+  In a run of several processes each of them calls this and `update_weights` of the result; only the main
+  process samples.
 
   Args:
     urls: of the servers, see `servers`.

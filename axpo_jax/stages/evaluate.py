@@ -24,12 +24,12 @@ from axpo_jax.stages import actors
 from axpo_jax.stages.context import RunContext
 from axpo_jax.stages.questions import eval_questions
 
-# Pass@k for these k is told beside that of all rollouts: the paper's.
+# Pass@k is reported for these k (the paper's) and for the number of rollouts.
 _KS = (1, 4)
 
 
 def measured(lines: Iterable[Mapping], step: int) -> bool:
-  """Whether the metrics file has an evaluation at `step` already (a run that was resumed)."""
+  """Whether the metrics file already has an evaluation at `step`: a resumed run does not repeat it."""
   return any(line["step"] == step and "eval/pass_at_1" in line for line in lines)
 
 
@@ -47,7 +47,7 @@ async def run(config: ConfigDict, context: RunContext, engine: Engine, *,
 
 
 def metrics(stats: Sequence[census.GroupStats], n: int, failed: int) -> dict[str, float]:
-  """Metrics of held-out questions with `n` rollouts each, `failed` of which nobody could judge."""
+  """Metrics of held-out questions with `n` rollouts each; `failed` rollouts in total had no result."""
   out = {**_pass_at(stats, "eval", n), **census.census(stats, prefix="eval"),
          **census.census_by_family(stats, prefix="eval"), **acting_census(stats, prefix="eval"),
          "eval/failed": float(failed)}
@@ -64,7 +64,7 @@ def _pass_at(stats: Sequence[census.GroupStats], prefix: str, k: int) -> dict[st
 
 def result(records: Sequence[Record], n: int, benchmark: Benchmark | None = None
            ) -> dict[str, float]:
-  """What a table says of one set of questions.
+  """Results of one set of questions, as tables show them.
 
   Args:
     n: rollouts a question.

@@ -1,10 +1,10 @@
 """Evaluation with the call forced: how good are the policy's calls where it does not choose to call?
 
-In: sampled shards of an evaluation, and whoever answered. Out: an actor whose rollouts begin with the
-thinking of those rollouts, behind which a tool call was opened for them. What follows is decoded by
-the policy, tools and all, so every rollout of every question is a tool rollout: its success rate does
-not depend on how often, or on which questions, the policy calls. Where that rate stays and the
-tool-attempt rate rises, calls became more frequent and not better.
+In: sampled shards of an evaluation, and the actor that answered. Out: an actor that repeats those rollouts:
+each begins with the recorded thinking and an opening <tool_call>, and the policy decodes the rest and uses
+tools as usual. So every rollout is a tool rollout, and its success rate does not depend on how often, or on
+which questions, the policy calls. If that rate stays and the tool-attempt rate rises, calls became more
+frequent and not better.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from axpo_jax.agent.transcript import SAMPLED_KINDS, Transcript
 from axpo_jax.data.question import Question
 from axpo_jax.rollouts import census, collect
 
-# What stands between the thinking and a call in the chat format of Qwen3-VL.
+# Text between the thinking and a call in the chat format of Qwen3-VL.
 _BEFORE_CALL = "\n\n"
 # Name of a metric -> the census's name of it, over the forced rollouts.
 _NAMES = {
@@ -37,7 +37,7 @@ _NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class Thought:
-  """The first turn of a rollout, as sampled; its answer or call is not looked at.
+  """The first turn of a rollout, as sampled. Only its thinking is used.
 
   Attributes:
     ids: tokens of the turn.
@@ -53,7 +53,7 @@ Thoughts = Mapping[tuple[str, int], Thought]
 
 
 def read_thoughts(folder: str | os.PathLike) -> dict[tuple[str, int], Thought]:
-  """The first turns of all rollouts in a folder of shards (`rollouts.shards`) that no machine ended."""
+  """The first turns of the rollouts in a folder of shards (`rollouts.shards`), without failed ones."""
   lines = (line for path in paths.glob(epath.Path(folder), "rollouts_*.jsonl")
            for line in path.read_text().splitlines())
   records = (json.loads(line) for line in lines)
@@ -71,10 +71,10 @@ def _first_turn(transcript: Mapping) -> Thought:
 
 @dataclasses.dataclass(frozen=True)
 class Opener(collect.Actor):
-  """An actor that calls a tool wherever its thinking ends.
+  """An actor that opens a tool call wherever the recorded thinking ends.
 
   Attributes:
-    thoughts: of the rollouts that it repeats; it is asked for them by question and seed.
+    thoughts: of the rollouts to repeat, by question and seed.
   """
 
   thoughts: Thoughts = dataclasses.field(default_factory=dict)
@@ -89,28 +89,29 @@ class Opener(collect.Actor):
                               seeds.derive(seed, "forced"))
 
   def _opened(self, prompt: Transcript, thought: Thought) -> Transcript:
-    """The prompt, the thinking and an opening tag; without the tag if the thinking never ended."""
+    """The prompt, the thinking and an opening tag; no tag if the thinking was cut off."""
     opened, stop = prompt.copy(), think_stop(thought.ids, prompt.special)
     opened.append_sampled(thought.ids[:stop], thought.logprobs[:stop], 0)
     if stop and thought.ids[stop - 1] == prompt.special.think_end:
       tag = [*self.chat.encode(_BEFORE_CALL), prompt.special.tool_call]
-      opened.append_sampled(tag, [0.0] * len(tag), 0)  # given, so certain
+      opened.append_sampled(tag, [0.0] * len(tag), 0)  # log-probability 0: the tag is given
     return opened
 
 
 def opener(actor: collect.Actor, thoughts: Thoughts) -> Opener:
-  """`actor`, opening calls behind `thoughts`."""
+  """`actor` as an Opener with `thoughts`."""
   fields = {field.name: getattr(actor, field.name) for field in dataclasses.fields(collect.Actor)}
   return Opener(**fields, thoughts=thoughts)
 
 
 def rates(groups: Iterable[census.GroupStats]) -> dict[str, float]:
-  """What forced rollouts came to.
+  """Rates over forced rollouts.
 
   Returns:
-    forced_success_rate: share of the calls' rollouts that are right; forced_all_wrong_rate_at_m: the
-    chance that m of a question's are all wrong (unbiased); forced_tool_error_rate: failed calls;
-    forced_opened_rate: rollouts whose thinking ended, so that a call could be opened.
+    forced_success_rate: share of the rollouts with a call that are right.
+    forced_all_wrong_rate_at_m: chance that m rollouts of a question with a call are all wrong (unbiased).
+    forced_tool_error_rate: share of failed calls.
+    forced_opened_rate: share of rollouts whose thinking ended, so that a call could be opened.
   """
   found = census.census(list(groups), prefix="forced")
   return {name: found[f"forced/{source}"] for name, source in _NAMES.items()

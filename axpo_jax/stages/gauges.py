@@ -1,4 +1,4 @@
-"""How a machine is used: memory, model FLOPs, and what the parameters are.
+"""Use of the machine: memory and model FLOPs; and an overview of the parameters.
 
 In: the devices of this process, the batches of an update, a tree of parameters. Out: metrics and a table.
 """
@@ -28,8 +28,8 @@ _BACKWARD = 3  # forward and backward passes, in forward passes; recomputation i
 
 
 def memory() -> dict[str, float]:
-  """Gigabytes: of the fullest device of this process, where the backend says so (CPUs do not), and of the process
-  itself."""
+  """Gigabytes in use: of the fullest device of this process, if the backend reports it (CPUs do not), and of the
+  process itself."""
   stats = [device.memory_stats() for device in jax.local_devices()]
   out = {}
   for name, key in (("memory/device_gb", "bytes_in_use"), ("memory/device_peak_gb", "peak_bytes_in_use"),
@@ -46,12 +46,12 @@ def memory() -> dict[str, float]:
 
 def utilisation(config: ModelConfig, batches: Sequence[Batch], seconds: float, devices: Sequence[jax.Device]
                 ) -> dict[str, float]:
-  """Model FLOPs of an update: time/model_tflops_per_s of one device, and time/mfu, its share of the device's peak in
-  bfloat16, where that is known.
+  """Speed of an update in model FLOPs: time/model_tflops_per_s of one device and, if the device's bfloat16 peak is
+  known, the share time/mfu of it.
 
   Args:
     batches: of the update, on the host.
-    seconds: that it took, annotation of log-probabilities and transfers included.
+    seconds: duration of the update, scoring of log-probabilities and transfers included.
     devices: that it ran on.
   """
   devices = list(devices)
@@ -63,7 +63,7 @@ def utilisation(config: ModelConfig, batches: Sequence[Batch], seconds: float, d
 
 
 def _forward(config: ModelConfig, batch: Batch) -> float:
-  """FLOPs that one forward pass of a batch needs; what rows are padded with is not counted."""
+  """FLOPs of one forward pass of a batch, without padding."""
   ends_BxT = np.asarray(batch.ends_BxT)
   there_BxT = ends_BxT > 0
   tokens = int(there_BxT.sum())

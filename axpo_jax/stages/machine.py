@@ -1,7 +1,7 @@
-"""What a run needs of the machine that it starts on: GPUs for its servers, their environment, keys.
+"""What a run needs of its machine: GPUs for its servers, the servers' environment, keys.
 
-In: a config that was checked. Out: the config with the servers' GPUs in it, and CUDA_VISIBLE_DEVICES with
-the others, which are the trainer's. Call it before JAX looks for devices.
+In: a checked config. Out: the config with the servers' GPUs in it, and CUDA_VISIBLE_DEVICES with the trainer's.
+Call it before JAX initialises its devices.
 
   8 GPUs, 4 servers of 1    0 1 2 3 | 4 5 6 7
                             trainer   servers
@@ -40,16 +40,16 @@ class Split:
 def prepare(config: ConfigDict) -> None:
   """Checks what the run needs of this machine, and gives its SGLang servers GPUs of their own.
 
-  It sets config.rollout.sidecar.servers and .gpus, and CUDA_VISIBLE_DEVICES of this process. GPUs that are
-  the trainer's alone it may fill up to GPU_SHARE: left alone, jax takes three quarters.
+  It sets config.rollout.sidecar.servers and .gpus, and CUDA_VISIBLE_DEVICES of this process. If the trainer
+  shares no GPU with a server, it may fill its GPUs up to GPU_SHARE; jax's default is three quarters.
 
   Raises:
     ConfigError: a key, the servers' environment or GPUs are missing; says what to set.
   """
   _check_keys(config)
   if not visible_gpus():
-    # The extra aot-gpu installs jax's CUDA plugin as a compiler. Without a GPU jax goes on without it, but
-    # logs a traceback first.
+    # The extra aot-gpu installs jax's CUDA plugin as a compiler. Without a GPU jax does not use it, but logs a
+    # traceback first.
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.CRITICAL)
   if not (starts_servers(config) and _place_servers(config)):
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_SHARE))
@@ -77,8 +77,8 @@ def _place_servers(config: ConfigDict) -> bool:
 
 
 def check_processes(config: ConfigDict, processes: int) -> None:
-  """Raises ConfigError where one of several processes would start servers on GPUs: the others would
-  have more GPUs than it."""
+  """Raises ConfigError if one of several processes would start servers on GPUs: it would have fewer GPUs left
+  than the others."""
   if processes > 1 and starts_servers(config) and config.rollout.sidecar.device == "cuda":
     raise ConfigError(
       f"a run of {processes} processes does not start SGLang servers on GPUs, since its processes need "
@@ -96,7 +96,7 @@ def visible_gpus() -> tuple[str, ...]:
   named = os.environ.get(_VISIBLE)
   if named is not None:
     return tuple(name.strip() for name in named.split(",") if name.strip())
-  # A container has nodes of the GPUs that it was given, and numbers them from 0.
+  # A container has device nodes for its own GPUs only, numbered from 0.
   return tuple(map(str, range(len(list(pathlib.Path("/dev").glob("nvidia[0-9]*"))))))
 
 

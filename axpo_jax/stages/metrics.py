@@ -1,11 +1,11 @@
 """The metrics of a run: JSON lines that survive kill and resume, and TensorBoard.
 
-One JSON object a line, with `step` first and slash names after it. A line is on the disk before
-`write` returns. A resumed run first cuts what the run before it wrote after the restored step, so
-the file is that of an unbroken run (but for times).
+One JSON object a line: `step` first, then metrics by name. A line is on the disk before `write` returns. A
+resumed run first removes the lines after its restored step, so the file equals that of an uninterrupted run
+except for times.
 
-An object store cannot append. There every `write` sends the whole file again, a few kilobytes for
-each step so far, and returns when the store has it: a kill loses no line there either.
+An object store cannot append. There every `write` uploads the whole file, a few kilobytes for each step so
+far, and returns when the store has it, so a kill loses no line.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Tracker(Protocol):
-  """Whoever follows a run; see `stages.trackers`."""
+  """Receives a run's metrics; see `stages.trackers`."""
 
   def log(self, step: int, numbers: Mapping[str, float | None]) -> None: ...
 
@@ -33,10 +33,10 @@ class MetricsWriter:
   """Writes to `folder`/metrics.jsonl and, if wanted, TensorBoard events in `folder`/tensorboard.
 
   Args:
-    resume_step: the step of the restored checkpoint: lines of later steps are cut, and a torn
-      last line. None starts a new file and drops what an earlier run left.
+    resume_step: the step of the restored checkpoint. Lines of later steps and an incomplete last line are
+      removed. None starts a new file, without the lines of an earlier run.
     tensorboard: also write event files (tensorboardX).
-    trackers: get every line too.
+    trackers: also get every line.
   """
 
   def __init__(self, folder: str | os.PathLike, *, resume_step: int | None = None,
@@ -48,7 +48,7 @@ class MetricsWriter:
     self._board, self._trackers = None, trackers
     if tensorboard:
       from tensorboardX import SummaryWriter  # here: a run without it need not have it
-      # What the event files hold from `purge_step` on is hidden by TensorBoard.
+      # TensorBoard hides events from `purge_step` on.
       self._board = SummaryWriter(str(self.path.parent / "tensorboard"),
                                   purge_step=None if resume_step is None else resume_step + 1)
 
@@ -113,7 +113,7 @@ class _Remote:
 
 
 class NoMetrics:
-  """Takes the writer's place in all processes but the main one."""
+  """Replaces the writer in all processes but the main one."""
 
   def __init__(self, folder: str | os.PathLike):
     self.path = epath.Path(folder) / METRICS_FILE
@@ -129,11 +129,11 @@ class NoMetrics:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-  """The lines of a metrics file (or of the one in a folder), none if there is no file yet; a torn
-  last line is left out.
+  """The lines of a metrics file (or of the one in a folder); none if there is no file yet. An incomplete last
+  line is left out.
 
   Raises:
-    ValueError: another line is broken.
+    ValueError: another line is not JSON.
   """
   path = epath.Path(path)
   path = path / METRICS_FILE if path.is_dir() else path
@@ -141,7 +141,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _truncate(path: epath.Path, resume_step: int | None) -> str:
-  """Cuts the file, if there is one; returns what is left in it."""
+  """Removes lines after `resume_step`, if there is a file; returns what is left."""
   if not path.exists():
     return ""
   kept = [] if resume_step is None else [
@@ -152,15 +152,15 @@ def _truncate(path: epath.Path, resume_step: int | None) -> str:
 
 
 def _whole_lines(path: epath.Path) -> list[dict[str, Any]]:
-  """Raises ValueError for a broken line that is not the last: that is not a torn write."""
-  # Bytes, since a torn line may end inside a character.
+  """The complete lines. Raises ValueError for one that is not JSON: an interrupted write affects only the last."""
+  # Bytes, since an incomplete line may end inside a character.
   parts = path.read_bytes().split(b"\n")
   out = []
-  for number, part in enumerate(parts[:-1], 1):  # after the last newline: empty, or torn
+  for number, part in enumerate(parts[:-1], 1):  # what follows the last newline is empty or incomplete
     try:
       out.append(json.loads(part))
     except ValueError as error:
-      raise ValueError(f"{path}, line {number} is not JSON: {part[:80]!r}; mend or delete it") from error
+      raise ValueError(f"{path}, line {number} is not JSON: {part[:80]!r}; repair or delete it") from error
   return out
 
 

@@ -1,7 +1,7 @@
 """Checks a run's input files and tools before the run claims its folder.
 
-In: a checked config and its RunContext. Out: nothing, or a ConfigError that names file and field. Of weights
-the headers are read, of question files the first records; tools are started.
+In: a checked config and its RunContext. Out: nothing, or a ConfigError that names file and field. It reads the
+headers of weights and the first records of question files, and starts the tools.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from axpo_jax.rollouts import shards
 from axpo_jax.stages import sections, sft, toolbox
 from axpo_jax.stages.context import RunContext
 
-# Questions of a file that are read, and the seconds that this may take: records may be large.
+# Most questions of a file that are read, and most seconds that this may take: records may be large.
 _QUESTIONS, _SECONDS = 200, 2.0
 _SHOWN = 3  # tensors that do not fit, in the message
 
@@ -85,7 +85,7 @@ def _check_benchmark(config: ConfigDict, name: str) -> None:
 
 
 def _read_some(where: str, stream: Iterator[Question], report: readers.ReadReport) -> int | None:
-  """Reads the first questions; returns how many there are, None if that is not known."""
+  """Reads the first questions; returns how many there are, or None if the file has more."""
   end = time.monotonic() + _SECONDS
   try:
     for _ in stream:
@@ -125,7 +125,7 @@ def _check_shards(field: str, path: str) -> None:
 
 
 def start_tools(config: ConfigDict, context: RunContext) -> None:
-  """Starts the tools, which the stages then find started.
+  """Starts the tools; the stages use the started ones.
 
   Raises:
     ConfigError: a tool lacks a package, a key, a file or a sandbox.

@@ -1,7 +1,7 @@
-"""What a run shows while it works: a line a step for people, and how long the rest will take.
+"""What a run prints while it works: a line per step, and an estimate of the time left.
 
-In: the metrics of a step. Out: text on the terminal, in colour where stdout is one (rich), plain lines where it is a
-file; and the seconds that the stage has left.
+In: the metrics of a step. Out: text, in colour if stdout is a terminal (rich), plain lines if it is a file; and the
+seconds that the stage has left.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from axpo_jax.stages.summary import duration
 
-_PACE = 20  # steps that the estimate is made from
-_EVERY = 5.0  # least seconds between two lines; the first and the last step always have one
+_PACE = 20  # steps behind the estimate of the time left
+_EVERY = 5.0  # least seconds between two lines; the first and the last step always print one
 
 # What a step's line shows: label, metric, form. "%" is a share, "s" seconds; else a format.
 RESULTS = (
@@ -36,7 +36,7 @@ COSTS = (
   ("update", "time/update_s", "s"), ("compiling", "time/compile_s", "s"),
   ("trained tokens/s", "time/trained_tokens_per_s", ",.0f"), ("MFU", "time/mfu", "%"),
   ("device GB", "memory/device_gb", ".1f"), ("host GB", "memory/host_gb", ".1f"))
-# Metric -> whether its value is a reason to worry.
+# Metric -> whether its value is shown as an alarm.
 ALARMS: Mapping[str, Callable[[float], bool]] = {
   "rollout/tool_all_wrong_rate": lambda share: share > 0.5, "rollout/tool_attempt_rate": lambda share: share < 0.02,
   "rollout/reward_mean": lambda reward: reward <= 0}
@@ -61,8 +61,8 @@ class Progress:
     self._console = Console(file=sys.stdout)
 
   def step(self, number: int) -> dict[str, float]:
-    """Call it when step `number` is over; returns its metric time/left_s, from the pace of the last steps, with
-    whatever came between them (evaluations, checkpoints)."""
+    """Call it when step `number` is over; returns the metric time/left_s, from the pace of the last steps, evaluations
+    and checkpoints between them included."""
     self._done = number
     self._ends.append(self._clock())
     return {"time/left_s": self.left}
@@ -74,7 +74,7 @@ class Progress:
     return pace * (self._total - self._done)
 
   def show(self, metrics: Mapping[str, Any]) -> None:
-    """A line (on a terminal two) about the step that is over."""
+    """Prints a line (on a terminal two) about the last step."""
     now = self._clock()
     if not self._shown or (now - self._last_line < _EVERY and self._done < self._total):
       return

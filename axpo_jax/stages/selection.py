@@ -1,7 +1,7 @@
-"""What the filters keep of what was sampled: trajectories for SFT, questions for RL.
+"""Applies the filters to samples: which trajectories SFT trains on, and which questions RL.
 
-In: shards of this run's stages, or of the folders that a config names. Out: what is left to train on,
-and a tally of how many were left out and why.
+In: shards of this run's stages, or of folders that the config names. Out: what is kept, and a tally of how many
+were left out and why.
 """
 
 import json
@@ -18,14 +18,14 @@ from axpo_jax.rollouts import shards
 
 def trajectories(sft: ConfigDict, processor: ImageProcessor, folder: epath.Path | None
                  ) -> tuple[shards.Trajectories, filters.Tally | None]:
-  """The trajectories of SFT, each read from disk when it is used. Only shards are filtered, not dumps.
+  """The trajectories of SFT, each read from disk when it is used. Shards are filtered, a dump is not.
 
   Args:
     sft: the config's section.
-    folder: of the run, whose stage "teach" is read if the section names no folder.
+    folder: of the run; its stage "teach" is read if the section names no folder.
 
   Raises:
-    ConfigError: nothing is left.
+    ConfigError: the filter keeps nothing.
   """
   if sft.source == "jsonl":
     return shards.Trajectories(sft.path, processor), None
@@ -51,7 +51,7 @@ def questions(config: ConfigDict, folder: epath.Path | None
   """Records of the questions that RL trains on; (None, None) without samples to filter by.
 
   Args:
-    folder: of the run, whose stages "screen" and "teach" are read if the config names no folders.
+    folder: of the run; its stages "screen" and "teach" are read if the config names no folders.
 
   Raises:
     ConfigError: a folder holds no records.
@@ -82,7 +82,7 @@ def _records(field: str, path: str, config: ConfigDict, folder: epath.Path | Non
 
 
 def report_tally(tally: filters.Tally | None, folder: epath.Path) -> None:
-  """Prints what a filter kept, and writes it to filter.json in a stage's folder. None: no filter was used."""
+  """Prints a filter's tally and writes it to filter.json in a stage's folder; None (no filter) does nothing."""
   if tally is None:
     return
   print(f"{folder.name}: {tally}")

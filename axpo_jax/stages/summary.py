@@ -1,6 +1,6 @@
-"""The end of a run: a table of start against end, also by family, and the figure of its curves.
+"""The summary of a run: a table of start against end, overall and by family, and a figure of its curves.
 
-Both are made from metrics.jsonl alone, so `python -m axpo_jax.stages.summary RUN` makes them again.
+Both need only metrics.jsonl: `python -m axpo_jax.stages.summary RUN` makes them again.
 """
 
 import argparse
@@ -14,8 +14,8 @@ from etils import epath
 from axpo_jax import markdown, paths
 from axpo_jax.stages.metrics import read_metrics
 
-# Rows of the table: label, metric. The first block is measured on held-out questions by the two
-# evaluations; the second on training rollouts, because only training resamples.
+# Rows of the table: label, metric. The first block comes from the evaluations on held-out questions; the
+# second from training rollouts, because only training resamples.
 EVALUATED = (
   ("Pass@1", "eval/pass_at_1"),
   ("Pass@4", "eval/pass_at_4"),
@@ -27,7 +27,7 @@ TRAINED = (
   ("… after resampling", "rollout/tool_all_wrong_rate_after"),
   ("recovered share of triggered questions", "axpo/recovered_share"),
 )
-# Columns of the table by family, a row each; the last is of training rollouts.
+# Columns of the table by family, which has a row per family; the last is of training rollouts.
 BY_FAMILY = (
   ("Pass@1", "eval/{}/pass_at_1"),
   ("Pass@4", "eval/{}/pass_at_4"),
@@ -46,10 +46,10 @@ def series(lines: Iterable[Mapping], name: str) -> tuple[list[int], list[float]]
 
 
 def ends(lines: Sequence[Mapping], name: str) -> tuple[float | None, float | None]:
-  """A metric, in its own unit, at the start and at the end of RL; None where it was not measured.
+  """A metric, in its own unit, at the start and at the end of RL; None if it was not measured.
 
-  Of evaluations: the first before RL, and the last after a step of it, so that a run which is
-  evaluated once, at its end, has no start. Of training: means of the first and of the last steps.
+  An evaluation metric: the first value before RL and the last one after a step of RL; a run that is evaluated
+  only at its end has no start. A training metric: means over the first and over the last steps.
   """
   steps, values = series(lines, name)
   if not name.startswith("eval/"):
@@ -95,7 +95,7 @@ def table(lines: Sequence[Mapping]) -> str:
 
 
 def results_table(results: Mapping[str, Mapping[str, float]]) -> str:
-  """One evaluation as the paper's tables have it: a row a benchmark, and their mean.
+  """One evaluation in the form of the paper's tables: a row per benchmark, and their mean.
 
   Args:
     results: what `evaluate.result` gives, by benchmark.
@@ -116,8 +116,8 @@ def results_table(results: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def _mean_of(results: Iterable[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
-  """Means over the benchmarks, and of Pass@k the error of independent ones; what one lacks is left out:
-  a mean over the others would be no mean of the table."""
+  """Means over the benchmarks, and standard errors of the means of Pass@k, taken as independent. A metric that one
+  benchmark lacks is left out: a mean over the others would not be the mean of the table."""
   results, out = list(results), {}
   for name in names:
     values, errors = ([result.get(key) for result in results] for key in (name, f"{name}_se"))
@@ -159,7 +159,7 @@ _PANELS = (
 
 
 def plot(lines: Sequence[Mapping], path: epath.Path, title: str = "") -> None:
-  """Four panels over training steps, as PNG: thin line each step, thick line a running mean."""
+  """Four panels over training steps, as PNG: the thin line is each step, the thick one a running mean."""
   import matplotlib
   matplotlib.use("Agg")
   from matplotlib import pyplot as plt

@@ -1,9 +1,9 @@
 """Experiment trackers beside metrics.jsonl: Weights & Biases and trackio, which share one interface.
 
 In: the run's config, its lines of metrics, and rollouts for a table with pictures. Out: one run of the tracker for
-all stages of a run; a resumed run goes on in it. The tracker is a copy: whatever it fails at after its start is
-logged once and costs the run nothing. Where and how it sends (WANDB_API_KEY, WANDB_MODE=offline, TRACKIO_SPACE_ID,
-…) is said by its own environment variables.
+all stages of a run; a resumed run continues there. A tracker only holds a copy: if it fails after its start, the
+error is logged once and the run continues. Its own environment variables say where it sends the data
+(WANDB_API_KEY, WANDB_MODE=offline, TRACKIO_SPACE_ID, …).
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class Tracker:
                         ) from error
 
   def log(self, step: int, numbers: Mapping[str, float | None]) -> None:
-    """A line of metrics; those that are no number at this step are left out."""
+    """Sends a line of metrics, without those that have no value at this step."""
     with self._forgiven():
       self._module.log({name: value for name, value in numbers.items() if value is not None}, step=step)
 
   def table(self, step: int, rollouts: Sequence[tuple[Rollout, Mapping[str, Any]]], chat: Chat) -> None:
-    """A table of trajectories with their pictures."""
+    """Sends a table of trajectories with their pictures."""
     with self._forgiven():
       rows = [self._row(rollout, note, chat) for rollout, note in rollouts]
       self._module.log({"rollouts": self._module.Table(columns=list(COLUMNS), data=rows)}, step=step)
@@ -99,7 +99,7 @@ class Tracker:
   def _forgiven(self) -> Iterator[None]:
     try:
       yield
-    except Exception as error:  # a tracker that fails must not end the run that it follows
+    except Exception as error:  # a tracker must not end the run
       if not self._failed:
         logging.warning("%s failed, and the run goes on without it: %s", self.name, error)
       self._failed = True
@@ -130,7 +130,7 @@ def start(config: ConfigDict, root: epath.Path) -> list[Tracker]:
 
 def chosen(rollouts: Sequence[Rollout], notes: Sequence[Mapping[str, Any]]
            ) -> list[tuple[Rollout, Mapping[str, Any]]]:
-  """Rollouts for a table: of every question the first ones, as many of each as of any other."""
+  """Rollouts for a table: the first ones of every question, equally many of each as far as possible."""
   seen: dict[Any, int] = {}
   ranked = []
   for rollout, note in zip(rollouts, notes, strict=True):
