@@ -1,4 +1,4 @@
-"""Who acts in a stage's episodes: the policy, or the miniature world's scripted teacher."""
+"""The actor of a stage's episodes: the policy, or the scripted teacher of the miniature world."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,7 +25,7 @@ _PROMPTS = {"full": SYSTEM_PROMPT, "short": SHORT_SYSTEM_PROMPT}
 
 
 def make_actor(config: ConfigDict, context: RunContext, engine: Engine, stage: str = "rl") -> Actor:
-  """The policy as an actor: engine, tools, limits and sampling of a stage."""
+  """The policy as an actor, with the tools, limits and sampling parameters of a stage."""
   agent, own = config.agent, limits(config, stage)
   tools = toolbox.toolbox(config, context.chat, context.processor.factor, evaluation=stage == "eval",
                           folder=context.folder)
@@ -48,14 +48,14 @@ def make_actor(config: ConfigDict, context: RunContext, engine: Engine, stage: s
 
 
 def system_prompt(config: ConfigDict) -> str:
-  """The text that config.agent.system_prompt names, or is."""
+  """The system prompt: config.agent.system_prompt is its name or its text."""
   return _PROMPTS.get(config.agent.system_prompt, config.agent.system_prompt)
 
 
 def _trainable(config: ConfigDict, context: RunContext) -> Callable[[Transcript], None]:
   """A check that raises PackingError, or another ValueError, for a transcript that cannot be trained on.
 
-  It fails the transcript's own episode. In the update the same error would end the run.
+  So the error fails one episode. In the update it would end the run.
   """
   def check(transcript: Transcript) -> None:
     example = examples.from_transcript(transcript, transcript.sampled, 1.0,
@@ -68,12 +68,12 @@ def _trainable(config: ConfigDict, context: RunContext) -> Callable[[Transcript]
 
 def scripted_teacher(config: ConfigDict, context: RunContext, stage: str = "sft"
                      ) -> Callable[[Question], Actor]:
-  """Question -> the actor that plays it from the miniature world's script.
+  """A function from a question to the actor that follows the miniature world's script for it.
 
   The actor has the habits of config.sft.teacher and a stage's limits.
   """
   habits = TeacherConfig(**config.sft.teacher)
-  # One actor for all: its tools may hold processes.
+  # The actors share their tools, which may hold processes.
   idle = make_actor(config, context, TeacherEngine(context.chat, {}, habits), stage)
   return lambda question: dataclasses.replace(
     idle, engine=TeacherEngine(context.chat, {question.id: question}, habits))

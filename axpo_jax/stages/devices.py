@@ -1,4 +1,4 @@
-"""Checks that this machine's devices can do what a run asks for, before anything is allocated.
+"""Checks that this machine's devices suffice for a run, before anything is allocated.
 
 In: a config and its RunContext. Out: nothing, or a ConfigError with the numbers and the fields to change.
 """
@@ -18,18 +18,18 @@ from axpo_jax.train.state import abstract_state
 
 
 def check(config: ConfigDict, context: RunContext) -> None:
-  """Checks this process's devices against the config, before anything is allocated.
+  """Checks this process's devices against the config.
 
   Raises:
-    ConfigError: names the fields to change.
+    ConfigError: they do not suffice; names the fields to change.
   """
   stages = sampling_stages(config)
   if config.rollout.engine != "embedded" or not stages:
     return
   if config.rollout.staleness and "rl" in stages and context.mesh.size > 1:
     # The sampler's thread and the update's thread both start programs with collectives. Two devices that
-    # receive two such programs in different orders deadlock. Refusing costs little: sampler and trainer
-    # share the devices and could hardly overlap.
+    # receive two such programs in different orders deadlock. Little is lost: sampler and trainer share the
+    # devices and could hardly overlap.
     raise ConfigError(
       f"config.rollout.staleness={config.rollout.staleness} with the embedded sampler works on one "
       f"device; config.mesh has {context.mesh.size}: set staleness=0, or config.rollout.engine=sglang")

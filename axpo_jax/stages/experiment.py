@@ -1,8 +1,8 @@
-"""A whole run: the stages a config names, one after the other, each resumable.
+"""A whole run: the stages that a config names, one after the other, each resumable.
 
-A stage takes a policy folder (Hugging Face layout) and returns one, which the next stage takes. A stage
-whose folder exists is skipped. Stages that only sample ("teach", "screen", "eval") return the policy that
-they were given; later stages read their shards.
+A stage takes a policy folder (Hugging Face layout) and returns one for the next stage. A stage whose policy
+folder exists is skipped. Stages that only sample ("teach", "screen", "eval") return the policy that they were
+given; later stages read their shards.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def run(config: ConfigDict, workdir: str) -> None:
   """Runs or resumes every stage, then prints the tables and draws the curves.
 
   Raises:
-    ConfigError: a field cannot work, or `workdir` belongs to a run with another config.
+    ConfigError: an invalid field, or `workdir` belongs to a run with another config.
   """
   apply_recipe(config)
   root = paths.workdir(workdir)
@@ -74,7 +74,7 @@ def _run_stages(config: ConfigDict, context: RunContext, root: epath.Path) -> No
     distributed.on_main(preemption.check)
     folder = root / stage / "policy"
     if distributed.on_main((folder / "config.json").exists):
-      _say(f"{stage}: done before, its policy is {folder}")
+      _say(f"{stage}: already done, its policy is {folder}")
       policy = folder
     else:
       policy = _STAGES[stage](config, context, str(policy), root, first_step)
@@ -87,7 +87,7 @@ def _say(text: str) -> None:
 
 
 def _check_folders(config: ConfigDict, root: epath.Path) -> None:
-  """Refuses folders that SGLang servers could not read: object stores, and folders of this machine alone."""
+  """Refuses folders that SGLang servers cannot read: object stores, and folders that only this machine sees."""
   section = config.rollout.sglang
   for name in ("push_folder", "image_folder"):
     if section[name] and paths.is_remote(paths.parse(section[name], f"config.rollout.sglang.{name}")):
@@ -101,7 +101,7 @@ def _check_folders(config: ConfigDict, root: epath.Path) -> None:
 
 
 def report(root: epath.Path) -> None:
-  """The tables on the terminal and in summary.md, the curves in curves.png."""
+  """Writes the tables to the terminal and summary.md, and the curves to curves.png."""
   lines, parts, files = read_metrics(root), [], []
   if lines:
     parts.append(summary.table(lines))

@@ -1,4 +1,4 @@
-"""What the learner of a stage is made with: its optimizer, and the shapes of its batches."""
+"""The optimizer of a stage's learner, and the shapes of its batches, from the config."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def optimizer(section: ConfigDict, total_steps: int, freeze_vision: bool,
 
 
 def pack_examples(config: ConfigDict, context: RunContext, batch: list[Example]) -> list[Batch]:
-  """Micro-batches in the shapes that the config fixes, so that few programs are compiled."""
+  """Micro-batches in the static shapes of the config, so that few programs are compiled."""
   return pack(batch, banned_ids=context.chat.banned_ids,
               vocab_size=context.model_config.text.vocab_size,
               image_rows_here=vision_rows_here(context.mesh, context.rules),
@@ -33,7 +33,7 @@ def pack_examples(config: ConfigDict, context: RunContext, batch: list[Example])
 
 def pack_options(config: ConfigDict, model: ModelConfig, mesh: jax.sharding.Mesh,
                  rules: sharding.Rules | None = None) -> dict[str, Any]:
-  """The options of `pack` that decide about shapes. A run meets no others (benchmarks/programs.py)."""
+  """The options of `pack` that determine shapes. A run has no others (benchmarks/programs.py)."""
   text, section = model.text, config.batch
   with sharding.use(mesh, rules):
     list_blocks = reads_key_blocks(model.attention, section.length, text.num_heads,

@@ -1,6 +1,6 @@
-"""From names in a config to what they stand for: the reward of a run's rollouts and its environment.
+"""The reward and the environment that a config names.
 
-In: the agent section. Out: the same object for the same section, since a judge keeps what it was asked, and
+In: the agent section. Out: objects. Equal sections give the same object, since a judge keeps its verdicts and
 an environment its connections.
 """
 
@@ -41,10 +41,10 @@ def reward(config: ConfigDict) -> reward_functions.RewardSum:
 
 
 def environment(config: ConfigDict) -> Environment:
-  """What the episodes of a run are about.
+  """The environment of a run's episodes.
 
   Raises:
-    ConfigError: the name is of no environment, or it cannot be made with these arguments.
+    ConfigError: the name is not an environment, or its class does not accept the arguments.
   """
   agent = config.agent
   return _environment(agent.environment, agent.environment_args) if agent.environment else QUESTION

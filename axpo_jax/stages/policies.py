@@ -14,18 +14,18 @@ from axpo_jax.train.state import init_params, with_adapters
 
 
 def frozen_dtype(context: RunContext, checkpoint: str | epath.Path) -> str:
-  """Dtype of parameters that nothing trains.
+  """Dtype of parameters that are not trained: the checkpoint's own.
 
-  It is bfloat16 where the checkpoint is: that loses nothing and takes half of float32's memory.
+  bfloat16 there loses nothing and takes half of float32's memory.
   """
   own = context.model_config.param_dtype
   return (hf.stored_dtype(paths.local(checkpoint)) or own) if checkpoint else own
 
 
 def load_params(context: RunContext, checkpoint: str | epath.Path, seed: int) -> nnx.State:
-  """Sharded parameters in `frozen_dtype`, from a checkpoint folder; random ones where it is "".
+  """Sharded parameters in `frozen_dtype`, from a checkpoint folder; random ones if `checkpoint` is "".
 
-  A learner casts what it trains.
+  A learner casts those that it trains.
   """
   if checkpoint:
     stored = dataclasses.replace(context.model_config, param_dtype=frozen_dtype(context, checkpoint))
@@ -34,7 +34,7 @@ def load_params(context: RunContext, checkpoint: str | epath.Path, seed: int) ->
 
 
 def trained_params(context: RunContext, checkpoint: str | epath.Path, seed: int) -> nnx.State:
-  """`load_params` with new adapters, where the run trains adapters."""
+  """`load_params`, with new adapters if the run trains adapters."""
   params = load_params(context, checkpoint, seed)
   if context.lora is None:
     return params
@@ -46,10 +46,10 @@ def export(params: nnx.State, config: ConfigDict, context: RunContext, policy: s
   """Saves a trained policy in Hugging Face layout, adapters merged in; returns `folder`.
 
   Args:
-    policy: the folder that it was trained from. Tokenizer and processor files are copied from there.
+    policy: the folder that training started from. Tokenizer and processor files are copied from it.
   """
-  # An object store gets the whole folder, config.json last: a stage with that file is done.
-  # Other processes than the main one write nothing to `on_disk`.
+  # On an object store config.json is uploaded last: a stage that has that file is finished. Only the main
+  # process writes to `on_disk`.
   on_disk = paths.scratch(folder)
   hf.save_checkpoint_hf(on_disk, lora.merge(params, context.lora, config.model.export_dtype),
                         context.model_config,

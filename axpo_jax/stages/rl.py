@@ -1,14 +1,14 @@
-"""The RL loop: rollouts, AXPO's resampling, credit, updates, new weights to the sampler.
+"""The RL loop: rollouts, AXPO's resampling, the update, new weights to the sampler.
 
-In: a policy folder, which is also the fixed reference. Out: a trained policy folder. GRPO is the same
-loop with a budget of zero. The loop holds no state of its own beyond what a checkpoint stores, and
-all randomness comes from (seed, step), so a resumed run repeats an unbroken one bit for bit. So does
-one that was asked to stop (`train.preemption`): it saves the last step's state wherever it is.
+In: a policy folder, which is also the fixed reference. Out: a trained policy folder. GRPO is the same loop with
+a budget of zero. A checkpoint stores the whole state of the loop, and all randomness comes from (seed, step),
+so a resumed run repeats an uninterrupted one bit for bit. When the run is asked to stop (`train.preemption`),
+the state of the last step is saved.
 
-With `rollout.staleness` = s, the rollouts of up to s steps are collected while earlier ones are
-trained. New weights reach the sampler between two of its turns; every token keeps the version and the
-log-probability that it was drawn with, which the loss corrects for. What was collected but not
-trained on is collected anew after a resume: checkpoints hold the position in the questions after the last step that was trained.
+With `rollout.staleness` = s, the rollouts of up to s later steps are collected while a step is trained. New
+weights reach the sampler between two turns; every token keeps the version and the log-probability that it was
+sampled with, and the loss corrects for them. Rollouts that were collected but not trained on are collected
+again after a resume: a checkpoint holds the position in the questions after the last trained step.
 """
 
 import asyncio
@@ -71,8 +71,8 @@ class Collected:
   """The rollout phase of one step.
 
   groups: the questions that are trained on.
-  position: state of the question iterator behind the step's questions.
-  recovery: what this step and those before it recovered.
+  position: state of the question iterator after the step's questions.
+  recovery: the record of recovered prefixes, this step included.
   """
 
   groups: list[Group]
@@ -81,7 +81,7 @@ class Collected:
   recovery: Recovery
 
   def for_training(self) -> "Collected":
-    """What the other processes of a run get of it."""
+    """A light copy for the other processes of a run."""
     return dataclasses.replace(self, groups=for_training(self.groups))
 
 
@@ -89,10 +89,10 @@ class Loop:
   """One RL stage: everything that lives from step to step.
 
   Args:
-    policy: checkpoint folder of the policy that is trained, which is also the reference.
+    policy: checkpoint folder of the policy to train, which is also the reference.
     workdir: folder of the stage.
     urls: of the SGLang servers, if they sample.
-    questions: batches of training questions without an end; None: those of config.data.
+    questions: endless batches of training questions; None: those of config.data.
   """
 
   def __init__(self, config: ConfigDict, context: RunContext, policy: str, workdir: epath.Path,
@@ -113,11 +113,11 @@ class Loop:
     self.state = self._first_state(params)
     self.policy_update = updates.PolicyUpdate(config, context, self.recipe, self.learner,
                                               updates.kept_reference(params, config, context), workdir)
-    # Of several processes only the main one collects.
+    # In a run of several processes only the main one collects.
     self.actor = actors.make_actor(config, context, self.engine) if distributed.is_main() else None
     self.steps_done = 0  # RL steps; each makes up to `rl.updates` optimizer steps
-    self.lost_steps = 0  # the last so many steps had no rollout that did not fail
-    self.unwritten: dict[str, float] | None = None  # metrics of the last of them, not evaluated yet
+    self.lost_steps = 0  # how many of the last steps in a row had only failed rollouts
+    self.unwritten: dict[str, float] | None = None  # metrics of the last step, before its evaluation
 
   def _first_state(self, params: nnx.State) -> TrainState:
     """The state that training starts from: a copy of the policy, which is also the reference. With adapters
@@ -129,9 +129,9 @@ class Loop:
       with_adapters(params, context.trained_config, config.seed, context.mesh, context.rules))
 
   async def sync(self) -> None:
-    """Gives the sampler the current weights. It forgets its cached prefixes, so that a step or an
-    evaluation begins alike whatever ran before it, in an unbroken run or a resumed one."""
-    # Merged in the sampler's dtype: in float32 it would be all kernels of the model a second time.
+    """Gives the sampler the current weights. The sampler drops its cached prefixes, so that a step starts the same
+    in an uninterrupted run and in a resumed one."""
+    # Merged in the sampler's dtype: float32 would be a second copy of all kernels.
     merged = lora.merge(self.state.params, self.context.lora, engines.weights_dtype(self.config))
     await self.engine.update_weights(merged, self.steps_done)
 
@@ -141,7 +141,7 @@ class Loop:
       lambda: evaluate.run(self.config, self.context, self.engine))
 
   async def collect(self, step: int) -> Collected:
-    """Rollouts and continuations of one step, by whatever weights the sampler holds."""
+    """Rollouts and continuations of one step, by the weights that the sampler holds."""
     rl, clock, seed = self.config.rl, Clock(), seeds.derive(self.config.seed, "rl", step)
     self.engine.stats(reset=True)
     self.actor.toolbox.step = step  # for the audit log
@@ -165,7 +165,14 @@ class Loop:
 
   async def step(self, collected: Callable[[], Awaitable[Collected]]
                  ) -> tuple[Collected, dict[str, float]]:
-    """Current weights to the sampler, the next rollouts, the update; also the step's metrics."""
+    """One step: gives the sampler the weights, takes the next rollouts and trains on them.
+
+    Args:
+      collected: waits for the next rollouts.
+
+    Returns:
+      What was collected, and the step's metrics.
+    """
     clock, start = Clock(), time.perf_counter()
     with clock("weights"):
       await self.sync()
@@ -174,7 +181,7 @@ class Loop:
     self._count_lost_steps(batch.groups)
     metrics = batch.metrics | lag_metrics(batch.groups, self.steps_done)
     with clock("update"):
-      # In a thread, so that episodes of the steps ahead go on.
+      # In a thread, so that the episodes of later steps continue.
       metrics |= await asyncio.to_thread(self.update, batch.groups)
     self.steps_done += 1
     metrics |= clock.metrics() | programs.metrics() | {"time/step_s": time.perf_counter() - start}
@@ -182,7 +189,7 @@ class Loop:
     return batch, metrics
 
   def _count_lost_steps(self, groups: list[Group]) -> None:
-    """Raises RolloutsFailed when nothing came of too many steps in a row."""
+    """Raises RolloutsFailed when every rollout of too many steps in a row failed."""
     if any(group.rollouts for group in groups):
       self.lost_steps = 0
       return
@@ -191,15 +198,14 @@ class Loop:
       raise RolloutsFailed(
         f"all rollouts of the last {self.lost_steps} steps failed (config.rl.max_lost_steps="
         f"{self.config.rl.max_lost_steps}): {failure_summary(groups)}. Repair the cause and run "
-        "the same command again: it goes on from the last checkpoint")
+        "the same command again: it resumes from the last checkpoint")
 
   def is_due(self, every: int) -> bool:
-    """Whether the last step is one of those, or the stage's last."""
+    """Whether the last step is a multiple of `every`, or the stage's last."""
     return self.steps_done == self.config.rl.steps or _each(self.steps_done, every)
 
   async def dump(self, groups: list[Group], first_step: int) -> None:
-    """Writes the last step's rollouts, in a thread for the same reason as the update. Trackers get some of
-    them as a table."""
+    """Writes the last step's rollouts, in a thread like the update. Trackers get a table of some of them."""
     path = self.workdir / "rollouts" / f"step_{self.steps_done:06d}.jsonl"
     rollouts, notes = await asyncio.to_thread(dump_groups, path, groups, self.policy_update.credits(groups),
                                               self.context.chat)
@@ -208,7 +214,7 @@ class Loop:
                               self.context.chat)
 
   def rollout_metrics(self, sampled: list[Group], groups: list[Group]) -> dict[str, float]:
-    """The census of the step, before anything is learnt from it.
+    """The step's metrics of rollouts, resampling and engine.
 
     Args:
       sampled: all questions. groups: those of them that are trained on.
@@ -218,7 +224,7 @@ class Loop:
       groups, self.recipe.resample, self.context.chat)
     asked = len(groups) * self.config.rl.num_rollouts
     engine = dataclasses.asdict(self.engine.stats())
-    # Counted since the process began, so a resumed run differs: a matter of time, not of learning.
+    # Counted since the process started, so it differs in a resumed run: its name begins with time/.
     compiled = engine.pop("compilations")
     return {
       **census.census(stats), **census.census_by_family(stats), **acting_census(stats),
@@ -275,7 +281,7 @@ def run(config: ConfigDict, context: RunContext, policy: str, root: epath.Path,
       loop.steps_done, loop.unwritten = restored.step, restored.host.get("unwritten")
       loop.recovery = Recovery.from_json(restored.host.get("recovery", {}))
     distributed.on_main(gauges.write_overview, loop.state.params, loop.learner.optimizer, folder)
-    # The line of a step whose evaluation was broken off is written again.
+    # The line of a step whose evaluation was interrupted is written again.
     resume_step = first_step + loop.steps_done - bool(loop.unwritten)
     with (preemption.held(),
           distributed.metrics_writer(root, resume_step=resume_step,
@@ -293,7 +299,7 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
   if config.eval.every >= 0 and not distributed.on_main(
       lambda: evaluate.measured(read_metrics(writer.path), first_step)):
     writer.write(first_step, await loop.evaluate())
-  trained = question_batches(config, loop.context.folder)  # what a checkpoint holds: see Collected.position
+  trained = question_batches(config, loop.context.folder)  # holds Collected.position, for checkpoints
   prefetch = Prefetch(loop.collect, loop.steps_done, config.rl.steps)
   position, recovery, unwritten = None, loop.recovery, loop.unwritten
 
@@ -320,7 +326,7 @@ async def _train(loop: Loop, checkpoints: Checkpoints, writer, first_step: int):
             await loop.dump(batch.groups, first_step)
         metrics = unwritten | await _evaluation(loop, prefetch) | gauges.memory() | shown.step(loop.steps_done)
         _watch(metrics, config.log)
-        await asyncio.to_thread(toolbox.flush)  # the audit log has what the metrics tell of
+        await asyncio.to_thread(toolbox.flush)  # before the metrics, so that the audit log covers them
         writer.write(first_step + loop.steps_done, metrics)
         shown.show(metrics)
         unwritten = None
@@ -355,15 +361,15 @@ def _each(step: int, every: int) -> bool:
 
 
 class RolloutsFailed(RunStopped):
-  """No rollout of several steps could be trained on: the machine is at fault, not the policy."""
+  """All rollouts of several steps failed, by a fault of the machine and not of the policy."""
 
 
 class LogProbGapError(RunStopped):
-  """Sampler and trainer disagree about the policy by more than the config allows."""
+  """Log-probabilities of sampler and trainer differ by more than the config allows."""
 
 
 def _watch(metrics: dict[str, float], log: ConfigDict) -> None:
-  """The alarm on the sampler-to-trainer gap: it precedes most collapses."""
+  """Warns, or stops the run, if the sampler-to-trainer gap is large: it precedes most collapses."""
   gap = metrics.get("train/logp_gap_abs_mean", 0.0)
   if gap <= log.gap_alarm:
     return

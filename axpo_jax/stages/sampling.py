@@ -1,8 +1,8 @@
 """The stages that sample and leave the policy as it is: "teach", "screen" and "eval".
 
-In: a config, a policy folder, questions. Out: shards (`rollouts.shards`) in the stage's folder; of "eval"
-also results.json, a line per set of questions. A stage that was killed goes on with the first shard
-that is not finished; one whose shards are all there loads no policy.
+In: a config, a policy folder, questions. Out: shards (`rollouts.shards`) in the stage's folder; "eval" also
+writes results.json, an entry per set of questions. A stage that was killed continues with the first unfinished
+shard; a stage whose shards are all finished loads no policy.
 """
 
 import asyncio
@@ -46,9 +46,9 @@ class Job:
   """The questions of one folder of shards.
 
   Attributes:
-    section: of the config; its `rollouts` and `shard` are read.
-    benchmark: scores the answers; None: the training reward does.
-    forces: a folder of shards whose rollouts are repeated with a call forced behind their thinking.
+    section: of the config; `rollouts` and `shard` are read.
+    benchmark: scores the answers; None: the training reward scores them.
+    forces: a folder of shards; their rollouts are repeated with a call forced after the thinking.
   """
 
   name: str
@@ -81,8 +81,8 @@ def screen(config: ConfigDict, context: RunContext, policy: str, root: epath.Pat
 
 def evaluation(config: ConfigDict, context: RunContext, policy: str, root: epath.Path,
                first_step: int) -> str:
-  """The benchmarks, or the held-out questions where none is named; results.json at the end. With
-  `eval.forced` all of them again, with a call forced (`eval.forced`)."""
+  """Evaluates on the benchmarks, or on the held-out questions if none is named; writes results.json at the end.
+  With config.eval.forced it repeats all rollouts with a forced call (`stages.forced`)."""
   section, folder = config.eval, root / "eval"
   jobs = [Job(one.name, folder / one.name, functools.partial(_benchmark_questions, config, one), section, one)
           for one in map(benchmarks.named, section.benchmarks)]
@@ -96,7 +96,7 @@ def evaluation(config: ConfigDict, context: RunContext, policy: str, root: epath
                   _policy(config, context, policy, folder, "eval"))
   if waiting := sum(len(record.unjudged) for records in found for record in records):
     logging.warning("the judge gave no verdict on %d answers, which count as wrong: run the same "
-                    "command again, and it is asked again", waiting)
+                    "command again to ask it again", waiting)
   results = {job.name: evaluate.result(records, section.rollouts, job.benchmark)
              for job, records in zip(jobs, found)}
   groups = [[record.group_stats() for record in records] for records in found]
@@ -114,7 +114,7 @@ def evaluation(config: ConfigDict, context: RunContext, policy: str, root: epath
 
 def _benchmark_questions(config: ConfigDict, benchmark: benchmarks.Benchmark) -> Iterator[Question]:
   name, count = benchmark.name, 0
-  # Pictures of 8K: what is broken in them shows when they are asked about, and is counted.
+  # Not decoded here: pictures may be 8K. A broken one fails its own rollouts, which are counted.
   reader = ReaderConfig(image_check="none", max_bad_share=config.data.max_bad_share)
   for question in benchmark.read(paths.parse(config.eval.folder, "config.eval.folder") / name, reader):
     count += 1
@@ -126,7 +126,7 @@ def _benchmark_questions(config: ConfigDict, benchmark: benchmarks.Benchmark) ->
 
 def _sample(jobs: list[Job], config: ConfigDict,
             sampler: contextlib.AbstractAsyncContextManager) -> list[list[shards.Record]]:
-  """The records of each job. The sampler starts only if some shard is not finished."""
+  """The records of each job. The sampler starts only if a shard is unfinished."""
   if distributed.on_main(lambda: all(shards.done(job.folder) for job in jobs)):
     return distributed.on_main(lambda: [list(shards.records(job.folder)) for job in jobs])
 
@@ -160,7 +160,7 @@ async def _job(job: Job, config: ConfigDict, actor: ActorOf) -> list[shards.Reco
 
 @contextlib.asynccontextmanager
 async def _scorer(job: Job, config: ConfigDict) -> AsyncIterator[shards.Scorer | None]:
-  """The scorer of a job's answers; None: the episodes scored them already."""
+  """The scorer of a job's answers; None: the episodes have scored them."""
   if job.benchmark is None:
     yield None
     return
@@ -174,7 +174,7 @@ async def _scorer(job: Job, config: ConfigDict) -> AsyncIterator[shards.Scorer |
 
 
 async def _judge_again(jobs: Iterable[Job], config: ConfigDict, context: RunContext) -> None:
-  """Asks for the verdicts that are missing from an earlier start of the run."""
+  """Asks for the verdicts that an earlier start of the run did not get."""
   for job in jobs:
     async with _scorer(job, config) as score:
       if score is not None:
@@ -185,20 +185,20 @@ def _opening(actor: ActorOf, thoughts: forced.Thoughts) -> ActorOf:
   return lambda question: forced.opener(actor(question), thoughts)
 
 
-# The samplers. Each is a context manager whose value gives the actor of a question.
+# The samplers. Each is a context manager; its value maps a question to its actor.
 
 
 @contextlib.asynccontextmanager
 async def _policy(config: ConfigDict, context: RunContext, policy: str, folder: epath.Path,
                   stage: str) -> AsyncIterator[ActorOf | None]:
-  """The policy in a folder, by the engine of config.rollout."""
+  """The policy in a folder, sampled by the engine of config.rollout."""
   idle = _idle(config, context, stage)
   params = policies.load_params(context, policy, config.seed)
   with engines.servers(config, policy, folder) as urls:
     engine = engines.make_engine(config, context, params, urls, folder)
     try:
       await engine.update_weights(params, 0)
-      del params  # nothing trains them; the engine has its own
+      del params  # nothing trains here, and the engine has its own copy
       yield _with(idle, engine)
     finally:
       await engine.close()
@@ -221,14 +221,14 @@ async def _endpoint(config: ConfigDict, context: RunContext, policy: str, folder
 @contextlib.asynccontextmanager
 async def _script(config: ConfigDict, context: RunContext, policy: str, folder: epath.Path,
                   stage: str) -> AsyncIterator[ActorOf]:
-  """The miniature world's own teacher."""
+  """The scripted teacher of the miniature world."""
   yield actors.scripted_teacher(config, context, stage)
 
 
 def _idle(config: ConfigDict, context: RunContext, stage: str) -> collect.Actor | None:
-  """An actor without an engine, made before weights are loaded, so that a tool without its key fails first.
+  """An actor without an engine, made before the weights are loaded, so that a missing key fails early.
 
-  None in all processes but the main one, which alone acts.
+  None in all processes but the main one, since only that one samples.
   """
   return actors.make_actor(config, context, None, stage) if distributed.is_main() else None
 

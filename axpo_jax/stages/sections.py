@@ -1,7 +1,7 @@
-"""The records that sections of the config are read into.
+"""Records (frozen dataclasses) made from sections of the config.
 
-In: a config. Out: frozen dataclasses, which check their own values when they are built. A run builds some of
-them hours after its start (RL's after SFT), so `check` builds all of them before anything starts.
+In: a config. Out: the records. Each checks its values when it is made. A run makes some of them hours after its
+start (RL's after SFT), so `check` makes all of them before anything starts.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from axpo_jax.train.optimizer_config import OptimizerConfig
 
 
 def world_config(config: ConfigDict, kinds: ConfigDict) -> world.WorldConfig:
-  """The miniature world, whose readable crops must be what the zoom tool makes."""
+  """The miniature world. Its crops have the zoom tool's limits, so that what it calls readable is readable."""
   mini, mixes = config.data.miniworld, world.kinds_by_family(kinds)
   canvas = perception.PerceptionConfig(
     mix=mixes["perception"], marks=tuple(mini.marks), large_share=mini.large_share,
@@ -48,7 +48,7 @@ def world_config(config: ConfigDict, kinds: ConfigDict) -> world.WorldConfig:
 
 
 def reader(config: ConfigDict, source: str) -> readers.ReaderConfig:
-  """How the files of a source are read; columns and image folder are those of config.data.source."""
+  """How to read the files of a source. Columns and image folder of the config hold for config.data.source only."""
   data = config.data
   how = readers.ReaderConfig(image_cache=data.image_cache, max_bad_share=data.max_bad_share)
   if source == data.source:
@@ -58,10 +58,8 @@ def reader(config: ConfigDict, source: str) -> readers.ReaderConfig:
 
 
 def patch_rows(config: ConfigDict, vision: VisionConfig) -> tuple[int, ...]:
-  """Lengths of rows of image patches, in training and sampling.
-
-  The last holds the largest image that the config allows, of a question or of a tool.
-  """
+  """Lengths of rows of image patches, in training and sampling. The last one fits the largest image that the
+  config allows, from a question or a tool."""
   images = config.images
   usual, largest = images.max_pixels, max(images.max_pixels, images.zoom_max_pixels)
   return patch_lengths(usual // vision.patch_size**2, largest // vision.patch_size**2)
@@ -74,10 +72,10 @@ def computed_as(base: ModelConfig, section: ConfigDict) -> ModelConfig:
 
 
 def lora(config: ConfigDict) -> LoraConfig | None:
-  """The section config.lora; None where it is switched off.
+  """The section config.lora; None if it is off.
 
   Raises:
-    ConfigError: values that cannot work, or adapters in a vision tower that a stage freezes.
+    ConfigError: invalid values, or adapters in a vision tower that a stage freezes.
   """
   section = config.lora
   if not section.rank:
@@ -96,7 +94,7 @@ def lora(config: ConfigDict) -> LoraConfig | None:
 
 
 def sampling(config: ConfigDict, stage: str, **ids: tuple[int, ...]) -> SamplingParams:
-  """How a stage draws tokens; `ids` are the chat's stop_ids and banned_ids."""
+  """The sampling parameters of a stage; `ids` are the chat's stop_ids and banned_ids."""
   drawn = config.eval if stage == "eval" else config.rollout
   return SamplingParams(
     max_new_tokens=limits(config, stage).max_new_tokens, temperature=drawn.temperature,
@@ -104,10 +102,10 @@ def sampling(config: ConfigDict, stage: str, **ids: tuple[int, ...]) -> Sampling
 
 
 def check(config: ConfigDict) -> None:
-  """Builds every record of every stage.
+  """Makes every record of every stage.
 
   Raises:
-    ConfigError: one of them does not accept its section; names the field.
+    ConfigError: a section has an invalid value; the message names the field.
   """
   names = {name for name, _ in fields(config)}
   for where, build in _records(config):
@@ -117,21 +115,21 @@ def check(config: ConfigDict) -> None:
 
 @contextlib.contextmanager
 def _named(where: str, names: Container[str] = ()) -> Iterator[None]:
-  """Errors of a record as those of its section; `names` are the config's fields."""
+  """Turns errors of a record into ConfigErrors of its section; `names` are the config's fields."""
   try:
     yield
   except ConfigError:
     raise
   except (ValueError, TypeError, OSError, SidecarError) as error:
     text, section = str(error), where.removesuffix(": ")
-    first = re.match(r"\w*", text)[0]  # records speak of their fields
+    first = re.match(r"\w*", text)[0]  # a record's message begins with the name of its field
     if f"{section.removeprefix('config.')}.{first}" in names:
       where = f"{section}."
     raise ConfigError(f"{where}{text}") from error
 
 
 def _records(config: ConfigDict) -> Iterator[tuple[str, Callable[[], Any]]]:
-  """(prefix of an error's message, function that builds the records), the quick ones first."""
+  """(prefix of an error message, function that makes the records), quick ones first."""
   yield "config.rl.", lambda: Recipe.from_config(config.rl, config.agent.max_response_tokens)
   yield "config.model.", lambda: _model(config)
   if config.model.tokenizer or config.model.checkpoint:
@@ -165,7 +163,7 @@ def _model(config: ConfigDict) -> ModelConfig:
 
 
 def _processor(config: ConfigDict) -> None:
-  """Checks that the image processor cuts images into the patches that the vision tower reads."""
+  """Checks that the image processor makes the patches that the vision tower reads."""
   folder, vision = config.model.tokenizer or config.model.checkpoint, _model(config).vision
   form = ImageProcessor.from_checkpoint(paths.local(folder, hf.SMALL_FILES)).format
   for ours, theirs in (("patch_size", "patch_size"), ("temporal_patch_size", "temporal_patch_size"),
@@ -190,7 +188,7 @@ def _kernels(section: ConfigDict) -> Any:
 
 
 def _engine_records(config: ConfigDict) -> Iterator[tuple[str, Callable[[], Any]]]:
-  """Of the engine that the run has; these modules load slowly."""
+  """The records of the run's engine. Their modules load slowly."""
   if config.rollout.engine == "embedded":
     yield "config.rollout.embedded: ", lambda: embedded(config)
     return
@@ -216,7 +214,7 @@ def embedded(config: ConfigDict) -> Any:
 
 
 def sglang(config: ConfigDict, folder: str, **options: Any) -> Any:
-  """The SGLangConfig, which pushes weights through `folder`; `options` are fields of PushConfig."""
+  """The SGLangConfig with pushes through `folder`; `options` are fields of PushConfig."""
   from axpo_jax.engine.settings import FleetConfig, PushConfig, SGLangConfig
   s = config.rollout.sglang
   push = PushConfig(folder=folder, dtype=s.push_dtype,

@@ -1,7 +1,7 @@
 """The SFT loop: the policy learns to imitate trajectories whose answer is right.
 
-In: a policy folder (or random parameters) and a stream of trajectories. Out: a trained policy folder.
-Loss falls on what the teacher sampled and on nothing else.
+In: a policy folder (or random parameters) and a stream of trajectories. Out: a trained policy folder. Only
+tokens that the teacher sampled carry loss.
 """
 
 import asyncio
@@ -105,13 +105,13 @@ def run(config: ConfigDict, context: RunContext, policy: str, root: epath.Path,
 class SftBatches:
   """Endless batches of supervised examples; checkpointable like the stream beneath.
 
-  A trajectory that is left out (wrong answer, too long) is replaced by the next one, and counted.
+  A trajectory that is left out (wrong answer, too long) is counted, and the next one takes its place.
 
   Raises:
-    ConfigError: of many trajectories in a row, none could be kept.
+    ConfigError: many trajectories in a row were left out.
 
   Attributes:
-    tally: of the shards' trajectories before the stream; None where they are not of shards.
+    tally: of the filter on shards; None if the source is not shards.
   """
 
   def __init__(self, stream: grain.DatasetIterator, size: int, tally: filters.Tally | None = None):
@@ -136,7 +136,7 @@ class SftBatches:
 
 
 def sft_batches(config: ConfigDict, context: RunContext) -> SftBatches:
-  """Trajectories of the scripted teacher, made as they are needed, or those of a dump, of shards or of
+  """Batches of the scripted teacher's trajectories, made on demand, or of those in a dump, shards or
   conversations."""
   sft, tally = config.sft, None
   if sft.source == "teacher":
@@ -153,8 +153,8 @@ def sft_batches(config: ConfigDict, context: RunContext) -> SftBatches:
 
 
 def conversations(config: ConfigDict, context: RunContext) -> Conversations:
-  """The conversations of config.sft.path in the policy's chat format, with this run's prompt where they
-  have none."""
+  """The conversations of config.sft.path in the policy's chat format. One without a system prompt or tools gets
+  this run's."""
   images = config.images
   tools = toolbox.toolbox(config, context.chat, context.processor.factor, folder=context.folder)
   return Conversations(config.sft.path, Prompts(
@@ -164,9 +164,9 @@ def conversations(config: ConfigDict, context: RunContext) -> Conversations:
 
 
 def _filter(config: ConfigDict, context: RunContext) -> Callable[[Rollout], list[Example]]:
-  """From a rollout to its example; to none if SFT leaves it out.
+  """Maps a rollout to a list with its example, or to an empty list if SFT leaves it out.
 
-  A list, since grain takes None out of a stream by itself: nobody could count it.
+  Not to None: grain would remove that from the stream, and it could not be counted.
   """
   def transform(rollout: Rollout) -> list[Example]:
     reason = filters.trajectory(rollout.reward, rollout.transcript.expanded_length, failed=rollout.failed,
@@ -185,8 +185,7 @@ def _filter(config: ConfigDict, context: RunContext) -> Callable[[Rollout], list
 
 
 def _teacher(config: ConfigDict, context: RunContext) -> Callable[[Question], list[Example]]:
-  """From a question to the example of the teacher's episode, by the same loop that rolls out the
-  policy. The prompt is the policy's, except for warm starts that leave it out."""
+  """Maps a question to the example of the scripted teacher's episode, which the policy's own episode loop runs."""
   to_examples, teacher_of = _filter(config, context), actors.scripted_teacher(config, context)
 
   def transform(question: Question) -> list[Example]:

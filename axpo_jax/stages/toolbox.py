@@ -1,7 +1,7 @@
-"""From a config to the tools of a run: which there are, what they may do, and what they may use up.
+"""The tools of a run, from the config: which there are, their scopes and their budgets.
 
-In: the agent section. Out: a ToolBox, the same one for the same settings, since a sandbox or a
-connection to a server is not made twice.
+In: the agent section. Out: a ToolBox. Equal settings give the same one, so that a sandbox or a connection to a
+server is not made twice.
 """
 
 import importlib
@@ -37,13 +37,13 @@ _made: dict[str, ToolBox] = {}
 
 def toolbox(config: ConfigDict, chat: Chat, factor: int, *, evaluation: bool = False,
             folder: epath.Path | None = None) -> ToolBox:
-  """The tools that the config names, with the scopes and limits it grants.
+  """The tools that the config names, with its scopes and limits.
 
   Args:
     chat: measures observations in tokens.
     factor: sides of zoomed crops are multiples of this.
-    evaluation: offer `config.eval.extra_tools` too.
-    folder: of the run; the audit log is written there. None writes none.
+    evaluation: also offer `config.eval.extra_tools`.
+    folder: of the run, for the audit log; None: no log.
 
   Raises:
     ConfigError: a tool does not exist, or lacks a package, a key, a file or a sandbox.
@@ -61,7 +61,7 @@ def toolbox(config: ConfigDict, chat: Chat, factor: int, *, evaluation: bool = F
 
 
 def flush() -> None:
-  """Sends the audit logs that are not where they belong yet: those on an object store."""
+  """Uploads audit logs that belong on an object store."""
   for tools in _made.values():
     if tools.audit is not None:
       tools.audit.flush()
@@ -70,10 +70,11 @@ def flush() -> None:
 def _toolbox(config: ConfigDict, chat: Chat, factor: int, extra: tuple[str, ...],
              folder: epath.Path | None) -> ToolBox:
   agent, log, used = config.agent, None, Usage()
-  tools = [*_tools(config, factor, extra), *plugins.environment(config).tools]  # before the log is opened: what fails leaves no folder
+  # Before the log is opened, so that a failure leaves no folder.
+  tools = [*_tools(config, factor, extra), *plugins.environment(config).tools]
   if folder is not None and agent.audit:
     path = folder / AUDIT_FILE
-    # A resumed run goes on counting where it stopped.
+    # A resumed run continues the counts of its budgets.
     used = audit.totals(audit.read(path))
     log = audit.AuditLog(path, run=folder.name)
   return ToolBox(
@@ -105,7 +106,7 @@ def _tools(config: ConfigDict, factor: int, extra: tuple[str, ...]) -> list[Tool
 
 
 def kernel_config(section: ConfigDict) -> KernelConfig:
-  """The record of config.agent.python, whose other fields are the tool's."""
+  """The kernels' part of config.agent.python; the other fields are the tool's own."""
   return KernelConfig(**{name: value for name, value in section.items()
                          if name not in ("url", "timeout", "max_timeout", "max_concurrent")})
 

@@ -80,7 +80,7 @@ def test_steps_cannot_change_behind_or_before_what_was_done(run, tmp_path):
   with pytest.raises(ConfigError, match=r"rl.steps: 300 there, 10 here .it has done 20"):
     run(rl__steps=10)
   (root / "eval").mkdir()
-  with pytest.raises(ConfigError, match=r"stage 'eval' began with what it made"):
+  with pytest.raises(ConfigError, match=r"stage 'eval' has started from its policy"):
     run(rl__steps=400, stages=("sft", "rl", "eval"))
 
 
@@ -95,7 +95,7 @@ def test_finished_stage_goes_on_with_more_steps(config, tmp_path, capsys):
   claim.reopen(root, config)
   assert not (root / "rl" / "policy").exists() and (root / "rl" / "policy_300").exists()
   assert (root / "sft" / "policy").exists()
-  assert "rl: goes on from step 300" in capsys.readouterr().out
+  assert "rl: continues from step 300" in capsys.readouterr().out
 
 
 def test_field_that_an_older_version_did_not_write_has_its_default(run, config, tmp_path):
