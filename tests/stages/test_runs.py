@@ -99,7 +99,7 @@ def test_killed_and_resumed_run_repeats_the_unbroken_one(micro_run, overrides, t
 def test_finished_run_is_not_run_again(micro_run, overrides, one_device, tmp_path, capsys):
   run = shutil.copytree(micro_run, tmp_path / "run")
   experiment.run(micro(overrides), run)
-  assert "rl: done before" in capsys.readouterr().out
+  assert "rl: already done" in capsys.readouterr().out
   assert (run / "metrics.jsonl").read_bytes() == (micro_run / "metrics.jsonl").read_bytes()
 
 
