@@ -4,9 +4,10 @@
 
     {"case": "a factorial without end", "bound": "wrong within 2 s", "answer": "(99999999)!"}
 
-"case" names the attack and "bound" says, in words, what holds it; the other keys belong to the
-subject. What does not fit in a line is built by a test, or lies in a file of `SUBJECT/`. A case stays
-when its cause is gone: whoever finds a new attack adds a line and sees it fail first.
+"case" names the attack and "bound" says, in words, what holds it; "held" marks those that never
+succeeded and shall not; the other keys belong to the subject. What does not fit in a line is built by a
+test, or lies in a file of `SUBJECT/`. A case stays when its cause is gone: whoever finds a new attack
+adds a line and sees it fail first.
 
     @pytest.mark.parametrize("case", corpus.cases("answers"))
     def test_answers(case):

@@ -81,8 +81,8 @@ def test_retry_after_is_honoured_and_bounded(monkeypatch):
 
 
 @pytest.mark.parametrize("reply, reason", [
-  ([], "not a chat completion"), ({"choices": []}, "not a chat completion"), (None, "not a chat completion"),
-  ({"choices": [{"message": None}]}, "not a chat completion"),
+  ([], "not a chat completion"), ({"choices": []}, "not a chat completion"),
+  ({"choices": [3]}, "not a chat completion"),
   (web.Response(text="[" * 100_000), "not JSON"), (web.Response(body=b"\xff\xfe"), "not JSON"),
 ])
 def test_replies_that_are_none(reply, reason):

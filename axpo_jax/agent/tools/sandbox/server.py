@@ -27,7 +27,7 @@ import tempfile
 import time
 from typing import Any
 
-from axpo_jax.agent.tools.sandbox import isolation, processes, supervisor, wire
+from axpo_jax.agent.tools.sandbox import cgroup, isolation, processes, supervisor, wire
 from axpo_jax.agent.tools.sandbox.isolation import IsolationError
 
 NAMESPACES, RLIMITS = "namespaces", "rlimits"
@@ -62,6 +62,8 @@ def main(descriptor: int) -> None:
   message, _ = wire.receive(control)
   settings = Settings(**message["settings"])
   proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+  # Files in memory count there too. Opened here: in the empty world there is no /sys.
+  groups = cgroup.Groups(cgroup.open_parent(), settings.memory + settings.file_bytes)
   try:
     from axpo_jax.agent.tools.sandbox import shell
     kernel = _warmed(shell)
@@ -79,7 +81,7 @@ def main(descriptor: int) -> None:
   gc.collect()
   gc.freeze()  # the collector would write to, and so copy, every shared page
   wire.send(control, {"ready": True})
-  _serve(control, settings, proc, kernel)
+  _serve(control, settings, proc, kernel, groups)
 
 
 def _warmed(shell) -> Any:
@@ -93,7 +95,7 @@ def _warmed(shell) -> Any:
   return kernel
 
 
-def _serve(control: socket.socket, settings: Settings, proc: int, kernel: Any) -> None:
+def _serve(control: socket.socket, settings: Settings, proc: int, kernel: Any, groups: cgroup.Groups) -> None:
   known: set[int] = set()  # supervisors, where they are forked without a helper
   watch = time.monotonic()
   while True:
@@ -102,17 +104,19 @@ def _serve(control: socket.socket, settings: Settings, proc: int, kernel: Any) -
       if not data:
         break
       for descriptor in descriptors:
-        _spawn(control, descriptor, settings, proc, kernel, known)
+        _spawn(control, descriptor, settings, proc, kernel, known, groups)
     if time.monotonic() >= watch:  # not after every message: it takes a while when there are many
-      _watch(settings, proc, known)
+      _watch(settings, proc, known, groups)
       watch = time.monotonic() + _WATCH_SECONDS
 
 
-def _watch(settings: Settings, proc: int, known: set[int]) -> None:
+def _watch(settings: Settings, proc: int, known: set[int], groups: cgroup.Groups) -> None:
   """Reaps exited kernels, enforces memory limits, and kills kernels whose supervisor died."""
   with contextlib.suppress(ChildProcessError):
     while (dead := os.waitpid(-1, os.WNOHANG)[0]):
       known.discard(dead)
+      groups.ended(dead)
+  groups.remove()
   for child in processes.children(os.getpid(), proc):
     if settings.isolation == RLIMITS and child not in known:
       os.kill(child, signal.SIGKILL)
@@ -121,14 +125,16 @@ def _watch(settings: Settings, proc: int, known: set[int]) -> None:
 
 
 def _spawn(control: socket.socket, descriptor: int, settings: Settings, proc: int, kernel: Any,
-           known: set[int]) -> None:
+           known: set[int], groups: cgroup.Groups) -> None:
   """Forks a supervisor, or a helper that enters new namespaces and forks the supervisor in them.
 
   The trainer is sent a handle by which it can kill the supervisor.
   """
+  group = groups.make()
   child = os.fork()
   with socket.socket(fileno=descriptor) as trainer:
     if child:
+      groups.keep(group, child)
       if settings.isolation == RLIMITS:
         known.add(child)
         _send_handle(trainer, child)
@@ -136,6 +142,7 @@ def _spawn(control: socket.socket, descriptor: int, settings: Settings, proc: in
     status = 1
     try:
       control.close()
+      groups.enter(group)
       _become_supervisor(trainer, settings, proc, kernel)
       status = 0
     except BaseException as error:  # a forked child must never return into the server's loop
