@@ -18,7 +18,8 @@ REMAT_POLICIES = ("none", "full", "dots")
 ATTENTION = ("auto", "xla", "tpu", "gpu")
 DTYPES = ("float32", "bfloat16")
 # Linear layers that can have adapters, by the names of the model's modules.
-TEXT_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+_MLP_TARGETS = ("gate", "up", "down")
+TEXT_TARGETS = ("q", "k", "v", "o", *_MLP_TARGETS)
 VISION_TARGETS = ("qkv", "proj", "fc1", "fc2")
 
 
@@ -27,8 +28,32 @@ class UnsupportedConfig(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+  """A mixture of experts: in every layer a router picks a few small MLPs for each token.
+
+  Attributes:
+    count: MLPs of a layer.
+    per_token: how many of them a token is sent to.
+    intermediate_size: width of one.
+  """
+
+  count: int
+  per_token: int
+  intermediate_size: int
+
+  def __post_init__(self):
+    if not 0 < self.per_token <= self.count:
+      raise UnsupportedConfig(
+        f"num_experts_per_tok={self.per_token} must lie between 1 and num_experts={self.count}")
+
+
+@dataclasses.dataclass(frozen=True)
 class TextConfig:
-  """The decoder. `mrope_section`: how many rotary frequencies time, height and width have."""
+  """The decoder.
+
+  mrope_section: how many rotary frequencies time, height and width have.
+  experts: in the place of each layer's MLP; None: a dense model. `intermediate_size` is then not used.
+  """
 
   vocab_size: int
   hidden_size: int
@@ -42,8 +67,13 @@ class TextConfig:
   rms_norm_eps: float = 1e-6
   tie_word_embeddings: bool = False
   max_positions: int = 262_144
+  experts: ExpertsConfig | None = None
 
   def __post_init__(self):
+    if self.experts and self.hidden_size in (self.experts.intermediate_size, 2 * self.experts.intermediate_size):
+      raise UnsupportedConfig(
+        f"hidden_size={self.hidden_size} and moe_intermediate_size={self.experts.intermediate_size}: where one "
+        "is the other or twice it, a checkpoint's shapes do not say which axis of an expert is which")
     if self.num_heads % self.num_kv_heads:
       raise UnsupportedConfig(
         f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
@@ -177,6 +207,9 @@ class ModelConfig:
         f"vision out_hidden_size={self.vision.out_hidden_size} must equal text hidden_size="
         f"{self.text.hidden_size}: merged patches enter the text's residual stream"
       )
+    if self.text.experts and self.lora and (no := set(self.lora.targets) & set(_MLP_TARGETS)):
+      raise UnsupportedConfig(f"lora.targets={self.lora.targets}: experts have no adapters; leave "
+                              f"{', '.join(sorted(no))} out")
     for field in _TOKEN_ID_FIELDS:
       if not 0 <= getattr(self, field) < self.text.vocab_size:
         raise UnsupportedConfig(f"{field}={getattr(self, field)} is outside the vocabulary of "
@@ -216,26 +249,29 @@ class ModelConfig:
 
   @classmethod
   def _from_raw(cls, raw: Mapping[str, Any], options: Mapping[str, Any]) -> ModelConfig:
-    if raw.get("model_type") != "qwen3_vl":
+    if raw.get("model_type") not in ("qwen3_vl", "qwen3_vl_moe"):
       raise UnsupportedConfig(
-        f"model_type={raw.get('model_type')!r}; only 'qwen3_vl' (dense Qwen3-VL) is implemented"
+        f"model_type={raw.get('model_type')!r}; only 'qwen3_vl' (dense Qwen3-VL) and 'qwen3_vl_moe' are "
+        "implemented"
       )
     text, vision = (_section(raw, name) for name in ("text_config", "vision_config"))
     # The top level alone counts, as for transformers and SGLang, whatever text_config says.
     tied = raw.get("tie_word_embeddings", False)
     ids = {k: raw[k] for k in _TOKEN_ID_FIELDS if k in raw}
-    return cls(text=_text_from_hf(text, tied), vision=_vision_from_hf(vision), **{**ids, **options})
+    experts = _experts_from_hf(text) if raw["model_type"] == "qwen3_vl_moe" else None
+    return cls(text=_text_from_hf(text, tied, experts), vision=_vision_from_hf(vision), **{**ids, **options})
 
   def to_hf(self) -> dict[str, Any]:
     """The `config.json` of a Hugging Face checkpoint of this model (the released files' layout)."""
     text, vision = self.text, self.vision
+    kind = "qwen3_vl_moe" if text.experts else "qwen3_vl"
     return {
-      "architectures": ["Qwen3VLForConditionalGeneration"],
-      "model_type": "qwen3_vl",
+      "architectures": [f"Qwen3VL{'Moe' if text.experts else ''}ForConditionalGeneration"],
+      "model_type": kind,
       **{k: getattr(self, k) for k in _TOKEN_ID_FIELDS},
       "tie_word_embeddings": text.tie_word_embeddings,
       "text_config": {
-        "model_type": "qwen3_vl_text",
+        "model_type": f"{kind}_text",
         **{hf: getattr(text, ours) for ours, hf in _TEXT_FIELDS.items()},
         "rope_theta": text.rope_theta,
         "rope_scaling": {
@@ -245,9 +281,10 @@ class ModelConfig:
         },
         "tie_word_embeddings": text.tie_word_embeddings,
         **_TEXT_FIXED,
+        **_experts_to_hf(text.experts),
       },
       "vision_config": {
-        "model_type": "qwen3_vl",
+        "model_type": kind,
         **{hf: getattr(vision, ours) for ours, hf in _VISION_FIELDS.items()},
         "deepstack_visual_indexes": list(vision.deepstack_layers),
         **_vision_rope_to_hf(vision.rope_theta),
@@ -270,9 +307,28 @@ _VISION_FIELDS = {name: name for name in (
 # What the architecture fixes: written out, and checked when a file states it.
 _TEXT_FIXED = {"hidden_act": "silu", "attention_bias": False}
 _VISION_FIXED = {"hidden_act": "gelu_pytorch_tanh"}
+# Every layer is routed, for the layers are one stack; and transformers always normalises the chosen weights.
+_EXPERTS_FIXED = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+_EXPERTS_FIELDS = {"count": "num_experts", "per_token": "num_experts_per_tok",
+                   "intermediate_size": "moe_intermediate_size"}
 
 
-def _text_from_hf(raw: Mapping[str, Any], tied: bool) -> TextConfig:
+def _experts_from_hf(raw: Mapping[str, Any]) -> ExpertsConfig:
+  # transformers 5 may write the number of experts by its second name.
+  raw = {"num_experts": raw.get("num_local_experts"), **raw}
+  if raw.get("mlp_only_layers") is None:
+    raw.pop("mlp_only_layers", None)
+  _check_fixed("text_config", raw, _EXPERTS_FIXED)
+  return ExpertsConfig(**_sizes("text_config", raw, _EXPERTS_FIELDS))
+
+
+def _experts_to_hf(experts: ExpertsConfig | None) -> dict[str, Any]:
+  if experts is None:
+    return {}
+  return {hf: getattr(experts, ours) for ours, hf in _EXPERTS_FIELDS.items()} | _EXPERTS_FIXED
+
+
+def _text_from_hf(raw: Mapping[str, Any], tied: bool, experts: ExpertsConfig | None) -> TextConfig:
   _check_fixed("text_config", raw, _TEXT_FIXED)
   # transformers 4 writes rope_theta + rope_scaling, transformers 5 one rope_parameters.
   rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
@@ -291,6 +347,7 @@ def _text_from_hf(raw: Mapping[str, Any], tied: bool) -> TextConfig:
     rope_theta=float(theta),
     mrope_section=tuple(rope.get("mrope_section", (24, 20, 20))),
     tie_word_embeddings=bool(tied),
+    experts=experts,
   )
 
 
@@ -358,12 +415,13 @@ def _read_json(path: Path) -> Mapping[str, Any]:
   return raw
 
 
-def _preset(hidden, layers, heads, mlp, tied, vision) -> ModelConfig:
+def _preset(hidden, layers, heads, mlp, tied, vision, kv_heads=8, experts=None) -> ModelConfig:
   depth, vision_hidden, vision_mlp, deepstack = vision
   return ModelConfig(
     text=TextConfig(
       vocab_size=151_936, hidden_size=hidden, intermediate_size=mlp, num_layers=layers,
-      num_heads=heads, num_kv_heads=8, tie_word_embeddings=tied,
+      num_heads=heads, num_kv_heads=kv_heads, tie_word_embeddings=tied,
+      experts=experts,
     ),
     vision=VisionConfig(
       depth=depth, hidden_size=vision_hidden, intermediate_size=vision_mlp,
@@ -380,6 +438,7 @@ PRESETS: dict[str, ModelConfig] = {
   "4b": _preset(2560, 36, 32, 9728, True, _SMALL_VISION),
   "8b": _preset(4096, 36, 32, 12288, False, _LARGE_VISION),
   "32b": _preset(5120, 64, 64, 25600, False, _LARGE_VISION),
+  "30b_a3b": _preset(2048, 48, 32, 6144, False, _LARGE_VISION, 4, ExpertsConfig(128, 8, 768)),
   # For one CPU. Vocabulary and ids are placeholders: `dataclasses.replace` them with a
   # tokenizer's (the large presets' ids are those of the released tokenizer).
   "tiny": ModelConfig(
@@ -396,3 +455,5 @@ PRESETS: dict[str, ModelConfig] = {
     dtype="float32",
   ),
 }
+PRESETS["tiny_moe"] = dataclasses.replace(PRESETS["tiny"], text=dataclasses.replace(
+  PRESETS["tiny"].text, experts=ExpertsConfig(count=8, per_token=2, intermediate_size=144)))

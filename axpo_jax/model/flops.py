@@ -32,6 +32,13 @@ def _of(equation: Any, rounds: int | None) -> float:
     (contracted, _), _ = params["dimension_numbers"]
     shape = equation.invars[0].aval.shape
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+  if name == "ragged_dot_general":
+    (contracted, _), _ = params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    (ragged,) = params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions
+    lhs, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    # Rows of each group meet that group's matrix alone; a product over the rows has one result a group.
+    each = out[1:] if ragged in contracted else out
+    return 2.0 * math.prod(each) * math.prod(lhs[i] for i in contracted)
   if name == "pallas_call" and params.get("cost_estimate") is not None:
     return float(params["cost_estimate"].flops)
   inner = [count(jaxpr, rounds) for jaxpr in _jaxprs(params)]
@@ -81,7 +88,10 @@ def needed(config: ModelConfig, *, tokens: int, targets: int, patches: int, seen
   text, vision = config.text, config.vision
   width, heads = text.hidden_size, text.num_heads * text.head_dim
   kv = text.num_kv_heads * text.head_dim
-  layer = width * (2 * heads + 2 * kv + 3 * text.intermediate_size) + 2 * seen * heads
+  mlp = 3 * text.intermediate_size
+  if text.experts:  # those that a token goes through, and the router
+    mlp = 3 * text.experts.per_token * text.experts.intermediate_size + text.experts.count
+  layer = width * (2 * heads + 2 * kv + mlp) + 2 * seen * heads
   block = (4 * vision.hidden_size + 2 * vision.intermediate_size + 2 * seen_patches)
   merged = vision.hidden_size * vision.merge_unit
   mergers = (1 + len(vision.deepstack_layers)) * merged * (merged + vision.out_hidden_size)

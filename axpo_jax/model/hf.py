@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 
 from axpo_jax.model import sharding
 from axpo_jax.model.config import ModelConfig
+from axpo_jax.model.expert_files import ReleasedLayout
 from axpo_jax.model.hf_names import EMBEDDING, HEAD, Entry, Path_, name_table
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.model.tensor_files import INDEX_FILE, SINGLE_FILE, CheckpointError, Reader
@@ -84,8 +85,8 @@ def load_params(
   trees = [abstract]
   if mesh is not None:
     trees.append(sharding.param_shardings(abstract, mesh, rules))
-  with Reader(Path(path)) as reader:
-    table = name_table(config)
+  with Reader(Path(path)) as files:
+    reader, table = ReleasedLayout(files, config.text), name_table(config)
     _check(reader.shapes(), table, tied=config.text.tie_word_embeddings)
     entries: dict[Path_, list[Entry]] = {}
     for entry in table:
@@ -102,7 +103,7 @@ def load_params(
 def check_checkpoint(path: str | os.PathLike, config: ModelConfig) -> None:
   """Reads the headers of a folder's files alone. Raises: what `load_params` raises."""
   with Reader(Path(path)) as reader:
-    _check(reader.shapes(), name_table(config), tied=config.text.tie_word_embeddings)
+    _check(ReleasedLayout(reader, config.text).shapes(), name_table(config), tied=config.text.tie_word_embeddings)
 
 
 def save_checkpoint_hf(
@@ -152,7 +153,7 @@ def save_checkpoint_hf(
 # Loading --------------------------------------------------------------------------------------
 
 
-def _check_tied(reader: Reader) -> None:
+def _check_tied(reader: ReleasedLayout) -> None:
   """A head that is stored beside a tied embedding must be equal to it."""
   if HEAD in reader and not np.array_equal(reader.read(HEAD), reader.read(EMBEDDING)):
     raise CheckpointError(

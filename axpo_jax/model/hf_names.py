@@ -16,7 +16,7 @@ import dataclasses
 
 import numpy as np
 
-from axpo_jax.model.config import ModelConfig
+from axpo_jax.model.config import ModelConfig, TextConfig
 
 Path_ = tuple[str, ...]
 EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -29,7 +29,8 @@ class Entry:
 
   name, shape: the tensor's, there.
   path: our parameter. layer: its index in the stacked parameter, None if not stacked.
-  matrix: [out, in...] there and transposed here; else the same order of values.
+  matrix: [out, in...] there and transposed here; else the same order of values. Experts are
+    [expert, in, out] there too.
   """
 
   name: str
@@ -89,10 +90,13 @@ def _text_entries(config: ModelConfig) -> list[Entry]:
     "k": ("self_attn.k_proj", (t.num_kv_heads * h, D)),
     "v": ("self_attn.v_proj", (t.num_kv_heads * h, D)),
     "o": ("self_attn.o_proj", (D, t.num_heads * h)),
-    "gate": ("mlp.gate_proj", (F, D)),
-    "up": ("mlp.up_proj", (F, D)),
-    "down": ("mlp.down_proj", (D, F)),
   }
+  if not t.experts:
+    matrices |= {
+      "gate": ("mlp.gate_proj", (F, D)),
+      "up": ("mlp.up_proj", (F, D)),
+      "down": ("mlp.down_proj", (D, F)),
+    }
   norms = {
     "attn_norm": ("input_layernorm", D),
     "mlp_norm": ("post_attention_layernorm", D),
@@ -107,10 +111,20 @@ def _text_entries(config: ModelConfig) -> list[Entry]:
       out.append(Entry(f"{hf}.{theirs}.weight", (size,), (*ours, name, "scale"), i))
     for name, (theirs, shape) in matrices.items():
       out += _linear(f"{hf}.{theirs}", (*ours, name), shape, i, bias=False)
+    if t.experts:
+      out += _expert_entries(t, f"{hf}.mlp", (*ours, "experts"), i)
   out.append(Entry(f"{root}.norm.weight", (D,), ("text", "norm", "scale")))
   if not t.tie_word_embeddings:
     out.append(Entry(HEAD, table, ("text", "head")))
   return out
+
+
+def _expert_entries(text: TextConfig, hf: str, path: Path_, layer: int) -> list[Entry]:
+  """In the layout of the released files; others are read as this one (`expert_files`)."""
+  E, D, F = text.experts.count, text.hidden_size, text.experts.intermediate_size
+  return [*_linear(f"{hf}.gate", (*path, "router"), (E, D), layer, bias=False),
+          Entry(f"{hf}.experts.gate_up_proj", (E, D, 2 * F), (*path, "gate_up"), layer),
+          Entry(f"{hf}.experts.down_proj", (E, F, D), (*path, "down"), layer)]
 
 
 def _linear(hf: str, path: Path_, shape, layer: int | None = None, bias=True) -> list[Entry]:

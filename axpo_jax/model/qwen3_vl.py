@@ -24,6 +24,7 @@ from flax import nnx
 
 from axpo_jax.model.cache import DecodeCache, KVCache
 from axpo_jax.model.config import ModelConfig
+from axpo_jax.model.experts import Load
 from axpo_jax.model.lora import adapt
 from axpo_jax.model.sharding import stays, with_stored
 from axpo_jax.model.text import Cache, DeepStack, Intermediates, TextDecoder, gather_image
@@ -58,6 +59,7 @@ class Qwen3VL(nnx.Module):
     image_index_BxT: jax.Array | None = None,
     cache: Cache | None = None,
     taps: Intermediates | None = None,
+    loads: list[Load] | None = None,
   ) -> tuple[jax.Array, Cache | None]:
     """Hidden states of every token, after the final norm.
 
@@ -76,6 +78,7 @@ class Qwen3VL(nnx.Module):
       cache: the tokens seen so far. New tokens see them, are written behind them, and the
         lengths advance by the number of real tokens. The caller keeps lengths + T within it.
       taps: a dict that receives named intermediates (see `intermediates`).
+      loads: a list that receives the Load of a mixture of experts, of all layers in one.
     Returns: hidden [B, T, D] in the compute dtype, and the cache with the new tokens or None.
     """
     if (vision is None) != (image_index_BxT is None):
@@ -92,7 +95,7 @@ class Qwen3VL(nnx.Module):
       taps["text.embed"] = x_BxTxD
     return self.text(
       x_BxTxD, positions_BxTx3, ends_BxT, key_blocks_BxCxN=key_blocks_BxCxN, deepstack=deepstack,
-      cache=cache, taps=taps,
+      cache=cache, taps=taps, loads=loads,
     )
 
   def logits(self, hidden: jax.Array) -> jax.Array:

@@ -44,6 +44,9 @@ DEFAULT_RULES: Rules = MappingProxyType({
   "kv_heads": "tensor",
   "head_dim": None,
   "mlp": "tensor",
+  # Of a mixture of experts: split to be stored. Its model dimension cannot be split over the same axis.
+  "expert": "fsdp",
+  "expert_in": None,
   "vision_embed": "fsdp",
   "vision_heads": "tensor",
   "vision_mlp": "tensor",
@@ -241,14 +244,16 @@ def constrain(x: jax.Array, names: Names) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, sharding_for(names, x.shape, *context))
 
 
-def local(function: Callable[..., jax.Array], *names: Names) -> Callable[..., jax.Array]:
+def local(function: Callable[..., Any], *names: Names, out: tuple[Names, ...] | None = None
+          ) -> Callable[..., Any]:
   """`function`, run by every device on its own part of the arguments; itself outside `use`.
 
   For code that the compiler cannot split, such as kernels.
 
   Args:
-    function: of as many arrays as there are names; returns an array like its first argument.
+    function: of as many arrays as there are names.
     names: of the axes of each argument. What they do not split, every device gets whole.
+    out: of the axes of each array that it returns; default one like its first argument.
   """
   context = _context.get()
   if context is None:
@@ -256,10 +261,31 @@ def local(function: Callable[..., jax.Array], *names: Names) -> Callable[..., ja
 
   def mapped(*arrays):
     specs = tuple(sharding_for(n, x.shape, *context).spec for n, x in zip(names, arrays, strict=True))
-    return jax.shard_map(function, mesh=context[0], in_specs=specs, out_specs=specs[0],
+    out_specs = specs[0] if out is None else tuple(spec(n, context[1]) for n in out)
+    return jax.shard_map(function, mesh=context[0], in_specs=specs, out_specs=out_specs,
                          check_vma=False)(*arrays)
 
   return mapped
+
+
+def collected(x: jax.Array, axis: int, name: str) -> jax.Array:
+  """Within `local`: the whole of an axis that the rule of `name` splits. Its gradient is split again."""
+  axes = _split(name)
+  return jax.lax.all_gather(x, axes, axis=axis, tiled=True) if axes else x
+
+
+def summed(x: jax.Array, name: str) -> jax.Array:
+  """Within `local`: the sum over the devices among which the rule of `name` splits an axis."""
+  axes = _split(name)
+  return jax.lax.psum(x, axes) if axes else x
+
+
+def _split(name: str) -> tuple[str, ...]:
+  """The mesh axes of more than one device that a logical axis is split over in the innermost `use`."""
+  if _context.get() is None:
+    return ()
+  mesh, rules = _context.get()
+  return tuple(axis for axis in _as_tuple(spec((name,), rules)[0]) if mesh.shape[axis] > 1)
 
 
 def gather_stored(x: jax.Array, names: Names) -> jax.Array:

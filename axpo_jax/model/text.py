@@ -20,6 +20,7 @@ from axpo_jax.model import attention, rope
 from axpo_jax.model.attention_xla import Tags, block
 from axpo_jax.model.cache import DecodeCache, KVCache
 from axpo_jax.model.config import ModelConfig, TextConfig
+from axpo_jax.model.experts import Experts, Load
 from axpo_jax.model.layers import Linear, Maker, RMSNorm, remat, scan_layers
 from axpo_jax.model.sharding import constrain
 
@@ -31,7 +32,7 @@ _LOOKUP = ("lookup_batch", "length", "lookup_embed")
 
 
 class DecoderLayer(nnx.Module):
-  """Attention with per-head q/k norms, then SwiGLU; pre-norm, no biases."""
+  """Attention with per-head q/k norms, then SwiGLU, or experts of it; pre-norm, no biases."""
 
   def __init__(self, config: TextConfig, make: Maker):
     D, H, K, h = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
@@ -43,19 +44,33 @@ class DecoderLayer(nnx.Module):
     self.q_norm = RMSNorm(make, h, config.rms_norm_eps)
     self.k_norm = RMSNorm(make, h, config.rms_norm_eps)
     self.mlp_norm = RMSNorm(make, D, config.rms_norm_eps)
+    if config.experts:
+      self.experts = Experts(config, make)
+      return
+    self.experts = None
     self.gate = Linear(make, (D, config.intermediate_size), ("embed", "mlp"))
     self.up = Linear(make, (D, config.intermediate_size), ("embed", "mlp"))
     self.down = Linear(make, (config.intermediate_size, D), ("mlp", "embed"))
 
-  def __call__(self, x_BxTxD, angles, sees, cached):
-    """cached: this layer's blocks of (keys, values). Returns x and the new (keys, values)."""
+  def __call__(self, x_BxTxD, angles, sees, cached, real_BxT):
+    """
+    Args:
+      cached: this layer's blocks of (keys, values).
+      real_BxT: which tokens are no padding; read by experts alone, else None.
+
+    Returns: x, the new (keys, values), and the experts' Load or None.
+    """
     out_BxTxHxD, new = self._attention(self.attn_norm(x_BxTxD), angles, sees, cached)
     x_BxTxD = constrain(x_BxTxD + self.o(out_BxTxHxD), ("batch", "length", "act_embed"))
-    y_BxTxD = self.mlp_norm(x_BxTxD)
+    y_BxTxD, load = self._mlp(self.mlp_norm(x_BxTxD), real_BxT)
+    return constrain(x_BxTxD + y_BxTxD, ("batch", "length", "act_embed")), new, load
+
+  def _mlp(self, y_BxTxD, real_BxT):
+    if self.experts:
+      return self.experts(y_BxTxD, real_BxT)
     y_BxTxF = jax.nn.silu(self.gate(y_BxTxD)) * self.up(y_BxTxD)
     y_BxTxF = constrain(y_BxTxF, ("batch", "length", "act_mlp"))
-    x_BxTxD = constrain(x_BxTxD + self.down(y_BxTxF), ("batch", "length", "act_embed"))
-    return x_BxTxD, new
+    return self.down(y_BxTxF), None
 
   def _attention(self, y_BxTxD, angles, sees, cached):
     q_BxTxHxD = rope.rotate(self.q_norm(self.q(y_BxTxD)), angles)
@@ -128,26 +143,31 @@ class TextDecoder(nnx.Module):
     deepstack: DeepStack | None = None,
     cache: Cache | None = None,
     taps: Intermediates | None = None,
+    loads: list[Load] | None = None,
   ) -> tuple[jax.Array, Cache | None]:
-    """See `Qwen3VL.__call__`. `taps` collects named intermediates."""
+    """See `Qwen3VL.__call__`."""
     text = self.config.text
     x_BxTxD = constrain(x_BxTxD, ("batch", "length", "act_embed"))
     angles = rope.text_rope(positions_BxTx3, theta=text.rope_theta, section=text.mrope_section)
     sees = _visibility(ends_BxT, key_blocks_BxCxN, cache, self.config)
     layer_fn = remat(DecoderLayer.__call__, self.config.remat)
+    real_BxT = ends_BxT > 0 if text.experts else None
 
     def step(layer, x_BxTxD, xs):
       number, cached = xs
-      x_BxTxD, new = layer_fn(layer, x_BxTxD, angles, sees, cached)
+      x_BxTxD, new, load = layer_fn(layer, x_BxTxD, angles, sees, cached, real_BxT)
       if deepstack is not None:
         # Checkpointed, or the branch leaves arrays like x for the backward pass in every layer.
         x_BxTxD = jax.checkpoint(deepstack.add, prevent_cse=False)(x_BxTxD, number)
-      return x_BxTxD, (new if cache is not None else None, None if taps is None else x_BxTxD)
+      return x_BxTxD, (new if cache is not None else None, None if taps is None else x_BxTxD,
+                       None if loads is None else load)
 
     xs = (jnp.arange(text.num_layers), () if cache is None else cache.blocks)
-    x_BxTxD, (new, hidden_LxBxTxD) = scan_layers(
+    x_BxTxD, (new, hidden_LxBxTxD, load) = scan_layers(
       self.layers, step, x_BxTxD, xs,
       unroll=cache is None and self.config.unrolls(text.num_layers))
+    if load is not None:
+      loads.append(load)
     x_BxTxD = self.norm(x_BxTxD)
     if taps is not None:
       taps.update({"text.layers": hidden_LxBxTxD, "text.norm": x_BxTxD})

@@ -83,7 +83,7 @@ def _model_config(config: ConfigDict, chat: Chat) -> ModelConfig:
     base = ModelConfig.from_hf(paths.local(m.checkpoint, hf.SMALL_FILES))
   else:
     base = PRESETS[m.preset]
-    if m.preset == "tiny":
+    if m.preset.startswith("tiny"):
       base = _with_tokenizer(base, chat)
   if chat.vocab_size > base.text.vocab_size:
     raise ConfigError(
@@ -93,7 +93,7 @@ def _model_config(config: ConfigDict, chat: Chat) -> ModelConfig:
 
 
 def _with_tokenizer(base: ModelConfig, chat: Chat) -> ModelConfig:
-  """The tiny preset with the vocabulary of the run's tokenizer."""
+  """A tiny preset with the vocabulary of the run's tokenizer."""
   return dataclasses.replace(
     base, text=dataclasses.replace(base.text, vocab_size=chat.vocab_size),
     image_token_id=chat.image_pad_id, video_token_id=chat.video_pad_id,

@@ -92,9 +92,11 @@ class Case:
 
 def random_torch_model(config: ModelConfig, seed: int = 0):
   import torch
-  from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+  import transformers
 
-  model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config.to_hf())).float().eval()
+  kind = "Qwen3VLMoe" if config.text.experts else "Qwen3VL"
+  raw = getattr(transformers, f"{kind}Config")(**config.to_hf())
+  model = getattr(transformers, f"{kind}ForConditionalGeneration")(raw).float().eval()
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
     for name, value in model.named_parameters():
@@ -108,7 +110,7 @@ def random_torch_model(config: ModelConfig, seed: int = 0):
   return model
 
 
-def _make_reference(config: ModelConfig, folder) -> Reference:
+def make_reference(config: ModelConfig, folder) -> Reference:
   model = random_torch_model(config)
   model.save_pretrained(folder)
   loaded = dataclasses.replace(ModelConfig.from_hf(folder), dtype="float32")
@@ -118,7 +120,7 @@ def _make_reference(config: ModelConfig, folder) -> Reference:
 
 @pytest.fixture(scope="session")
 def untied(tmp_path_factory) -> Reference:
-  return _make_reference(CONFIG, tmp_path_factory.mktemp("untied"))
+  return make_reference(CONFIG, tmp_path_factory.mktemp("untied"))
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +128,7 @@ def tied(tmp_path_factory) -> Reference:
   config = dataclasses.replace(
     CONFIG, text=dataclasses.replace(CONFIG.text, tie_word_embeddings=True)
   )
-  return _make_reference(config, tmp_path_factory.mktemp("tied"))
+  return make_reference(config, tmp_path_factory.mktemp("tied"))
 
 
 @pytest.fixture(params=["tied", "untied"])

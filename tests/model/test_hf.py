@@ -73,13 +73,13 @@ def test_every_bit_pattern_of_bfloat16_survives(tied, tmp_path):
   values = bits.astype(np.uint16).view(ml_dtypes.bfloat16)
   values[np.isnan(values.astype(np.float32))] = 0  # a NaN's payload may change, its meaning not
   tensors[name] = values.reshape(tensors[name].shape)
-  _write(tmp_path / "in", tensors, tied.config)
+  write(tmp_path / "in", tensors, tied.config)
   params = hf.load_params(tmp_path / "in", tied.config)
   hf.save_checkpoint_hf(tmp_path / "out", params, tied.config, dtype="bfloat16")
   assert_same_bits(tensors_of(tmp_path / "out"), tensors)
 
 
-def _write(folder, tensors, config) -> None:
+def write(folder, tensors, config) -> None:
   folder.mkdir()
   save_file(tensors, folder / hf.SINGLE_FILE, metadata={"format": "pt"})
   (folder / "config.json").write_text(json.dumps(config.to_hf()))
@@ -114,7 +114,7 @@ def test_all_problems_in_one_error(untied, tmp_path):
   tensors["model.language_model.layers.0.self_attn.q_proj.bias"] = np.zeros(3, np.float32)
   tensors["model.language_model.layers.99.mlp.up_proj.weight"] = np.zeros((2, 2), np.float32)
   tensors[wrong] = tensors[wrong][:-1]
-  _write(tmp_path / "bad", tensors, untied.config)
+  write(tmp_path / "bad", tensors, untied.config)
   with pytest.raises(hf.CheckpointMismatch) as error:
     hf.load_params(tmp_path / "bad", untied.config)
   lines = str(error.value).splitlines()
@@ -131,7 +131,7 @@ def test_all_problems_in_one_error(untied, tmp_path):
 def test_a_second_copy_of_the_tied_head_is_ignored(tied, untied, tmp_path):
   tensors = tensors_of(tied.folder)
   tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"]
-  _write(tmp_path / "twice", tensors, tied.config)
+  write(tmp_path / "twice", tensors, tied.config)
   hf.load_params(tmp_path / "twice", tied.config)
   assert hf.stored_dtype(tmp_path / "twice") is None  # they are float32
   # Untied, it is a parameter; and a tied checkpoint lacks it.
@@ -205,7 +205,7 @@ def test_companions_are_copied(untied, tmp_path):
   }  # fmt: skip
 
 
-@pytest.mark.parametrize("preset", ["2b", "4b", "8b", "32b", "tiny"])
+@pytest.mark.parametrize("preset", ["2b", "4b", "8b", "32b", "30b_a3b", "tiny"])
 def test_name_table_covers_every_parameter_once(preset):
   """Shapes too, at full size, without making a parameter."""
   config: ModelConfig = PRESETS[preset]

@@ -96,7 +96,7 @@ def test_gradient_of_every_parameter(request, make_case, head, remat):
   reference = request.getfixturevalue(head)
   case = make_case(GRIDS["several aspect ratios"], seed=3)
   targets = np.roll(case.ids_T, -1)[:-1]
-  wanted = _torch_gradients(reference.torch, case, targets)
+  wanted = torch_gradients(reference.torch, case, targets)
   graphdef = nnx.graphdef(reference.configured(remat=remat))
 
   def loss(params):
@@ -110,12 +110,14 @@ def test_gradient_of_every_parameter(request, make_case, head, remat):
   assert not bad
 
 
-def _torch_gradients(model, case, targets) -> dict[str, np.ndarray]:
+def torch_gradients(model, case, targets, aux: float = 0.0) -> dict[str, np.ndarray]:
+  """Of the cross-entropy, and `aux` times a mixture of experts' load-balancing loss."""
   import torch
 
   model.zero_grad()
-  logits = model(**case.torch_kwargs()).logits[0, :-1]
-  torch.nn.functional.cross_entropy(logits, torch.tensor(targets.astype(np.int64))).backward()
+  out = model(**case.torch_kwargs(), **({"output_router_logits": True} if aux else {}))
+  loss = torch.nn.functional.cross_entropy(out.logits[0, :-1], torch.tensor(targets.astype(np.int64)))
+  (loss + aux * out.aux_loss if aux else loss).backward()
   return {n: p.grad.numpy().copy() for n, p in model.named_parameters()}
 
 

@@ -92,10 +92,12 @@ def _prefill(model: ModelConfig, config: EmbeddedConfig, shards: int, tensor: in
   text = model.text
   tokens = max(config.prefill_tokens // shards, config.length)  # a prompt is never cut
   rows = max(tokens // config.length, 1)
-  layer = text.hidden_size * (2 * text.intermediate_size + text.intermediate_size
-                              + 2 * (text.num_heads + text.num_kv_heads) * text.head_dim)
-  width = 6 * text.hidden_size + (3 * text.intermediate_size
-                                  + 3 * text.num_heads * text.head_dim) // tensor
+  weights = wide = 3 * text.intermediate_size  # of an MLP's parameters and of its activations
+  if experts := text.experts:
+    weights = 3 * experts.count * experts.intermediate_size
+    wide = experts.per_token * (3 * experts.intermediate_size + 2 * text.hidden_size)
+  layer = text.hidden_size * (weights + 2 * (text.num_heads + text.num_kv_heads) * text.head_dim)
+  width = 6 * text.hidden_size + (wide + 3 * text.num_heads * text.head_dim) // tensor
   queries = min(model.attention_chunk or config.length, config.length)
   scores = rows * queries * 2 * config.length * text.num_heads // tensor
   return tokens * width * size + 2 * 4 * scores + 2 * layer * size / tensor

@@ -278,12 +278,15 @@ _FUSED = {
   "self_attn.v_proj": "self_attn.qkv_proj", "mlp.gate_proj": "mlp.gate_up_proj",
   "mlp.up_proj": "mlp.gate_up_proj", "attn.qkv": "attn.qkv_proj",
 }  # fmt: skip
+_EXPERTS = {"gate_up_proj": "w13_weight", "down_proj": "w2_weight"}
 
 
 def server_name(name: str) -> str:
   """The parameter of SGLang's model that the checkpoint's tensor `name` ends up in."""
   name = name.removeprefix("model.").replace("language_model.", "model.", 1)
   head, _, kind = name.rpartition(".")
+  if head.endswith(".experts"):
+    return f"{head}.{_EXPERTS[kind]}"
   for part, whole in _FUSED.items():
     if head.endswith(f".{part}"):
       head = head.removesuffix(part) + whole

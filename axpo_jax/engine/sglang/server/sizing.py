@@ -16,7 +16,10 @@ def parameters(config: ModelConfig) -> int:
   text, vision = config.text, config.vision
   d, head = text.hidden_size, text.head_dim
   attention = d * head * (2 * text.num_heads + 2 * text.num_kv_heads) + 2 * head
-  layer = attention + 3 * d * text.intermediate_size + 2 * d
+  mlp = 3 * d * text.intermediate_size
+  if text.experts:
+    mlp = text.experts.count * d * (3 * text.experts.intermediate_size + 1)
+  layer = attention + mlp + 2 * d
   tables = text.vocab_size * d * (1 if text.tie_word_embeddings else 2)
   return text.num_layers * layer + tables + d + _vision_parameters(vision)
 
@@ -62,14 +65,14 @@ def table(gpu_gb: float, mem_fraction: float) -> str:
     f"episodes of {LONGEST:,} tokens |",
     "|---|---|---|---|---|---|",
   ]
-  for name in ("2b", "4b", "8b", "32b"):
-    config = PRESETS[name]
+  for name in ("2b", "4b", "8b", "32b", "30b_a3b"):
+    config, title = PRESETS[name], name.upper().replace("_", "-")
     for gpus in (1, 2, 4):
       tokens = tokens_that_fit(config, gpus, gpu_gb, mem_fraction)
       if tokens > 0:
         weights = parameters(config) * _BYTES / 1e9
         lines.append(
-          f"| {name.upper()} | {gpus} | {weights:.1f} | {kv_bytes_per_token(config) / 1024:.0f} | "
+          f"| {title} | {gpus} | {weights:.1f} | {kv_bytes_per_token(config) / 1024:.0f} | "
           f"{tokens:,} | {tokens // LONGEST} |"
         )
   return "\n".join(lines)
