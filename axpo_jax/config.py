@@ -347,6 +347,8 @@ def _sft() -> ConfigDict:
     examples=128,             # trajectories a step
     max_length=20_480,        # longer trajectories are dropped whole [paper]
     freeze_vision=True,       # keep the vision tower and its mergers fixed
+    # Coefficient of a mixture of experts' load-balancing loss; transformers' default is 0.001 where it is on.
+    balance_coef=0.0,
     # Mix of each family's kinds of questions that the teacher answers (miniworld).
     kinds=ConfigDict(dict(read=1.0, two_hop=1.0, total=1.0)),
     # The scripted teacher's habits.

@@ -48,7 +48,7 @@ _LEAST = {
     "agent.image_search.max_results", "rollout.sidecar.tensor_parallel", "rollout.sidecar.max_running",
     "images.min_pixels", "images.zoom_min_pixels"), 1),
   **dict.fromkeys((
-    "teach.questions", "screen.questions", "log.dump_every", "rollout.staleness", "agent.max_images",
+    "teach.questions", "screen.questions", "sft.balance_coef", "log.dump_every", "rollout.staleness", "agent.max_images",
     "agent.deadline", "agent.reward_time_limit", "eval.judge.max_requests", "agent.judge.max_requests", "agent.python.max_concurrent", "rollout.sidecar.servers",
     "rollout.sidecar.max_total_tokens", "rollout.embedded.length", "rollout.sglang.length",
     *(f"agent.{limits}.{name}" for limits in ("episode_limits", "run_limits")

@@ -155,7 +155,7 @@ class Plan:
       objective, steps = policy_objective(LossConfig(**config.rl.loss)), config.rl.steps
       section, frozen = config.optimizer, config.model.freeze_vision
     else:
-      objective, steps = supervised_objective(), config.sft.steps
+      objective, steps = supervised_objective(config.sft.balance_coef), config.sft.steps
       section, frozen = config.sft.optimizer, config.sft.freeze_vision
     return Learner(self.model, learners.optimizer(section, steps, frozen, self.model.lora), objective,
                    self.mesh, chunk=config.batch.logprob_chunk, frozen_dtype=self._frozen_dtype)

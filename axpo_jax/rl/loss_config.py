@@ -40,6 +40,7 @@ class LossConfig:
       sums, each divided by `sum_length`.
     sum_length: tokens that a sequence's sum is divided by: 1, or Dr.GRPO's constant length; in a config, 0
       takes the response limit of the run's episodes.
+    balance_coef: of the load-balancing loss of a mixture of experts (arXiv 2101.03961), 0 off.
     resampled_weight: ours; None puts resampled tokens into one mean with all others; a number is
       lambda of the paper's sum, see `weights`.
   """
@@ -61,6 +62,7 @@ class LossConfig:
   tis_mask: float | None = None
   aggregation: str = "token_mean"
   sum_length: float = 1.0
+  balance_coef: float = 0.0
   resampled_weight: float | None = None
 
   def __post_init__(self):
@@ -89,6 +91,8 @@ class LossConfig:
       raise ValueError(
         f"loss.kl_coef={self.kl_coef} must be >= 0 and loss.kl_cap={self.kl_cap} > 0."
       )
+    if self.balance_coef < 0:
+      raise ValueError(f"loss.balance_coef={self.balance_coef}; it must be >= 0.")
     if self.sum_length <= 0:
       raise ValueError(f"loss.sum_length={self.sum_length}; it must be > 0 tokens.")
     if self.resampled_weight is not None and self.resampled_weight < 0:

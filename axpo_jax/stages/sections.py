@@ -139,7 +139,8 @@ def _records(config: ConfigDict) -> Iterator[tuple[str, Callable[[], Any]]]:
     values = config.sft.optimizer if section else config.optimizer
     yield f"config.{section}", lambda values=values, steps=steps: OptimizerConfig(
       **values, total_steps=steps)
-  yield "config.lora: ", lambda: lora(config)
+  yield "config.", lambda: dataclasses.replace(_model(config), lora=lora(config))
+  yield "", lambda: _balance(config)
   if config.data.source == "miniworld" or config.sft.source == "teacher":
     yield "config.data.miniworld: ", lambda: world_config(config, config.data.miniworld.kinds)
     yield "config.sft.kinds: ", lambda: world_config(config, config.sft.kinds)
@@ -180,6 +181,15 @@ def _positions(config: ConfigDict) -> None:
   if sampling_stages(config) and length > model.text.max_positions:
     raise ConfigError(f"{longest_episode(config)[1]}: sequences of {length} tokens are beyond the model's "
                       f"max_position_embeddings={model.text.max_positions}: lower it")
+
+
+def _balance(config: ConfigDict) -> None:
+  if _model(config).text.experts:
+    return
+  for name, value in (("sft", config.sft.balance_coef), ("rl.loss", config.rl.loss.balance_coef)):
+    if value:
+      raise ConfigError(f"config.{name}.balance_coef={value} needs a mixture of experts, and the model is dense: "
+                        "set it to 0")
 
 
 def _kernels(section: ConfigDict) -> Any:

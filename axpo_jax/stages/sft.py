@@ -58,7 +58,7 @@ def run(config: ConfigDict, context: RunContext, policy: str, root: epath.Path,
   sft, workdir = config.sft, root / "sft"
   learner = Learner(
     context.trained_config, learners.optimizer(sft.optimizer, sft.steps, sft.freeze_vision, context.lora),
-    supervised_objective(), context.mesh, context.rules, banned_ids=context.chat.banned_ids,
+    supervised_objective(sft.balance_coef), context.mesh, context.rules, banned_ids=context.chat.banned_ids,
     chunk=config.batch.logprob_chunk, frozen_dtype=policies.frozen_dtype(context, policy))
   data = sft_batches(config, context)
   distributed.on_main(selection.report_tally, data.tally, workdir)

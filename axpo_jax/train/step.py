@@ -32,9 +32,11 @@ from jax.experimental import multihost_utils
 from axpo_jax.errors import RunStopped
 from axpo_jax.model import programs, sharding
 from axpo_jax.model.config import ModelConfig
+from axpo_jax.model.experts import Load
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.rl import losses
 from axpo_jax.rl.loss_config import LossConfig
+from axpo_jax.train import balance
 from axpo_jax.train.batch import Batch, batch_shards, place, save_batch, shape_of
 from axpo_jax.train.logprobs import token_logprobs
 from axpo_jax.train.state import (
@@ -72,11 +74,13 @@ class Objective:
       maxima). Traced.
     summarise: (metric sums of the whole step, divisor) -> logged metrics. On the host.
     by_sequence: the loss reads `Batch.example_BxG`.
+    balance_coef: of a mixture of experts' load-balancing loss (`train.balance`).
   """
 
   loss: Callable[[jax.Array, jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
   summarise: Callable[[Mapping[str, float], float], dict[str, float]]
   by_sequence: bool = False
+  balance_coef: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +98,7 @@ class StepResult:
   divisor: float
 
 
-def supervised_objective() -> Objective:
+def supervised_objective(balance_coef: float = 0.0) -> Objective:
   """Cross-entropy of the targets."""
 
   def loss(logp_BxG, entropy_BxG, batch):
@@ -112,7 +116,7 @@ def supervised_objective() -> Objective:
     return {"train/loss_tokens": sums["tokens"], "train/nll": sums["nll"] / tokens,
             "train/entropy": sums["entropy"] / tokens}
 
-  return Objective(loss, summarise)
+  return Objective(loss, summarise, balance_coef=balance_coef)
 
 
 def policy_objective(config: LossConfig, max_lag: int = 0) -> Objective:
@@ -129,7 +133,7 @@ def policy_objective(config: LossConfig, max_lag: int = 0) -> Objective:
       batch.advantages_BxG, batch.weights_BxG, config, entropy_BxG,
       sequence=batch.example_BxG, lag=batch.lag_BxG, max_lag=max_lag)
 
-  return Objective(loss, losses.summarise, by_sequence=config.variant in losses.BY_SEQUENCE)
+  return Objective(loss, losses.summarise, config.variant in losses.BY_SEQUENCE, config.balance_coef)
 
 
 class Learner:
@@ -152,6 +156,7 @@ class Learner:
     self._logprobs = functools.partial(
       token_logprobs, banned_ids=tuple(banned_ids), temperature=temperature,
       chunk=chunk * batch_shards(mesh, rules))
+    self._experts = config.text.experts
     model = nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0)))
     self._graphdef, params = nnx.split(model)
     self._abstract_params = optimizer.with_frozen_dtype(params, frozen_dtype or config.param_dtype)
@@ -307,6 +312,7 @@ class Learner:
            "train/grad_norm": float(applied["grad_norm"]),
            "train/learning_rate": float(applied["learning_rate"]),
            "train/divisor": result.divisor}
+    out |= balance.metrics(joined)
     return out | self.objective.summarise(joined, result.divisor)
 
   def _place(self, batch: Batch) -> Batch:
@@ -316,13 +322,13 @@ class Learner:
     trained, _ = self.optimizer.split(self._abstract_params)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
 
-  def _forward(self, params, batch: Batch):
+  def _forward(self, params, batch: Batch, loads: list[Load] | None = None):
     with sharding.use(self.mesh, self.rules):
       model = nnx.merge(self._graphdef, params)
       hidden_BxTxD, _ = model(
         batch.tokens_BxT, batch.positions_BxTx3, batch.ends_BxT,
         key_blocks_BxCxN=batch.key_blocks_BxCxN, vision=batch.vision,
-        image_index_BxT=batch.image_index_BxT)
+        image_index_BxT=batch.image_index_BxT, loads=loads)
       # Logits are made for targets alone: prompts and observations have none.
       hidden_BxGxD = jax.vmap(lambda hidden, at: hidden[at])(hidden_BxTxD, batch.at_BxG)
       scores = self._logprobs(hidden_BxGxD, model.unembedding(), batch.targets_BxG)
@@ -333,8 +339,13 @@ class Learner:
 
     def loss(trained):
       # Frozen parameters are constants here: no gradient of theirs is ever computed.
-      logp_BxG, entropy_BxG = self._forward(nnx.merge_state(trained, frozen), batch)
-      return self.objective.loss(logp_BxG, entropy_BxG, batch)
+      loads = [] if self._experts else None
+      logp_BxG, entropy_BxG = self._forward(nnx.merge_state(trained, frozen), batch, loads)
+      total, sums = self.objective.loss(logp_BxG, entropy_BxG, batch)
+      if not loads:
+        return total, sums
+      uneven, counted = balance.loss_and_sums(loads[0], self._experts.per_token, jnp.sum(batch.weights_BxG))
+      return total + self.objective.balance_coef * uneven, sums | counted
 
     (value, sums), new = jax.value_and_grad(loss, has_aux=True)(trained)
     new = jax.tree.map(lambda g: g.astype(jnp.float32), new)
