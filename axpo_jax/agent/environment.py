@@ -49,12 +49,14 @@ class PolicyTurn:
     text: after its thinking, calls included as they were written.
     thinking: what it thought.
     calls: the calls it makes; they have been run, unless this was the last turn it had.
+    last: the policy gets no further turn, whatever the step replies: a limit has been reached.
   """
 
   number: int
   text: str
   thinking: str
   calls: Sequence[ToolCall | CallError] = ()
+  last: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -268,7 +268,7 @@ class _Episode:
       self.runner.skip(calls)
     else:
       observed = await self.runner.run(calls)
-    step = await self.environment.step(self._policy_turn(turn, ids))
+    step = await self.environment.step(self._policy_turn(turn, ids, last=over))
     self.transcript.rewards.append(float(step.reward))
     if step.metadata or self.turn_metadata:
       self.turn_metadata.append(dict(step.metadata))
@@ -310,11 +310,11 @@ class _Episode:
   def _parse(self, ids: Sequence[int]) -> list[ToolCall | parse.CallError]:
     return parse.parse_turn(ids, self.transcript.special, self.chat.decode)
 
-  def _policy_turn(self, number: int, ids: Sequence[int]) -> environments.PolicyTurn:
+  def _policy_turn(self, number: int, ids: Sequence[int], *, last: bool = False) -> environments.PolicyTurn:
     behind = parse.think_stop(ids, self.transcript.special)
     said = ids[behind:-1] if ids[-1] in self.transcript.special.stop_ids else ids[behind:]
     return environments.PolicyTurn(number, self.chat.decode(said), self.chat.decode(ids[:behind]),
-                                   tuple(self._parse(ids)))
+                                   tuple(self._parse(ids)), last)
 
   def _answered(self) -> list[Turn]:
     """The turns that already have their observation."""

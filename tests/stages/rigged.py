@@ -51,21 +51,21 @@ def model_config(chat: Chat, layers: int = 2):
     vision_end_token_id=chat.vision_end_id)
 
 
-def rig(embedding, head, chat: Chat, rng) -> None:
-  """Sets both tables (float arrays [vocab, width]) so that NEXT holds."""
+def rig(embedding, head, chat: Chat, rng, follow=None) -> None:
+  """Sets both tables (float arrays [vocab, width]) so that `follow`, or else NEXT, holds."""
   def token(text):
     (only,) = chat.encode(text)
     return only
 
   embedding[:] = rng.normal(size=embedding.shape, scale=0.05)
   head[:] = rng.normal(size=head.shape, scale=0.01)
-  for place, (text, follows) in enumerate(NEXT.items()):
+  for place, (text, follows) in enumerate((follow or NEXT).items()):
     embedding[token(text), place] = STRENGTH
     for following, probability in follows.items():
       head[token(following), place] = (SURE + np.log(probability)) / STRENGTH
 
 
-def write_policy(folder: pathlib.Path, layers: int = 2) -> pathlib.Path:
+def write_policy(folder: pathlib.Path, layers: int = 2, follow=None) -> pathlib.Path:
   """A Hugging Face folder with the tiny tokenizer. Random matrices; norms are one, biases zero."""
   chat = Chat.from_pretrained(TOKENIZER)
   config, rng, tensors = model_config(chat, layers), np.random.default_rng(0), {}
@@ -74,7 +74,7 @@ def write_policy(folder: pathlib.Path, layers: int = 2) -> pathlib.Path:
       tensors[entry.name] = rng.normal(size=entry.shape, scale=0.05).astype(np.float32)
     else:
       tensors[entry.name] = np.full(entry.shape, entry.name.endswith("weight"), np.float32)
-  rig(tensors["model.language_model.embed_tokens.weight"], tensors["lm_head.weight"], chat, rng)
+  rig(tensors["model.language_model.embed_tokens.weight"], tensors["lm_head.weight"], chat, rng, follow)
   folder.mkdir(parents=True, exist_ok=True)
   save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
   for file in TOKENIZER.iterdir():

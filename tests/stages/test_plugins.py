@@ -91,56 +91,6 @@ def test_a_shell_in_the_sandbox(checkpoint, tmp_path):
   assert all(line["rollout/failed"] == 0 for line in lines)
 
 
-@pytest.mark.slow
-def test_a_taskset_of_verifiers(checkpoint, tmp_path, monkeypatch):
-  pytest.importorskip("verifiers")
-  (tmp_path / "own_tasks.py").write_text(TASKS)
-  monkeypatch.syspath_prepend(str(tmp_path))
-  from axpo_jax.agent.environments import verifiers
-  verifiers.main(["own_tasks:Letters", str(tmp_path / "tasks.jsonl")])
-  config = config_of(checkpoint, tmp_path, reward="environment",
-                     environment="axpo_jax.agent.environments.verifiers:Taskset",
-                     environment_args='{"taskset": "own_tasks:Letters"}')
-  config.data.path = str(tmp_path / "tasks.jsonl")
-  experiment.run(config, tmp_path / "run")
-  dumped = [json.loads(line) for line in
-            (tmp_path / "run" / "rl" / "rollouts" / "step_000002.jsonl").read_text().splitlines()]
-  scored = [rollout for rollout in dumped if rollout["stop"] in ("answer", "no_answer")]
-  assert scored and {0.5, 1.5} <= {rollout["reward"] for rollout in scored}
-  for rollout in scored:
-    noted = rollout["turn_metadata"][-1]
-    assert rollout["reward"] == sum(noted["rewards"].values()) and "turns" in noted["metrics"]
-
-
-TASKS = '''
-import verifiers.v1 as vf
-
-
-class Data(vf.TaskData):
-  answer: str = ""
-
-
-class Letter(vf.Task[Data]):
-  @vf.reward(weight=1.0)
-  async def right(self, trace):
-    return float(self.data.answer in trace.last_reply)
-
-  @vf.reward(weight=0.5)
-  async def said_something(self, trace):
-    return float(bool(trace.last_reply))
-
-  @vf.metric
-  async def turns(self, trace):
-    return float(trace.num_turns)
-
-
-class Letters(vf.Taskset[Letter]):
-  def load(self):
-    for i in range(12):
-      yield Letter(Data(prompt=f"Say letter {i}.", answer="AB"[i % 2]), self.config.task)
-'''
-
-
 @pytest.mark.parametrize("changes, says", [
   ({"reward": "exat"}, "there is no reward 'exat'"),
   ({"reward": "judge"}, "needs config.agent.judge.url"),
