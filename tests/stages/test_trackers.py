@@ -1,7 +1,9 @@
 """The real wandb, offline; and what a tracker may cost a run: nothing."""
 
 import asyncio
+import contextlib
 import json
+import sqlite3
 import struct
 import sys
 import time
@@ -73,6 +75,31 @@ def test_wandb_offline_has_the_metrics_and_a_table_with_pictures(tmp_path, monke
   row = dict(zip(table["columns"], table["data"][0]))
   assert (row["reward"], row["gold"], row["calls"], row["kind"]) == (1.0, "K", 1, "rollout")
   assert "image_zoom_in" in row["trajectory"] and row["crop"] == "Image"
+
+
+def test_trackio_has_the_metrics_and_a_table_with_pictures(tmp_path, monkeypatch, rollout, world):  # noqa: F811
+  """The real one, which writes a database on this machine; a resumed run goes on in its own."""
+  monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "data"))  # read when it is imported
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  pytest.importorskip("trackio", reason="NOT TESTED HERE: trackio itself. pip install trackio")
+  for step in (1, 2):
+    (tracker,) = trackers.start(config("trackio"), tmp_path / "run")
+    tracker.log(step, {"rollout/reward_mean": step / 4, "rollout/odd": None})
+    if step == 2:
+      tracker.table(step, [(rollout, {"gold": ["K"]})], world.chat)
+    tracker.close()
+    assert not tracker._failed
+  (database,) = (tmp_path / "data").glob("*.db")
+  with contextlib.closing(sqlite3.connect(database)) as found:
+    rows = [(run, step, json.loads(logged)) for run, step, logged in
+            found.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id")]
+  assert len({run for run, *_ in rows}) == 1
+  assert [(step, logged) for _, step, logged in rows[:2]] == [
+    (1, {"rollout/reward_mean": 0.25}), (2, {"rollout/reward_mean": 0.5})]
+  (row,) = rows[2][2]["rollouts"]["_value"]
+  assert (row["reward"], row["gold"], row["calls"], row["kind"]) == (1.0, "K", 1, "rollout")
+  for name in ("image", "crop"):
+    assert (tmp_path / "data" / "media" / row[name]["file_path"]).read_bytes().startswith(b"\x89PNG")
 
 
 def fake(**attributes):
