@@ -16,7 +16,10 @@ from axpo_jax.model.images import ImageLimits
 from axpo_jax.rollouts.dump import dump_rollouts
 from axpo_jax.stages import export
 from axpo_jax.stages.conversations import Conversations, Prompts
+from axpo_jax.stages.metrics import read_metrics
+from tests import children
 from tests.agent.conftest import replay, scripted, world  # noqa: F401
+from tests.stages import rigged
 
 # Written in pieces that no tokenizer would choose: only token ids bring them back.
 CALL = ('lo', 'ok\n</think>\n\n<tool_call>\n{"name": "image_zoom_in", "arguments": {"bbox_2d": [100, 100, 300, 300], '
@@ -239,3 +242,22 @@ def test_text_of_special_tokens_stays_text(prompts, tmp_path, world):  # noqa: F
   assert not found.transcript.images and found.transcript.first_call_span() is None
   assert found.transcript.ids.count(world.chat.tool_call_id) == sum(
     i == world.chat.tool_call_id for i in world.start().ids)  # those of the template alone
+
+
+@pytest.mark.slow
+def test_a_run_learns_from_conversations_by_flags_alone(inputs, tmp_path):
+  """A folder with OpenAI chat, ShareGPT, TRL's form and ATIF in it, each with images."""
+  folder = tmp_path / "set"
+  folder.mkdir()
+  data = picture(folder)
+  for maker in (openai, sharegpt, trl, harbor):
+    (folder / f"{maker.__name__}.jsonl").write_text(json.dumps(maker(data)) + "\n")
+  done = children.launch(tmp_path / "run", [
+    *rigged.flags(inputs), "--config.stages=('sft',)", "--config.sft.source=conversations",
+    f"--config.sft.path={folder}", "--config.sft.steps=6", "--config.sft.examples=4", "--config.sft.max_length=1024",
+    "--config.batch.length=1024", "--config.agent.system_prompt=Be brief.", "--config.sft.optimizer.learning_rate=3e-3"])
+  assert done.returncode == 0, done.stderr[-4000:]
+  metrics = read_metrics(tmp_path / "run")
+  assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+  assert metrics[-1]["sft/nll"] < metrics[0]["sft/nll"] - 0.5
+  assert (tmp_path / "run" / "sft" / "policy" / "model.safetensors").exists()
