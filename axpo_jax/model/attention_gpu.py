@@ -1,12 +1,12 @@
 """Attention of `model.attention` as Pallas kernels for NVIDIA GPUs, lowered through Triton.
 
-One program does a block of queries, of all heads that share a kv head, and goes over the blocks of
-keys before it, leaving out those whose last end lies behind; the keys' gradients are done by one
-program a block of keys. No array of queries x keys exists. cuDNN's attention cannot say who sees whom
-here without one, nor can tokamax's kernels (0.0.12).
+One program computes a block of queries, of all heads that share a kv head. It loops over the blocks of keys
+before it, and skips those in which every end is at or before its first query. The keys' gradients are computed by
+one program per block of keys. No array of queries x keys exists. cuDNN's attention and tokamax's kernels
+(0.0.12) would need one to express this visibility.
 
-The kernels have been simulated on a CPU and lowered to Triton's IR, and not yet run on a GPU: so they
-are taken only where `model.attention` asks for them. jax 0.11 deprecated Pallas through Triton in
+The kernels have been simulated on a CPU and lowered to Triton's IR, and not yet run on a GPU. So they are used
+only where `model.attention` names them. jax 0.11 deprecated Pallas through Triton in
 favour of Pallas for Mosaic GPU and warns where it lowers a kernel; jax 0.12 still lowers these.
 
 Legend: B rows, T queries, S keys, K kv heads, G query heads a kv head, D head size, N blocks of keys;
@@ -125,7 +125,7 @@ def _scores(block: Block, q_MxD, k_SxD, end_S, first_query, first_key) -> jax.Ar
 
 
 def _over_keys(block: Block, first_query, last_ref, end_ref, k_ref, v_ref, add, start):
-  """`start` after add(keys, values, ends, first key, sum) for each block of keys in sight."""
+  """`start` after add(keys, values, ends, first key, sum) for each visible block of keys."""
 
   def one(n, total):
     here = pl.ds(n * block.keys, block.keys)

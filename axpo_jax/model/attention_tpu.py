@@ -1,14 +1,13 @@
 """Attention of `model.attention` as a Pallas kernel for TPUs: forward and backward pass, tile by tile.
 
-A tile is a block of queries, of all heads that share a kv head, times a block of keys. Which tiles
-hold a pair of tokens that see each other is found from the ends before each call, and the kernel's
-grid is that list: tiles out of sight cost nothing, and no array of queries x keys exists, not even of
-booleans. Inside a tile scores stand keys first ([S, M], M = heads of a group x queries), so that all
-statistics of a query lie along the lanes, as they do in memory.
+A tile is a block of queries, of all heads that share a kv head, times a block of keys. Before each call the
+ends say which tiles hold a query and a key that it attends to, and the kernel's grid is the list of these:
+other tiles cost nothing, and no array of queries x keys exists, not even of booleans. Inside a tile, scores
+have keys as the first axis ([S, M], M = heads of a group x queries), so that the statistics of a query lie
+along the lanes, as they do in memory.
 
-Published kernels cannot say this: a mask of splash attention is made from a dense one or computed
-from indices alone, and tokamax's `q_end`, which is our end, is not supported by its fast kernels
-(0.0.12).
+Published kernels cannot express this: splash attention makes its mask from a dense one or from indices alone,
+and the fast kernels of tokamax (0.0.12) do not support its `q_end`, which is our end.
 
 Legend: B rows, T queries, S keys, K kv heads, G query heads a kv head, D head size, C, N blocks of
 queries and of keys; inside a kernel S and M are those of a tile.
@@ -30,8 +29,8 @@ LANES = 128
 _QUERIES, _KEYS = 1024, 512
 # Tiles of a call: their list is in scalar memory, which is a MiB.
 _TILES = 1 << 17
-# What a masked score and the first maximum are. Twice the latter, the former has probability zero
-# even where a query sees nothing.
+# A masked score, and the maximum to start from. The score is twice the maximum, so that its probability is
+# zero even where a query attends to nothing.
 _HIDDEN, _LEAST = -2e30, -1e30
 # Products a @ b.T and a.T @ b.
 _NT, _TN = (((1,), (1,)), ((), ())), (((0,), (0,)), ((), ()))
@@ -57,14 +56,13 @@ def suits(queries: int, keys: int, heads: int, kv_heads: int, head_dim: int) -> 
 
 def attend(q_BxKxGxTxD: jax.Array, k_BxKxSxD: jax.Array, v_BxKxSxD: jax.Array, end_BxS: jax.Array,
            first: jax.Array, *, interpret: bool = False, tile: Tile | None = None) -> jax.Array:
-  """softmax(q k / sqrt(D)) v where query t sees key s if s <= first + t < end[s].
+  """softmax(q k / sqrt(D)) v, where query t attends to key s if s <= first + t < end[s].
 
   Args:
-    first: int32 [1], place in the row of the first of these queries, of which there may be fewer
-      than keys.
+    first: int32 [1], index in the row of the first of these queries. There may be fewer queries than keys.
     interpret: run on a CPU, for tests.
     tile: default the largest that divides the lengths.
-  Returns: [B, K, G, T, D] in q's dtype; zeros where a query sees nothing.
+  Returns: [B, K, G, T, D] in q's dtype; zeros where a query attends to nothing.
   """
   G, T, S = *q_BxKxGxTxD.shape[2:4], k_BxKxSxD.shape[2]
   tile = tile or _tile(T, S, G, interpret)
@@ -109,8 +107,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 class _Call:
-  """A kernel call over the tiles in sight, grouped by the block of queries, or of keys, that they add
-  to."""
+  """A kernel call over the visible tiles, grouped by the block of queries (or of keys) that they add to."""
 
   def __init__(self, tile: Tile, q, k, end_BxS, first, *, by_query: bool):
     self.B, self.K, self.G, self.T, self.D = q.shape
@@ -176,7 +173,7 @@ class _Call:
 
 
 def visible_tiles(end_BxS: jax.Array, first: jax.Array, blocks: int, tile: Tile) -> jax.Array:
-  """bool [B, C, N]: tiles that hold a query and a key it sees. `blocks` is C; see `attend`."""
+  """bool [B, C, N]: tiles that hold a query and a key it attends to. `blocks` is C; see `attend`."""
   last_BxN = end_BxS.reshape(len(end_BxS), -1, tile.keys).max(-1)
   first_C = first + jnp.arange(blocks) * tile.queries
   begin_N = jnp.arange(last_BxN.shape[1]) * tile.keys
@@ -185,12 +182,12 @@ def visible_tiles(end_BxS: jax.Array, first: jax.Array, blocks: int, tile: Tile)
 
 
 def _listed(sees_BxCxN: jax.Array):
-  """The true places, counted through the array and ascending, and their number.
+  """The flat indices of the visible tiles, ascending, and their number.
 
-  A C that sees no N stands there once, since its output must be written.
+  A block of queries with no visible tile is listed once, since its output must be written.
   """
   sees_BxCxN = sees_BxCxN.at[:, :, 0].max(~sees_BxCxN.any(-1))
-  # Counted, not sorted: a sort of so many places takes seconds to compile.
+  # By a cumulative sum: a sort of so many indices takes seconds to compile.
   behind = jnp.cumsum(sees_BxCxN.ravel(), dtype=jnp.int32)
   size = len(behind)
   to = jnp.where(sees_BxCxN.ravel(), behind - 1, size)

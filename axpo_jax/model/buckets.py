@@ -1,8 +1,8 @@
 """Buckets: the static sizes to which arrays are padded.
 
-Each size is a compiled program of its own, so few of them serve all inputs; the fewer, the more padding.
-`Buckets` double from a least to a most size. `quarter_steps` are at most a quarter apart, for arrays that are
-padded once for a whole step. The tuples are the vision tower's.
+Each size is a compiled program of its own: few sizes mean few programs and more padding. `Buckets` double from a
+least to a most size. `quarter_steps` are at most a quarter apart, for arrays that are padded once for a whole step.
+The tuples are the vision tower's.
 """
 
 import itertools
@@ -36,9 +36,9 @@ def quarter_steps() -> Iterator[int]:
   yield from (quarters << power for power in itertools.count() for quarters in (4, 5, 6, 7))
 
 
-# Rows of the vision tower, and patches in a row, where a call's images come as they are asked for (sampling).
+# Rows of the vision tower, and patches in a row, in sampling: each call has its own images.
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 PATCH_BUCKETS = (64, 128, 256, 1024, 4096, 16384)
-# The same where a whole step is packed at once (training): its micro-batches share one shape.
+# The same in training, where a whole step is packed at once and its micro-batches share one shape.
 STEP_ROW_BUCKETS = tuple(itertools.takewhile(lambda n: n <= 4096, quarter_steps()))
 STEP_PATCH_BUCKETS = tuple(16 * n for n in itertools.takewhile(lambda n: n <= 1024, quarter_steps()))

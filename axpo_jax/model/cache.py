@@ -1,7 +1,7 @@
 """The key/value cache: one array for all layers, so that it can be donated and gathered as one.
 
-Keys stand slots-last and values slots-before-last, which is how a single query's two products read
-them: a cache in the order of the tokens is transposed anew in every decode step.
+Slots are the last axis of keys and the last but one of values. A single query's two products read them in
+this order; a cache in the order of the tokens would be transposed in every decode step.
 
 Legend: L layers, B rows, S slots, T new tokens, K kv heads, H head size.
 """
@@ -21,7 +21,7 @@ from axpo_jax.model.config import ModelConfig
 class KVCache:
   """Keys (already rotated) and values of the tokens seen so far.
 
-  k_LxBxKxHxS, v_LxBxKxSxH: slots from `lengths_B` on hold nothing of meaning.
+  k_LxBxKxHxS, v_LxBxKxSxH: slots from `lengths_B` on are undefined.
   lengths_B: int32, real tokens in each row.
   """
 
@@ -40,7 +40,7 @@ class KVCache:
 
   @property
   def blocks(self) -> tuple[tuple[jax.Array, jax.Array], ...]:
-    """(keys, values) of every block of slots, layers in front."""
+    """(keys, values) of every block of slots, stacked over layers."""
     return ((self.k_LxBxKxHxS, self.v_LxBxKxSxH),)
 
   @property
@@ -68,10 +68,14 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeCache:
-  """A cache that stays as it is, and a short block that takes what is decoded after it.
+  """A cache that stays as it is, and a short block for the tokens that are decoded after it.
 
-  Rows advance together: step t writes slot t of every row. A loop over steps then carries only the
-  short block, and its writes are plain slices; a row that has stopped writes what no one reads.
+      past (constant)                 recent (carried by the loop)
+      row 0   a a a a a . .           t0 t1 t2 .
+      row 1   b b . . . . .           t0 t1 t2 .      3 steps done
+
+  Rows advance together: step t writes slot t of every row. So a loop over steps carries only the short
+  block, and its writes are plain slices. What a stopped row writes is never read.
 
   recent_k_LxBxKxHxT, recent_v_LxBxKxTxH: the first `steps` of T slots are written.
   """
@@ -83,7 +87,7 @@ class DecodeCache:
 
   @classmethod
   def after(cls, past: KVCache, slots: int) -> DecodeCache:
-    """Room for `slots` tokens a row behind `past`."""
+    """An empty block of `slots` tokens a row after `past`."""
     layers, rows, heads, size, _ = past.k_LxBxKxHxS.shape
     dtype = past.k_LxBxKxHxS.dtype
     return cls(past, jnp.zeros((layers, rows, heads, size, slots), dtype),
@@ -116,6 +120,6 @@ def write_slots(cache: jax.Array, rows_Bx1: jax.Array, at_BxT: jax.Array, new: j
   dropped. Both arrays have rows on axis 1 and slots on `slots_axis`."""
   index = [slice(None)] * cache.ndim
   index[1], index[slots_axis] = rows_Bx1, at_BxT
-  # Indexed axes that do not stand together come out in front.
+  # NumPy's rule: indexed axes that are not adjacent come first in the result.
   new_BxTxLxX = jnp.moveaxis(new, (1, slots_axis), (0, 1))
   return cache.at[tuple(index)].set(new_BxTxLxX.astype(cache.dtype), mode="drop")

@@ -8,9 +8,9 @@ because the template drops earlier reasoning and trims white space.
 Ids are in collapsed form: an image is one `<|image_pad|>` between `<|vision_start|>` and
 `<|vision_end|>`, whatever number of tokens it expands to in the model.
 
-Questions, tool results and the schemas of tools are not ours (a server lists its own) and may contain the text of a special token, such as
-`<|image_pad|>` or `</tool_response>`. They keep their text, but it is tokenised in pieces so that
-no special token comes of it.
+Questions, tool results and the schemas of tools are untrusted (an MCP server lists its own). They may contain the
+text of a special token, such as `<|image_pad|>` or `</tool_response>`. That text is kept, but tokenised in pieces,
+so that no special token comes of it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SPECIAL_TOKENS = {
   "tool_response_end_id": "</tool_response>",
 }
 
-# Marks the places where a special token's text is cut. A Unicode noncharacter: no text that is
+# Marks where a special token's text is cut. A Unicode noncharacter: no text that is
 # meant for interchange contains it.
 _CUT = "\ufdd0"
 _TURN = "(the sampled turn)"
@@ -159,8 +159,8 @@ class Chat:
                             num_images)
 
   def turn_ids(self, thinking: str, text: str, calls: Sequence[tuple[str, Any] | str] = ()) -> list[int]:
-    """Ids of an assistant's turn that somebody else wrote: from behind the prompt's `<think>` and newline up
-    to `<|im_end|>`, as the policy would sample it.
+    """Ids of an assistant's turn that another model wrote, as the policy would sample it: after the prompt's
+    `<think>` and newline, up to `<|im_end|>`.
 
     Args:
       calls: the name and the arguments of each, or the text of one that is no call.

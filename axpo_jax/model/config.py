@@ -172,11 +172,11 @@ class ModelConfig:
   param_dtype: of stored parameters.
   remat: "none" keeps all activations for the backward pass, "full" keeps one hidden state a
     layer, "dots" also keeps the outputs of the weight matmuls.
-  attention: of text without a cache: "tpu" and "gpu" are Pallas kernels, "xla" does the same
-    anywhere, and "auto" takes "tpu" where it runs. See `model.attention`.
-  attention_chunk: with "xla", queries per attention block. Longer sequences are done block by block with
+  attention: of text without a cache. "tpu" and "gpu" are Pallas kernels, "xla" computes the same
+    anywhere, and "auto" is "tpu" where it runs, else "xla". See `model.attention`.
+  attention_chunk: with "xla", queries per attention chunk. Longer sequences are computed chunk by chunk with
     recomputation, so that scores take [heads, chunk, keys] instead of [heads, T, keys]. 0: never.
-  lora: adapters to train; None: none. Checkpoints and samplers know policies without them.
+  lora: adapters to train; None: none. Checkpoints and samplers hold policies without them.
   """
 
   text: TextConfig
@@ -221,11 +221,11 @@ class ModelConfig:
       )
 
   def unrolls(self, layers: int) -> bool:
-    """Whether so few layers are better written out than scanned.
+    """Whether so few layers are unrolled instead of scanned.
 
-    A loop moves whatever the backward pass needs into arrays over all layers and out again, which on
-    a CPU takes a quarter of a small model's step. With remat the loop stays: it is what keeps the
-    recomputation apart from the first pass.
+    A scan copies whatever the backward pass needs into arrays over all layers and out again, which on a CPU
+    takes a quarter of a small model's step. With remat the scan stays: without it the compiler would merge the
+    recomputation with the first pass.
     """
     return layers < 4 and self.remat == "none"
 

@@ -1,7 +1,7 @@
-"""Floating-point operations of a traced function, and those that a model needs at least.
+"""Floating-point operations of a traced function, and the least that a model needs.
 
-The count is of matrix products (all else is small beside them) and knows how often a scan runs,
-which the compiler's own does not.
+Only matrix products are counted, since all else is small beside them. Unlike the compiler's own count, this one
+multiplies a scan's body by its length.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _jaxprs(params: dict[str, Any]) -> Iterator[Any]:
         yield item
 
 
-# Dense bfloat16 FLOPs a second, by words of what the driver calls the device; the first that fits counts. TPUs:
+# Dense bfloat16 FLOPs a second, by words of the driver's name for the device; the first match counts. TPUs:
 # docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}; GPUs: NVIDIA's data sheets.
 PEAKS = {"TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "B200": 2250e12, "H200": 989e12,
          "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
@@ -76,8 +76,8 @@ def peak(device_kind: str) -> float | None:
 
 def needed(config: ModelConfig, *, tokens: int, targets: int, patches: int, seen: float,
            seen_patches: float) -> float:
-  """FLOPs of one forward pass that nothing can save: every weight once a token, and attention to
-  what is seen. Training needs three times as much; recomputation is not counted.
+  """The least FLOPs of one forward pass: every weight once a token, and attention to visible tokens alone.
+  Training needs three times as much; recomputation is not counted.
 
   Args:
     tokens: of the text, image tokens included.

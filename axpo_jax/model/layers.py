@@ -1,9 +1,8 @@
-"""The three parameter holders that both towers are made of, and how layers are stacked.
+"""Linear, RMSNorm and LayerNorm, from which both towers are built, and the scan over layers.
 
-A layer's parameters are created with a leading `stack` of layers and scanned (`scan_layers`): the
-body is traced and compiled once, however deep the model is. Parameters are cast to the input's
-dtype where they are used; norms compute in float32. Every parameter carries its logical axis
-names.
+The parameters of all layers are stacked on a leading axis and scanned (`scan_layers`): the body is traced and
+compiled once, however deep the model is. Parameters are cast to the input's dtype where they are used; norms
+compute in float32. Every parameter carries its logical axis names.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from axpo_jax.model import sharding
 
 _ones = jax.nn.initializers.ones
 _zeros = jax.nn.initializers.zeros
-# What "dots" of ModelConfig.remat keeps: it does not see into a function with its own backward pass.
+# The name of what remat="dots" saves. jax's own policy does not look into functions with a custom backward pass.
 _PRODUCT = "product"
 
 
@@ -37,22 +36,24 @@ class Maker:
       raise ValueError(f"shape {tuple(shape)} and logical axes {tuple(names)} differ in length")
     if self._stack:
       shape, names = (self._stack, *shape), ("layers", *names)
-    # Not eager: flax would place the value at once, and so demand a mesh merely to build a module.
+    # Not eager: flax would shard the value at once, and so need a mesh merely to build a module.
     return nnx.Param(init(self._rngs.params(), shape, self._dtype), out_sharding=tuple(names),
                      eager_sharding=False)
 
   def normal(self, shape: Sequence[int], names: sharding.Names, fan_in: int) -> nnx.Param:
-    """Normal with a standard deviation of fan_in^-0.5: what comes out is as large as what goes in,
-    at any width. (Qwen3-VL's own 0.02 is that of a width of 2,500, and far too small for a tiny
-    model that learns from scratch.)"""
+    """Normal with a standard deviation of fan_in^-0.5, so that outputs are as large as inputs at any width.
+
+    Qwen3-VL's own 0.02 is that of a width of 2,500, and far too small for a tiny model that is trained from
+    scratch.
+    """
     return self(jax.nn.initializers.normal(fan_in**-0.5), shape, names)
 
 
 class Linear(nnx.Module):
-  """x @ kernel + bias over the last `fan_in` axes; the other kernel axes come out.
+  """x @ kernel + bias over the last `fan_in` axes of x; the kernel's other axes are the output's.
 
-  shape, names: the kernel's, input axes first. A bias has the output axes. zero: the kernel begins
-  with zeros. `adapter`: adds its own function of x, see `model.lora`.
+  shape, names: the kernel's, input axes first. A bias has the output axes. zero: the kernel is initialised with
+  zeros. `adapter`: adds its own function of x, see `model.lora`.
   """
 
   def __init__(self, make: Maker, shape, names, *, fan_in: int = 1, bias: bool = False,
@@ -77,7 +78,7 @@ class Linear(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _product(x: jax.Array, kernel: jax.Array, fan_in: int) -> jax.Array:
-  """x @ kernel; the gradients are its usual ones, in the order that suits CPUs too."""
+  """x @ kernel. The gradients are the usual ones, written in an order that CPUs compute fast as well."""
   return jnp.tensordot(x, kernel, fan_in)
 
 
@@ -89,8 +90,8 @@ def _product_backward(fan_in, saved, dy):
   x, kernel = saved
   fan_out, tokens = kernel.ndim - fan_in, tuple(range(x.ndim - fan_in))
   dx = jnp.tensordot(dy, jnp.moveaxis(kernel, range(fan_in), range(-fan_in, 0)), fan_out)
-  # Of a product over the tokens a CPU back end transposes the left side, and fuses what made it into that,
-  # which takes several times as long as the product if it is the wider one.
+  # In a product over the tokens, a CPU back end transposes the left operand and fuses its producer into that. If
+  # the left operand is the wider one, this takes several times as long as the product.
   if math.prod(kernel.shape[:fan_in]) < math.prod(kernel.shape[fan_in:]):
     return dx, jnp.tensordot(x, dy, (tokens, tokens))
   return dx, jnp.moveaxis(jnp.tensordot(dy, x, (tokens, tokens)), range(fan_out), range(-fan_out, 0))

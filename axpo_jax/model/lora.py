@@ -1,10 +1,9 @@
-"""Low-rank adapters (Hu et al., arXiv 2106.09685): linear layers that learn in a few directions.
+"""Low-rank adapters (LoRA; Hu et al., arXiv 2106.09685).
 
-In: a model and a LoraConfig. Out: the same model whose chosen linear layers compute
-x @ kernel + x @ a @ b * alpha / rank. `b` begins with zeros, so that a new adapter changes nothing.
-An adapter is a parameter of its layer like the kernel: stacked, scanned and split over the mesh with
-it. Only the learner knows adapters: samplers, exports and the reference get a plain policy (`merge`,
-`switched_off`).
+In: a model and a LoraConfig. Out: the same model, whose chosen linear layers compute
+x @ kernel + x @ a @ b * alpha / rank. `b` is initialised with zeros, so that a new adapter changes nothing.
+An adapter is a parameter of its layer like the kernel: it is stacked, scanned and sharded with it. Only the
+learner has adapters: samplers, exports and the reference get a plain policy (`merge`, `switched_off`).
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ ADAPTER = "adapter"
 
 
 class Adapter(nnx.Module):
-  """x @ a @ b * scale, float32 parameters computed with in the dtype of x.
+  """x @ a @ b * scale, with float32 parameters that are cast to x's dtype.
 
-  a has the input axes of `linear`'s kernel and the rank; b the rank and its output axes.
+  a: [input axes of `linear`'s kernel, rank]. b: [rank, output axes].
   """
 
   def __init__(self, linear: Linear, config: LoraConfig, rngs: nnx.Rngs):
@@ -66,11 +65,13 @@ def switched_off(params: nnx.State) -> nnx.State:
 
 
 def merge(params: nnx.State, config: LoraConfig | None, dtype: str | None = None) -> nnx.State:
-  """A policy without adapters that computes the same up to rounding: products added to kernels.
+  """A policy without adapters that computes the same up to rounding: products are added to the kernels.
 
-  Sums are float32, then rounded to `dtype`, that of whoever takes the policy; None is the adapters'.
-  Of a frozen kernel's own dtype they are not: it may be narrower. Other parameters stand in the buffers
-  that they have. Without a config `params` themselves.
+  Args:
+    config: of the adapters; None: there are none, and `params` are returned as they are.
+    dtype: the sums, computed in float32, are rounded to it; None: the adapters' dtype. A frozen kernel's own
+      dtype may be too narrow for them.
+  Returns: new merged kernels; all other parameters share the buffers of `params`.
   """
   if config is None:
     return params

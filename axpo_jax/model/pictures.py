@@ -1,9 +1,9 @@
-"""Opening pictures: from a file of anybody's to RGB pixels, with bounds on what it may cost.
+"""Opens untrusted pictures: from an encoded file to RGB pixels, within bounds of memory.
 
-In: a path, an open file or encoded bytes. Out: a PIL image in RGB. Every picture that is not ours is
-opened here: those of data sets, of tools and of dumps. A file of another format than `FORMATS` is
-never given to a decoder (PIL would hand EPS to Ghostscript), and a picture of more than `max_pixels`
-is refused by its header, since a few kilobytes can decode to a gigabyte.
+In: a path, an open file or encoded bytes. Out: a PIL image in RGB. The pictures of data sets, tools and dumps
+are all opened here. A file of another format than `FORMATS` is never given to a decoder (PIL would hand EPS to
+Ghostscript). A picture of more than `max_pixels` is refused by its header, since a few kilobytes can decode to a
+gigabyte.
 
 Pixels are those of `transformers`: the EXIF orientation of `image_utils.load_image`, then
 `image_transforms.convert_to_rgb`, which the image processors of Qwen apply and which shows transparent

@@ -1,7 +1,7 @@
 """The programs that this process has compiled: which function, for what shapes, in how many seconds.
 
-A jitted function is compiled anew for every shape of its arguments. Each compilation of a large model
-takes minutes, so the number of shapes that a run can meet is kept small, and what it meets is counted.
+A jitted function is compiled anew for every shape of its arguments. Compiling a large model takes minutes, so a
+run has few shapes, and they are counted here.
 
   compiled = Compiled()
   out = compiled("accumulate", "8x24576 tokens", function, *args)
@@ -36,7 +36,7 @@ class Program:
 
 
 _met: list[Program] = []
-_told = 0
+_reported = 0
 _lock = threading.Lock()
 
 
@@ -92,7 +92,7 @@ def _note(program: Program) -> None:
   with _lock:
     _met.append(program)
   if program.seconds >= _WORTH_A_LINE and jax.process_index() == 0:
-    # At this level since the terminal shows no lower one; the run is waiting meanwhile.
+    # A warning, since the terminal shows no lower level, and the run waits while it compiles.
     logging.warning("program %d: %s for %s, compiled in %.0f s", len(_met), program.function,
                     program.shapes, program.seconds)
 
@@ -105,8 +105,8 @@ def met() -> list[Program]:
 
 def metrics() -> dict[str, float]:
   """How many this process has met, and the seconds that new ones took since the last call."""
-  global _told
+  global _reported
   with _lock:
-    new, _told = _met[_told:], len(_met)
+    new, _reported = _met[_reported:], len(_met)
     return {"time/programs": float(len(_met)),
             "time/compile_s": sum(program.seconds for program in new)}

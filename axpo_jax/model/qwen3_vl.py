@@ -64,19 +64,19 @@ class Qwen3VL(nnx.Module):
     """Hidden states of every token, after the final norm.
 
     Args:
-      tokens_BxT: int32; what stands at an image position is ignored.
+      tokens_BxT: int32; ids at image positions are ignored.
       positions_BxTx3: int32 (time, height, width); see `mrope_positions`.
-      ends_BxT: int32, 0 for padding. Without a cache a token sees itself and the earlier tokens of
-        its row whose end is behind it. So several trajectories may stand in one row, behind each
-        other (the end is the trajectory's) or as a tree, depth first (the end of the subtree).
-        With a cache a row is one sequence whose new tokens stand first, followed by padding, and
-        any end above 0 will do.
+      ends_BxT: int32, 0 for padding. Without a cache a token attends to itself and to the earlier
+        tokens of its row whose end is greater than its index. So one row may hold several
+        trajectories, one after the other (the end is the trajectory's) or as a tree, depth first
+        (the end is the subtree's): see `model.attention`. With a cache a row is one sequence: its
+        new tokens come first, then padding, and any end above 0 will do.
       key_blocks_BxCxN: from `attention_blocks.key_blocks`, for long rows of many trajectories.
       vision: packed patches, or features of an earlier `encode_images`.
-      image_index_BxT: int32, -1 for ordinary tokens, else the token's place in the M merged image
-        tokens. It is a gather: several tokens may take the same one.
-      cache: the tokens seen so far. New tokens see them, are written behind them, and the
-        lengths advance by the number of real tokens. The caller keeps lengths + T within it.
+      image_index_BxT: int32, -1 for ordinary tokens, else the token's index in the M merged image
+        tokens. It is a gather: several tokens may have the same index.
+      cache: the earlier tokens. New tokens attend to them and are appended, and the lengths
+        advance by the number of real tokens. The caller keeps lengths + T within the cache.
       taps: a dict that receives named intermediates (see `intermediates`).
       loads: a list that receives the Load of a mixture of experts, of all layers in one.
     Returns: hidden [B, T, D] in the compute dtype, and the cache with the new tokens or None.
@@ -116,7 +116,7 @@ class Qwen3VL(nnx.Module):
   def intermediates(self, *args, **kwargs) -> dict[str, jax.Array]:
     """Named intermediates of one call, for comparing with another implementation.
 
-    text.embed [B, T, D] (images in), text.layers [L, B, T, D] (each after its DeepStack
+    text.embed [B, T, D] (with the images), text.layers [L, B, T, D] (each after its DeepStack
     feature), text.norm, logits, and with vision inputs vision.embed [R, P, D], vision.blocks
     [depth, R, P, D], vision.merged [M, D], vision.deepstack [N, M, D].
     """

@@ -1,4 +1,4 @@
-"""Sharding: the one place where a logical axis name meets a mesh axis.
+"""Sharding: maps the logical names of tensors' axes to mesh axes.
 
 Models and losses name the axes of a tensor ("batch", "embed", ...); a rules table maps each name to
 a mesh axis, a tuple of mesh axes, or None (replicated). Nothing else in the package mentions a mesh
@@ -64,7 +64,7 @@ DEFAULT_RULES: Rules = MappingProxyType({
   "act_vocab": "tensor",
   "vision_rows": ("data", "fsdp", "context"),
   "patches": None,
-  # What is looked up by index is split by width, which all devices can then do at once.
+  # Tables that are looked up by index are split by width, so that all devices look up at once.
   "lookup_batch": "data",
   "lookup_embed": "fsdp",
 })
@@ -218,9 +218,9 @@ def sharding_for(names: Names, shape: Sequence[int], mesh: Mesh, rules: Rules | 
     label: what an error calls the tensor; default its axis names.
 
   Raises:
-    ShardingError: mesh axes that do not divide a dimension. Replicating it instead would make every
-      device compute and hold all of it, and only a profile would tell. Or the number of names is
-      not the number of dimensions, or see `spec`.
+    ShardingError: mesh axes that do not divide a dimension. To replicate it instead would make every
+      device compute and hold all of it, and only a profile would show that. Also if the number of
+      names is not the number of dimensions, or see `spec`.
   """
   label = label or str(tuple(names))
   if len(names) != len(shape):
@@ -289,27 +289,28 @@ def _split(name: str) -> tuple[str, ...]:
 
 
 def gather_stored(x: jax.Array, names: Names) -> jax.Array:
-  """A parameter (or a cast of it) for use with larger activations: its fsdp shards are collected.
+  """A parameter (or a cast of it) for use with larger activations: its fsdp shards are gathered.
 
-  Left to itself, the compiler may instead contract shard by shard and sum up whole batches of
-  activations over all devices.
+  Without this constraint the compiler may instead contract shard by shard, and sum whole batches of activations
+  over all devices.
   """
   return constrain(x, [None if name in _STORED_SPLIT else name for name in names])
 
 
 def stays(kernel: jax.Array, x: jax.Array) -> bool:
-  """Whether a kernel is worth leaving where it is stored, for it is so much larger than what it is
-  multiplied by: that and the sums travel, the latter in float32. So it is in decoding alone."""
+  """Whether a kernel should stay sharded as it is stored, since it is much larger than what it is multiplied by.
+
+  Then `x` and the sums are sent between devices, the sums in float32. This holds in decoding alone.
+  """
   return 8 * x.size <= kernel.size
 
 
 def with_stored(product: Callable[[jax.Array], jax.Array], x: jax.Array, names: Names, fan_in: int
                 ) -> jax.Array:
-  """product(x) with a kernel whose axes are called `names`, which stays where it is stored.
+  """product(x) with a kernel whose axes are called `names`, and which stays sharded as it is stored (see `stays`).
 
-  See `stays`: `x` goes to the kernel's shards, each device multiplies its own for
-  all rows, and the sums go back to the rows' devices. Left to itself, the compiler collects all
-  weights for every token.
+  `x` goes to the kernel's shards, each device multiplies its own shard for all rows, and the sums go back to
+  the rows' devices. Without these constraints the compiler would gather all weights for every token.
   """
   y = product(constrain(x, (*(None,) * (x.ndim - fan_in), *names[:fan_in])))
   outputs = names[fan_in:]
@@ -319,7 +320,7 @@ def with_stored(product: Callable[[jax.Array], jax.Array], x: jax.Array, names: 
 
 
 def put(x: Any, target: NamedSharding) -> jax.Array:
-  """An array where `target` says. In a run of several processes all of them pass the same values,
+  """The array with the sharding `target`. In a run of several processes all of them pass the same values,
   and each puts only its own devices' part on them."""
   if isinstance(x, jax.Array) or target.is_fully_addressable:
     return jax.device_put(x, target)
@@ -349,7 +350,7 @@ def param_shardings(abstract_state: Any, mesh: Mesh, rules: Rules | None = None)
     if not isinstance(leaf, nnx.Variable):
       return NamedSharding(mesh, PartitionSpec())
     label, value = path_name(path), leaf.get_value()
-    if not jax.tree.leaves(value):  # what optax puts in the place of a parameter it leaves alone
+    if not jax.tree.leaves(value):  # optax's stand-in for a parameter that it does not update
       return leaf
     names = names_of(leaf)
     if names is None:

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint folder's safetensors files, as strangers may have written them.
+"""Reads the tensors of a checkpoint folder's safetensors files, which are untrusted.
 
 In: a folder with one file, or with shards and an index. Out: shapes, dtypes and values by name; or a
 CheckpointError that names the file: it is damaged, an index leaves the folder, tensors are no floats,

@@ -1,6 +1,6 @@
 """The text decoder: Qwen3 layers with M-RoPE and DeepStack, as one scanned stack.
 
-In: embedded tokens, rotary angles, who sees whom, DeepStack features, maybe a cache. Out: the
+In: embedded tokens, positions, ends (see `attention`), DeepStack features, perhaps a cache. Out: the
 final hidden states (after the last norm) and the cache with the new tokens.
 
 Legend: B batch, T new tokens, S cache slots, D model, H heads, K kv heads, L layers,
@@ -26,8 +26,8 @@ from axpo_jax.model.sharding import constrain
 
 Cache = KVCache | DecodeCache
 Intermediates = MutableMapping[str, jax.Array]
-# Every device looks all rows up in its part of the width; an all-to-all then gives each its rows.
-# Neither the table nor its gradient ever stands whole on one.
+# Every device looks up all rows in its part of the width; an all-to-all then gives each its rows. So no device
+# ever holds the whole table or its gradient.
 _LOOKUP = ("lookup_batch", "length", "lookup_embed")
 
 
@@ -94,8 +94,8 @@ class DeepStack:
   def add(self, x_BxTxD: jax.Array, layer: jax.Array) -> jax.Array:
     """x plus the feature of `layer`, or x from layer N on.
 
-    A branch on the layer number keeps all layers in one scan. Two scans, of the first N and of
-    the rest, would cut the stacked parameters, gradients and cache in two: a copy of each.
+    A branch on the layer number keeps all layers in one scan. Two scans, of the first N layers and of
+    the rest, would split the stacked parameters, gradients and cache, which copies each of them.
     """
     count = self.features_NxMxD.shape[0]
 
@@ -108,7 +108,7 @@ class DeepStack:
 
 def gather_image(features_MxD: jax.Array, index_BxT: jax.Array, otherwise_BxTxD) -> jax.Array:
   """features[index] where index >= 0, else `otherwise`: [B, T, D]."""
-  # In two steps: left to itself, the compiler collects all features whole where `data` is split too.
+  # In two steps: in one, the compiler would gather all features whole where `data` is split too.
   features_MxD = constrain(features_MxD, ("lookup_batch", "lookup_embed"))
   features_MxD = constrain(features_MxD, (None, "lookup_embed"))
   taken_BxTxD = constrain(features_MxD[jnp.maximum(index_BxT, 0)], _LOOKUP)
@@ -157,7 +157,7 @@ class TextDecoder(nnx.Module):
       number, cached = xs
       x_BxTxD, new, load = layer_fn(layer, x_BxTxD, angles, sees, cached, real_BxT)
       if deepstack is not None:
-        # Checkpointed, or the branch leaves arrays like x for the backward pass in every layer.
+        # Checkpointed: the branch would save arrays as large as x for the backward pass in every layer.
         x_BxTxD = jax.checkpoint(deepstack.add, prevent_cse=False)(x_BxTxD, number)
       return x_BxTxD, (new if cache is not None else None, None if taps is None else x_BxTxD,
                        None if loads is None else load)
@@ -186,7 +186,7 @@ def _visibility(ends_BxT, key_blocks_BxCxN, cache: Cache | None, config: ModelCo
                                        text.num_kv_heads, text.head_dim)
     return attention.row_visibility(ends_BxT, config.attention_chunk, key_blocks_BxCxN, backend)
   order_BxT = jnp.broadcast_to(jnp.arange(ends_BxT.shape[1]), ends_BxT.shape)
-  # With a cache a row is one sequence: its filled slots are all earlier than the new tokens.
+  # With a cache a row is one sequence: every new token attends to all filled slots.
   def seen_to_the_end(order, real):
     return Tags(order, jnp.where(real, ends_BxT.shape[1], 0))
 

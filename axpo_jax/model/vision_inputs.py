@@ -1,10 +1,13 @@
-"""Host side of the vision tower: from any images to a few static array shapes (NumPy).
+"""Host side of the vision tower (NumPy): packs images of any sizes into a few static shapes.
 
-In: processed images (a grid, and patches on demand) and the vision config.
-Out: `VisionInputs`, rows of packed patches with everything the jitted tower needs to know about
-the grids as arrays, and the text side's rotary positions. An image lies wholly in one row and
-attention stays in the row, so no mask over all images is ever made. Shapes come from buckets:
-the tower is not recompiled when images change inside one.
+In: processed images (a grid, and patches on demand) and the vision config. Out: `VisionInputs`, rows of packed
+patches and the grids as arrays; and the rotary positions of text (`mrope_positions`).
+
+  row 0   [ image 2: 4 x 6 patches  ][ image 0: 2 x 4 ][ padding ]
+  row 1   [ image 1: 4 x 4 ][ image 3: 2 x 2 ][ padding           ]
+
+An image is never split over rows, and attention stays within a row, so no mask over all images is made. Row
+lengths and numbers come from buckets, so the tower is compiled once per bucket.
 
 Legend: R rows, P patches in a row, C values in a patch, T tokens.
 """
@@ -25,10 +28,10 @@ _PATCH_UNIT = 16
 
 
 def patch_lengths(usual: int, largest: int) -> tuple[int, ...]:
-  """Lengths of rows of patches for a run's images: few, since each is a program of its own.
+  """Row lengths for a run's images: few, since each is a program of its own.
 
-  One for images of up to `usual` patches, then twice as much, and so on up to that of the `largest`.
-  A smaller image shares its row with others, and its attention costs the masked part of it.
+  The first holds images of up to `usual` patches; each next one is twice as long, up to the `largest`. A smaller
+  image shares its row with others, and its attention also computes the part that is masked.
   """
   def rounded(patches):
     return -(-patches // _PATCH_UNIT) * _PATCH_UNIT
@@ -48,7 +51,7 @@ class VideoNotSupported(ValueError):
 
 
 class HasPatches(Protocol):
-  """What packing reads of a processed image. Its float patches exist only while it is packed."""
+  """What packing reads of a processed image. Its float patches are made only to be packed."""
 
   grid_hw: tuple[int, int]
   patch_dim: int
@@ -58,17 +61,17 @@ class HasPatches(Protocol):
 
 
 class LazyPatches:
-  """Packed patches of images, float32 [R, P, C], made anew whenever an array is made of them.
+  """Packed patches, float32 [R, P, C], computed from the images whenever NumPy asks for the array.
 
-  A step's micro-batches wait for the device together. As arrays they would hold 8 times the bytes of
-  their images, and padding besides.
+  All micro-batches of a step wait for the device at once. As arrays they would take 8 times the bytes of their
+  images, and the padding on top.
   """
 
   dtype, ndim = np.dtype(np.float32), 3
 
   def __init__(self, shape: tuple[int, int, int],
                images: Sequence[tuple[HasPatches, int, slice]]):
-    """images: each with its row and its places there."""
+    """images: each with its row and the patches there that it fills."""
     self.shape, self._placed = shape, images
 
   @property
@@ -76,7 +79,7 @@ class LazyPatches:
     return [image for image, _, _ in self._placed]
 
   def map(self, function: Callable[[HasPatches], HasPatches]) -> LazyPatches:
-    """With function(image) in the place of every image."""
+    """The same with function(image) for every image."""
     return LazyPatches(self.shape, [(function(image), *at) for image, *at in self._placed])
 
   def __array__(self, dtype=None, copy=None) -> np.ndarray:
@@ -122,12 +125,12 @@ def pack_images(
   share the rows). No images give one bucket of padding.
 
   Args:
-    rows_here: number of rows -> those whose patches are made; the others' are zeros that take no memory
-      until they are read. None: all.
+    rows_here: number of rows -> the rows whose patches this process computes; others stay zeros, whose memory
+      the system allocates only when they are read. None: all.
     lazy: leave the patches as `LazyPatches`.
 
-  Returns: the inputs, and int32 [number of images]: where each image's first merged token stands
-    in the flattened [R * P / merge^2] output of the tower. Its tokens follow one another.
+  Returns: the inputs, and int32 [number of images]: the index of each image's first merged token in the
+    flattened [R * P / merge^2] output of the tower. The image's other tokens follow it.
   Raises: ImageTooLarge; ValueError if an image's grid or patches are not those of the config.
   """
   sizes = [_checked_size(i, image, config) for i, image in enumerate(images)]
@@ -171,7 +174,7 @@ def grid_positions(grid_hw: tuple[int, int], merge: int) -> np.ndarray:
 def bilinear_corners(
   positions_Px2: np.ndarray, grid_hw: tuple[int, int], side: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Where each patch falls on the learned side x side grid, corners aligned.
+  """The four neighbours of each patch in the learned side x side position grid, corners aligned.
 
   Returns: flat indices int32 [P, 4] and weights float32 [P, 4] that sum to one. float32 all the
     way, in the order of the reference implementation, so that weights agree to the last bit.
@@ -195,15 +198,20 @@ def mrope_positions(
 ) -> np.ndarray:
   """(time, height, width) of every token for M-RoPE.
 
-  Text has the three equal. An image's tokens share the time; height and width run over the merged
-  grid, all offset by the position reached. The next position is the largest so far plus one.
+  The three are equal for text. An image's tokens share the time; height and width run over its merged grid. All
+  are offset by the position reached so far. The next position is the largest so far plus one:
+
+    tokens  a  b  [ 2 x 2 image ]  c
+    time    0  1   2  2  2  2      4
+    height  0  1   2  2  3  3      4
+    width   0  1   2  3  2  3      4
 
   Args:
     ids_T: tokens in expanded form: an image of h x w merged tokens has h * w pads.
     grids_merged: (h, w) of the images in order, in merged tokens.
     video_token_id: if given, its presence is refused.
   Returns: int32 [T, 3].
-  Raises: VideoNotSupported; ValueError if the pads and the grids do not tally.
+  Raises: VideoNotSupported; ValueError if the pads and the grids do not match.
   """
   ids = np.asarray(ids_T, np.int64).reshape(-1)
   if video_token_id is not None and (ids == video_token_id).any():
