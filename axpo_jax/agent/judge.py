@@ -215,7 +215,7 @@ def _picture(source: ImageSource) -> dict[str, Any]:
 
 
 def _name(source: ImageSource) -> str:
-  """What tells images apart: a path, or a digest of the bytes."""
+  """Distinguishes images: a path, or a digest of the bytes."""
   if isinstance(source, PIL.Image.Image):
     source = source.tobytes()
   return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else str(source)

@@ -1,11 +1,13 @@
 """The process in which math-verify runs; `agent.mathematics` starts it and talks to it.
 
-It runs as `python -P math_worker.py CPU_SECONDS MEMORY_BYTES`. In: one JSON line a request,
-["same", answer, gold] or ["value", text]. Out: one JSON line each, {"result": ...} (null: it cannot be
-read) or {"died": why}; and {"ready": true} before the first. What a policy wrote may make sympy run for years or fill the
-memory, inside of C code too. So a fork of the loaded process does the work, the kernel of the
-operating system kills it when its CPU time or its memory is used up, and the next fork takes
-milliseconds. CPU time and not wall time: a reward must not depend on how busy the machine is.
+It runs as `python -P math_worker.py CPU_SECONDS MEMORY_BYTES`. In: one JSON line a request, ["same", answer,
+gold] or ["value", text]. Out: one JSON line each, {"result": ...} (null: it cannot be read) or {"died": why};
+and {"ready": true} before the first.
+
+What a policy wrote may make sympy run for years or fill the memory, inside of C code too. So a fork of the
+loaded process does the work, the kernel of the operating system kills it when its CPU time or its memory is
+used up, and the next fork takes milliseconds. CPU time and not wall time: a reward must not depend on how busy
+the machine is.
 """
 
 from __future__ import annotations

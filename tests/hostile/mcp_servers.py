@@ -1,7 +1,7 @@
 """A local MCP server written by hand, so that it can break every rule: `mcp_servers.py ATTACK [...]`.
 
-Run as a process of its own. It answers the handshake as an honest server does; what ATTACK changes
-stands at its name. Without one it is honest: `echo`, and `remember` and `recall`, which keep a state.
+Run as a process of its own. It answers the handshake as an honest server does; the code checks ATTACK
+where it behaves otherwise. Without one it is honest: `echo`, and `remember` and `recall`, which keep a state.
 """
 
 import base64

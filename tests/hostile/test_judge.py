@@ -1,4 +1,4 @@
-"""What an LLM as judge may say, and what it may be told by the answer that it judges."""
+"""Replies of an LLM judge that are no verdict, and answers that try to speak to it."""
 
 import json
 

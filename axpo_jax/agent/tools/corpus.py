@@ -19,7 +19,7 @@ PASSAGE_WORDS = 200
 
 
 class CorpusError(ValueError):
-  """Documents that cannot be read; the message names the place."""
+  """Documents that cannot be read; the message names the file and line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class LocalSearch:
     passage_words: words of a passage.
   """
 
-  waits = False  # a look into an index takes milliseconds
+  waits = False  # searching the index takes milliseconds
 
   def __init__(self, documents: Iterable[Document], *, passage_words: int = PASSAGE_WORDS):
     try:

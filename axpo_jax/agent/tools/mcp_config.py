@@ -124,7 +124,7 @@ def read(path: str | os.PathLike) -> list[McpConfig]:
           for number, record in enumerate(records) if record.get("disabled") is not True]
 
 
-def config_of(record: Mapping[str, Any], place: str = "MCP server") -> McpConfig:
+def config_of(record: Mapping[str, Any], where: str = "MCP server") -> McpConfig:
   """One server as the file describes it. Errors: see `read`."""
   fields = {name: value for name, value in record.items() if name not in _IGNORED | {"disabled"}}
   if "type" in fields:
@@ -133,34 +133,34 @@ def config_of(record: Mapping[str, Any], place: str = "MCP server") -> McpConfig
     fields["command"] = [fields["command"], *fields.pop("args", ())]
   known = {field.name for field in dataclasses.fields(McpConfig)}
   if unknown := sorted(fields.keys() - known):
-    raise ValueError(f"{place}: unknown fields {unknown}; there are {sorted(known)}")
+    raise ValueError(f"{where}: unknown fields {unknown}; there are {sorted(known)}")
   secrets: set[str] = set(fields.pop("secrets", ()))
   for name in ("command", "url", "env", "cwd", "headers"):
     if name in fields:
-      fields[name] = _filled(fields[name], place, secrets)
+      fields[name] = _filled(fields[name], where, secrets)
   for name in ("command", "only"):
     fields[name] = tuple(fields.get(name) or ())
   try:
     return McpConfig(**fields, secrets=tuple(secrets))
   except (TypeError, AttributeError) as error:
-    raise ValueError(f"{place}: a field has a value of the wrong type") from error
+    raise ValueError(f"{where}: a field has a value of the wrong type") from error
 
 
-def _filled(value: Any, place: str, secrets: set[str]) -> Any:
+def _filled(value: Any, where: str, secrets: set[str]) -> Any:
   """The value with its variables; what comes from the environment is added to `secrets`."""
   if isinstance(value, dict):
-    return {key: _filled(item, place, secrets) for key, item in value.items()}
+    return {key: _filled(item, where, secrets) for key, item in value.items()}
   if isinstance(value, list):
-    return [_filled(item, place, secrets) for item in value]
+    return [_filled(item, where, secrets) for item in value]
   if not isinstance(value, str):
-    raise ValueError(f"{place}: expected texts, got {type(value).__name__}")
+    raise ValueError(f"{where}: expected texts, got {type(value).__name__}")
 
   def variable(found: re.Match) -> str:
     name = found[2] or found[3]
     if found[1]:
       return "$"
     if name not in os.environ and found[4] is None:
-      raise ValueError(f"{place} names ${name}, which is not set: export it, or write $$ for a "
+      raise ValueError(f"{where} names ${name}, which is not set: export it, or write $$ for a "
                        "dollar sign")
     text = os.environ.get(name, found[4])
     if name in os.environ and _SECRET_NAME.search(name):

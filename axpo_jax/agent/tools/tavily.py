@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from axpo_jax.agent.tools.search import EXCLUDED, Hit, SearchError
+from axpo_jax.engine import endpoint
 
 KEY_VARIABLE = "TAVILY_API_KEY"
 _LONGEST_WAIT = 30.0  # seconds between two attempts
@@ -75,7 +76,7 @@ class Tavily:
         "query": query, "max_results": max_results, "search_depth": "basic",
         "exclude_domains": self._excluded})
     if response.status_code == 429 or response.status_code >= 500:
-      raise _Busy(response.status_code, response.headers.get("retry-after", ""))
+      raise _Busy(response.status_code, response.headers.get("retry-after"))
     try:
       content = response.json()
     except ValueError as error:
@@ -96,9 +97,9 @@ class Tavily:
 class _Busy(Exception):
   """The server cannot answer now."""
 
-  def __init__(self, status: int, retry_after: str):
+  def __init__(self, status: int, retry_after: str | None):
     super().__init__(f"(status {status})")
-    self.retry_after = float(retry_after) if retry_after.isdecimal() else 0.0
+    self.retry_after = endpoint.retry_after(retry_after) or 0.0
 
 
 def _reason(content: Any) -> str:

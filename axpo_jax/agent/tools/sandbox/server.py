@@ -9,8 +9,8 @@ the trainer is sent a handle to kill it. What else a kernel's socket carries is 
                       └─ kernel, process 2: the cells, and whatever they start
 
 It ends when the trainer closes the descriptor or dies; so do the supervisors, whose own sockets
-close then. Meanwhile it weighs the processes of every kernel and kills those whose memory grew too
-large together.
+close then. Meanwhile it checks the memory of every kernel and kills those whose processes together hold
+too much.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from axpo_jax.agent.tools.sandbox import cgroup, isolation, processes, superviso
 from axpo_jax.agent.tools.sandbox.isolation import IsolationError
 
 NAMESPACES, RLIMITS = "namespaces", "rlimits"
-_WATCH_SECONDS = 0.1  # between two weighings
+_WATCH_SECONDS = 0.1  # between two checks of memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _watch(settings: Settings, proc: int, known: set[int], groups: cgroup.Groups
     if settings.isolation == RLIMITS and child not in known:
       os.kill(child, signal.SIGKILL)
     else:
-      _weigh(child, settings, proc)
+      _check_memory(child, settings, proc)
 
 
 def _spawn(control: socket.socket, descriptor: int, settings: Settings, proc: int, kernel: Any,
@@ -175,10 +175,10 @@ def _send_handle(trainer: socket.socket, pid: int) -> None:
   os.close(handle)
 
 
-def _weigh(supervisor_pid: int, settings: Settings, proc: int) -> None:
+def _check_memory(supervisor_pid: int, settings: Settings, proc: int) -> None:
   """Kills a kernel whose processes hold more memory together than one of them may.
 
-  One process is held by its address space; this is for those that share the burden.
+  RLIMIT_AS bounds one process; this bounds several together.
   """
   family = [supervisor_pid, *processes.descendants(supervisor_pid, proc)]
   if len(family) <= 2:

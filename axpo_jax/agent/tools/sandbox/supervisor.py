@@ -131,7 +131,7 @@ class _Cell:
     for descriptor in (*outputs, self.trainer.fileno(), self.handle, self.sock.fileno()):
       poll.register(descriptor, select.POLLIN)
     while (left := deadline - time.monotonic()) > 0:
-      # Not longer than this: orphans are adopted here and must be buried.
+      # Not longer than this: orphans are adopted here and must be reaped.
       ready = dict(poll.poll(min(left, 0.2) * 1000))
       for descriptor in outputs.keys() & ready.keys():
         outputs[descriptor].drain()
@@ -143,7 +143,7 @@ class _Cell:
         return True
       if self.handle in ready:
         raise wire.WireError("the kernel is dead")
-      self._bury()
+      self._reap()
     return False
 
   def signal_all(self, number: int) -> None:
@@ -159,7 +159,7 @@ class _Cell:
       with contextlib.suppress(ProcessLookupError, PermissionError):
         os.kill(pid, number)
 
-  def _bury(self) -> None:
+  def _reap(self) -> None:
     with contextlib.suppress(ChildProcessError):
       while (dead := os.waitpid(-1, os.WNOHANG))[0]:
         if dead[0] == self.pid:
@@ -167,7 +167,7 @@ class _Cell:
 
   def _cause_of_death(self) -> str:
     select.select([self.handle], [], [], 0.5)
-    self._bury()
+    self._reap()
     if self.exit_status is None:
       return "it no longer answered as it should"
     code = os.waitstatus_to_exitcode(self.exit_status)
