@@ -1,4 +1,4 @@
-"""AXPO from top to bottom: Algorithm 1 of the paper (arXiv 2605.28774), and what a step here really runs.
+"""AXPO from top to bottom: Algorithm 1 of the paper (arXiv 2605.28774), as a training step runs it.
 
   1. sample       N rollouts of each of B questions, judged right or wrong       rollouts.collect
   2. trigger      questions whose tool-using rollouts are all wrong              triggered
@@ -9,10 +9,10 @@
   7. mask         the tokens of a sequence that receive it                       loss_mask
   8. update       the clipped surrogate with a KL, summed and divided once       loss_weights, losses.policy_loss
 
-With a budget of zero nothing is chosen, and the step is GRPO bit for bit. All functions are pure and work on
-plain arrays and small records: `rollouts.collect` samples, `train` packs and differentiates. The modules beside
-this one have the details and the switches: `resample` (confidence, budget, order), `credit` (the prefix's
-advantage), `advantages`, `shaping`, `weights`, `surrogates`, `losses`; `recipes` names settings of the switches.
+With a budget of zero nothing is resampled, and the step is GRPO bit for bit. All functions are pure and work on
+plain arrays and small records: `rollouts.collect` samples, `train` packs and differentiates. Other modules of
+this folder hold the details and the switches: `resample` (confidence, budget, order), `credit` (advantage of a
+prefix), `advantages`, `shaping`, `weights`, `surrogates`, `losses`; `recipes` names settings of the switches.
 
 Legend: B questions, N rollouts of one question, K continuations of one prefix, S sequences, T tokens.
 """
@@ -40,10 +40,10 @@ T = TypeVar("T")
 
 
 def informative(group: GroupView, config: ResampleConfig) -> bool:
-  """Whether a question can teach anything: its rewards differ, or it may be resampled.
+  """Whether training on a question has an effect: its rewards differ, or it may be resampled.
 
-  Dynamic sampling (DAPO, arXiv 2503.14476) keeps such questions alone. AXPO's own must stay, though all of
-  their rewards may be zero.
+  Dynamic sampling (DAPO, arXiv 2503.14476) keeps only such questions. Those that AXPO may resample are kept
+  even if all of their rewards are zero.
   """
   rewards_N = reward_vector(group.rewards_N)
   repairable = bool(config.ratio) and triggered(
@@ -55,10 +55,9 @@ def informative(group: GroupView, config: ResampleConfig) -> bool:
 
 
 def triggered(rewards_N: np.ndarray, used_tool_N: np.ndarray, *, subgroup: str = "tool") -> bool:
-  """The subgroup is not empty and every member of it is wrong.
+  """Whether the subgroup is not empty and every member of it is wrong.
 
-  The other subgroup may be right: what AXPO repairs is that the *tool call* never sees a
-  positive advantage.
+  The other subgroup may be right: then GRPO never gives the *tool call* a positive advantage.
   """
   member_N = resample_lib.subgroup_mask(used_tool_N, subgroup)
   return bool(member_N.any() and not is_right(reward_vector(rewards_N))[member_N].any())
@@ -71,8 +70,8 @@ def choose_cut(cuts: Sequence[Cut], config: ResampleConfig) -> Cut | None:
   """Where a rollout is cut.
 
   Args:
-    cuts: one per call of the rollout, in order. What they freeze ends with the opening tag, so that
-      whatever is decoded from there is a tool call by construction.
+    cuts: one per call of the rollout, in order. The frozen tokens end with the opening tag, so that whatever
+      is decoded next is a tool call.
 
   Returns:
     The cut at the first call (paper), at the last, or at the least certain one; None without a call.
@@ -151,7 +150,7 @@ def plan_resamples(
 
 
 def next_continuations(rewards: Sequence[float], drawn: int, config: ResampleConfig) -> int:
-  """How many continuations of a prefix to sample next, at once; 0 ends it.
+  """How many continuations of a prefix to sample next, in parallel; 0: no more.
 
   Args:
     rewards: of the continuations so far, without those that failed by a fault of the machine.
@@ -208,8 +207,8 @@ def assign_credit(
 
 def _grouped(rewards_N: np.ndarray, rewards_MxK: Sequence[np.ndarray], config: CreditConfig
              ) -> tuple[np.ndarray, list[np.ndarray]]:
-  """Advantages of the N rollouts, and of each branch's continuations: a group of their own each, or, in
-  the ablation, one group with the rollouts."""
+  """Advantages of the N rollouts and of each branch's continuations. Each branch is a group of its own; in the
+  ablation all are in one group with the rollouts."""
   groups = [rewards_N, *rewards_MxK]
   if not config.merge_resamples:
     plain_N, *resampled = [group_advantages(rewards, **config.scale) for rewards in groups]
@@ -223,7 +222,7 @@ def _grouped(rewards_N: np.ndarray, rewards_MxK: Sequence[np.ndarray], config: C
 
 
 def loss_mask(sampled_T: np.ndarray, region: str, prefix_end: int | None = None) -> np.ndarray:
-  """Which tokens of a sequence carry loss: the sampled ones of a region, no prompt, no observation.
+  """Which tokens of a sequence carry loss: the sampled ones of a region, never prompt or observations.
 
     question  thinking  <tool_call>  its call  observation  answer
               [------ prefix -----]  [---- continuation ---------]      [-] the sampled tokens of each
@@ -256,9 +255,9 @@ def loss_mask(sampled_T: np.ndarray, region: str, prefix_end: int | None = None)
 
 
 class LossWeights(NamedTuple):
-  """What each sequence of an update weighs.
+  """Weights of the sequences of an update.
 
-  weights_S: float32 [S], of one token of the sequence. divisor: of the summed loss. metrics: what to log.
+  weights_S: float32 [S], of one token of each sequence. divisor: of the summed loss. metrics: to log.
   """
 
   weights_S: np.ndarray
@@ -267,14 +266,14 @@ class LossWeights(NamedTuple):
 
 
 def split_updates(items: Sequence[T], updates: int) -> list[list[T]]:
-  """The sequences of each of a step's updates: every `updates`-th, since neighbours belong to one question
-  and should meet different weights. Fewer where there are fewer sequences than updates."""
+  """Splits a step's sequences over its updates: update i gets every `updates`-th from i on. So sequences of one
+  question, which are neighbours, are spread over the updates. Empty updates are left out."""
   return [list(items[i::updates]) for i in range(updates) if items[i::updates]]
 
 
 def needs_old_logprobs(config: LossConfig, updates: int, old_logprobs: str) -> bool:
-  """Whether log-probabilities under the weights that began the step cost a pass of their own. Without,
-  they are those of the update's own pass, and the ratio is exactly one."""
+  """Whether log-probabilities under the weights at the start of the step need a forward pass of their own. If
+  not, the update's own pass gives them, and the ratio is exactly one."""
   return updates > 1 or old_logprobs == "trainer" or config.tis_mask is not None
 
 
@@ -285,11 +284,11 @@ def loss_weights(
   config: LossConfig,
   gap_sums_S: np.ndarray | None = None,
 ) -> LossWeights:
-  """What each sequence of an update weighs: GRPO's loss plus L_clip of the prefixes and continuations.
+  """Weights of an update's sequences: GRPO's loss plus L_clip of the prefixes and continuations.
 
   Args:
     credits: of the update's sequences.
-    tokens_S: how many tokens of each learn.
+    tokens_S: how many tokens of each carry loss.
     questions: B of the step, times the share of its sequences that this update has.
     config: `aggregation`, `sum_length`, `resampled_weight` and `tis_mask` are read.
     gap_sums_S: sum over each sequence's tokens of (trainer's - sampler's log-probability); needed where

@@ -1,6 +1,6 @@
-"""The details of credit: its switches, its records, and the advantage of a prefix.
+"""Details of credit assignment: switches, records, and the advantage of a prefix.
 
-`algorithm.assign_credit` puts them together (arXiv 2605.28774, section 3).
+`algorithm.assign_credit` uses them (arXiv 2605.28774, section 3).
 
 Legend: N rollouts of one question, K continuations of one prefix.
 """
@@ -30,8 +30,8 @@ class CreditConfig:
     ddof: ours; 1 is the unbiased standard deviation, 0 the population's.
     eps: ours; added to every standard deviation.
     normalise_std: False only centres the rewards (Dr.GRPO).
-    turn_weight: ours; weight of the advantage of a turn's own reward, which its tokens get beside that of
-      the whole rollout. 0: turns have none.
+    turn_weight: ours; weight of the advantage of a turn's own reward, which is added to the rollout's
+      advantage on the turn's tokens. 0: no rewards of turns.
     leave_one_out: True compares a reward with the mean of the *others* of its group (RLOO,
       arXiv 2402.14740); needs normalise_std=False.
   """
@@ -71,7 +71,7 @@ class BranchOutcome:
     rewards_K: as judged.
     num_calls_K, lengths_K: tool calls, and response tokens; only shaping reads them.
     turn_rewards_K: of each turn, from the rollout's first on; credit.turn_weight needs them.
-    frozen: False where they begin at the question, so that there is no prefix to credit.
+    frozen: False if they begin at the question: then there is no prefix to credit.
   """
 
   source: int
@@ -112,7 +112,7 @@ class Credit:
       source's prefix end; its own call and what follows are masked. "continuation": those from
       the prefix end on; the copied prefix is masked.
     advantage: the same for all those tokens.
-    turns: what the tokens of each turn get beside it; empty: nothing.
+    turns: what is added to it on the tokens of each turn; empty: nothing.
   """
 
   group: int
@@ -128,10 +128,9 @@ def prefix_advantage(
 ) -> float:
   """A_prefix = (r_prefix - mean(r~)) / std(r~), r~ = rewards with the source's replaced.
 
-  With "excess" the comparison is r_prefix = mean(rewards_K) against the mean of the other N - 1
-  rewards, in units of the standard deviation of all those N - 1 + K rewards. The paper's form
-  would not do there: r~ is all zero but for the source when nothing else is right, and its own
-  standard deviation then cancels the size of r_prefix.
+  "excess" compares r_prefix = mean(rewards_K) with the mean of the other N - 1 rewards, in units of the
+  standard deviation of all those N - 1 + K rewards. The paper's form does not work for it: if nothing else is
+  right, r~ is zero except at the source, and its standard deviation cancels the size of r_prefix.
 
   Raises:
     ValueError: prefix_credit is "none", which has no prefix advantage.

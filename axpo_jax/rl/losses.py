@@ -1,8 +1,8 @@
 """The policy loss: a surrogate, the KL to a fixed reference, and an entropy bonus (arXiv 2605.28774, section 2).
 
-GRPO and AXPO share it: they differ in advantages and masks alone (`algorithm.assign_credit`). All
-results are *sums* over tokens, so that micro-batches add up; the caller divides once by the step's
-divisor (`algorithm.loss_weights`). Everything is computed in float32.
+GRPO and AXPO use the same loss; they differ only in advantages and masks (`algorithm.assign_credit`). All
+results are *sums* over tokens, so that micro-batches add up; the caller divides once by the step's divisor
+(`algorithm.loss_weights`). Everything is computed in float32.
 
 Legend: B rows, T tokens of a row.
 """
@@ -120,10 +120,10 @@ def _sampler_metrics(old_logp, behaviour_logp, corrected, mask, lag, max_lag):
 
 
 def _gap_metrics(old_logp, behaviour_logp, corrected, mask):
-  """Sums over the tokens of `mask` that describe how far trainer and sampler are apart.
+  """Sums over the tokens of `mask` that measure the gap between trainer and sampler.
 
-  Between two computations of the policy that sampled (old, not current), so at lag 0 they show
-  numerics alone, and above it how far the policy has moved.
+  They compare the sampler with the old policy, not the current one. So at lag 0 the gap is numerical error
+  alone; above it, the gap also shows how far the policy has moved.
   """
   gap = jnp.abs(old_logp - behaviour_logp)
   p, q = jnp.exp(old_logp), jnp.exp(behaviour_logp)
@@ -212,7 +212,7 @@ def summarise(sums: Mapping[str, float], divisor: float) -> dict[str, float]:
 
 
 def _gap_summary(sums: Mapping[str, float]) -> dict[str, float]:
-  """What `_gap_metrics` counted, as metrics; none where it met no token."""
+  """Metrics from the sums of `_gap_metrics`; none if it saw no token."""
   tokens = sums["gap_tokens"]
   if not tokens:
     return {}

@@ -1,4 +1,4 @@
-"""Recipes: AXPO, its ablations, the paper's neighbours and ours, each as settings of the RL section's switches.
+"""Recipes: AXPO, its ablations, other methods and our variants, as settings of config.rl.
 
 A name maps to overrides of `config.rl`, dotted as in `--config.rl.<field>=...`. `--config.rl.recipe=<name>` applies
 them; `axpo+<name>` applies them and keeps AXPO's resampling. docs/algorithm.md has a line and a paper for each.
@@ -53,7 +53,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 
 
 def overrides(name: str) -> dict[str, Any]:
-  """What a recipe sets: one of RECIPES, or "axpo+<name>", which leaves the resampling of AXPO on.
+  """The overrides of a recipe: a name in RECIPES, or "axpo+<name>", which keeps the resampling of AXPO on.
 
   Raises:
     ValueError: there is no such recipe.
@@ -67,7 +67,7 @@ def overrides(name: str) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """The RL section of a config as the records that the mathematics takes."""
+  """The RL section of a config as records."""
 
   resample: ResampleConfig
   credit: CreditConfig
@@ -85,7 +85,7 @@ class Recipe:
         `shaping.overlong_limit` is 0.
 
     Raises:
-      ValueError: values or combinations that cannot work.
+      ValueError: invalid values or combinations.
     """
     loss, shaping = dict(rl["loss"]), dict(rl["shaping"])
     loss["sum_length"] = loss["sum_length"] or float(response_limit)
@@ -97,7 +97,7 @@ class Recipe:
 
 
 def check(resample: ResampleConfig, credit: CreditConfig) -> None:
-  """Raises ValueError for switches that contradict each other; call it where configs are built."""
+  """Raises ValueError for switches that contradict each other."""
   if resample.prefix == "question" and credit.prefix_credit != "none":
     raise ValueError(
       f"resample.prefix='question' freezes no prefix, so credit.prefix_credit="

@@ -1,8 +1,8 @@
-"""How often prefixes like this one were recovered, learned from the run's own record.
+"""Estimates how likely a prefix is recovered, from the prefixes that the run has resampled so far.
 
 In: the prefixes of past steps, each with its question's family, the confidence of its call, and whether a
-continuation was right. Out: an optimistic estimate of the chance that another prefix is recovered, by which
-`resample.choice="recoverable"` ranks. Pure: a record is never changed, and it is plain JSON, so a checkpoint holds it.
+continuation was right. Out: an optimistic estimate for another prefix; `resample.choice="recoverable"` ranks by
+it. A record is immutable and plain JSON, so that a checkpoint can hold it.
 """
 
 import bisect
@@ -11,11 +11,11 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-# Bounds of the classes of confidence. Most calls are nearly certain, so the classes narrow towards one.
+# Bounds of the confidence bins. Most calls are nearly certain, so the bins narrow towards one.
 _BOUNDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
-# A step's outcomes weigh this much of the next step's: the policy that they describe moves on.
+# Decay of older outcomes per step: the policy that they describe has changed.
 _MEMORY = 0.98
-# Prefixes that the average over all classes counts for in each: a class of few outcomes is not believed alone.
+# Weight of the average over all bins in each bin, in prefixes: a bin with few outcomes is unreliable.
 _PRIOR = 4.0
 
 
@@ -29,12 +29,12 @@ class Tried(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Recovery:
-  """Counts of tried and recovered prefixes, by class of family and confidence; older ones weigh less."""
+  """Decayed counts of tried and recovered prefixes, by family and confidence bin."""
 
   counts: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
   def chance(self, family: str, confidence: float) -> float:
-    """Chance of a recovery, plus its standard error: classes that were hardly tried come up again."""
+    """Estimated chance of a recovery plus its standard error, so that bins with few outcomes are tried again."""
     tried = sum(n for n, _ in self.counts.values())
     overall = (1.0 + sum(hits for _, hits in self.counts.values())) / (2.0 + tried)
     n, hits = self.counts.get(_class(family, confidence), (0.0, 0.0))

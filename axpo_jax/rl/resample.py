@@ -1,6 +1,6 @@
-"""The details of resampling: its switches, confidence of a call, budget, order of a question's rollouts.
+"""Details of resampling: switches, confidence of a call, budget, order of a question's rollouts.
 
-`algorithm.plan_resamples` puts them together (arXiv 2605.28774, section 3).
+`algorithm.plan_resamples` uses them (arXiv 2605.28774, section 3).
 
 Legend: B questions, N rollouts of one question, K continuations of one prefix, C tokens of a call.
 """
@@ -33,20 +33,20 @@ class ResampleConfig:
     ratio: r, extra continuations per ordinary rollout of the step (paper: 0.25). 0 is plain GRPO.
     k: K, continuations per selected prefix (paper: 4).
     choice: "uncertain" takes the lowest confidence first (paper); "random" is the ablation;
-      "recoverable", beyond the paper, the prefix that was most often recovered when one of its family and
-      confidence was tried earlier in the run (`recovery`).
-    cut: beyond the paper; at which call a rollout is cut: "first" (paper); among those whose tools ran "last",
-      or "uncertain", the least certain one (the second hop of a search is where it often fails).
-    early_stop: beyond the paper; True samples a prefix's continuations two, then one at a time, and stops
-      at the first right and wrong pair. At most K; what is saved is not spent elsewhere.
-    subgroup: whose failure triggers and who is resampled: "tool" (paper), or "no_tool"
+      "recoverable" (beyond the paper) takes the prefix whose family and confidence were recovered most often
+      earlier in the run (`recovery`).
+    cut: at which call a rollout is cut: "first" (paper); or, beyond the paper and among the calls whose tools
+      ran, "last" or "uncertain", the least certain one (searches often fail at the second hop).
+    early_stop: beyond the paper; True samples two continuations of a prefix, then one at a time, and stops as
+      soon as one is right and one is wrong. At most K; saved continuations are not spent elsewhere.
+    subgroup: the rollouts whose failure triggers, and which are resampled: "tool" (paper), or "no_tool"
       (ablation: the no-tool rollouts of a question where all of them fail).
     prefix: "thinking" freezes the thinking up to and including the opening tool-call tag (paper);
       "question" freezes nothing, the extra rollouts start from the question (ablation
       "no prefix fix"; needs CreditConfig.prefix_credit="none", see recipes.check).
-    breadth_first: True serves every triggered question once before any twice (paper); False
+    breadth_first: True takes one prefix of every triggered question before a second of any (paper); False
       takes the globally best prefixes.
-    round_order: ours; who is served first within a round: "confidence" (ascending) or "index".
+    round_order: ours; order of the questions within a round: "confidence" (ascending) or "index".
     confidence_span: ours; tokens the confidence averages over: "call" (the first call, tags
       included) or "call_body" (without the tags).
   """
@@ -74,13 +74,13 @@ class ResampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DynamicConfig:
-  """Dynamic sampling (DAPO, arXiv 2503.14476): only questions that can teach something fill a step.
+  """Dynamic sampling (DAPO, arXiv 2503.14476): a step trains only on questions that `algorithm.informative` keeps.
 
   Attributes:
-    rounds: at most so many times more questions are sampled until B of a step can teach something; 0 is off,
-      and every question counts, as AXPO's paper has it.
-    oversample: questions sampled at once, as a multiple of those that are missing; more of them end sooner
-      and leave more over. At least 1.
+    rounds: most further rounds of sampling until a step has B such questions; 0 is off, and a step trains on
+      all of its questions, as in AXPO's paper.
+    oversample: questions of a round, as a multiple of those that are missing. Larger values need fewer rounds
+      and discard more questions. At least 1.
   """
 
   rounds: int = 0
@@ -183,8 +183,7 @@ def subgroup_mask(used_tool_N: np.ndarray, subgroup: str = "tool") -> np.ndarray
 
 
 def prefix_budget(num_rollouts: int, config: ResampleConfig) -> int:
-  """M = floor(r * B * N / K) whole prefixes; `num_rollouts` is B * N, the step's rollouts as
-  asked for: those that a fault took count too.
+  """M = floor(r * B * N / K) whole prefixes; `num_rollouts` is B * N, failed rollouts included.
 
   Exact in decimals: 0.29 of 100 is 29, which binary floating point would floor to 28.
   """

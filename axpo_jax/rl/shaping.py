@@ -1,6 +1,6 @@
-"""Rewards that neighbouring recipes shape before the advantages; AXPO shapes none.
+"""Reward shaping of other recipes, before the advantages; AXPO itself shapes no reward.
 
-Trigger, census and evaluation keep the judged rewards.
+Trigger, census and evaluation use the rewards as judged.
 
 Legend: N rollouts of one question.
 """

@@ -29,7 +29,7 @@ from axpo_jax.rl.loss_config import LossConfig
 MAX_LOG_RATIO = 20.0
 # DPPO's cap of the ratio, beyond which large weights were found to hurt.
 _DPPO_MAX_RATIO = 20.0
-# These need to know which tokens are one sequence.
+# Surrogates that need `sequence`: which tokens belong to one sequence.
 BY_SEQUENCE = ("gspo", "gmpo")
 
 _constant = jax.lax.stop_gradient

@@ -1,8 +1,8 @@
-"""What a token weighs in the loss of a step, and what the step's sum is divided by.
+"""Weights of tokens in the loss of a step, and the divisor of the step's sum.
 
-In: how many tokens of every sequence learn, and which sequences were resampled. Out: the weight of a
-token of each sequence, and one divisor. Sums over tokens then add up over rows and micro-batches, and the
-learner divides once.
+In: how many tokens of every sequence carry loss, and which sequences were resampled. Out: the weight of a
+token of each sequence, and one divisor. So sums over tokens add up over rows and micro-batches, and the learner
+divides once.
 
 The paper (arXiv 2605.28774, section 3) adds the loss of the selected prefixes and their continuations
 to the GRPO loss of all other rollouts and leaves open how the sums are normalised:
@@ -31,11 +31,11 @@ def sequence_weights(
   """Weight of one token of each sequence, and the divisor of the summed loss.
 
   Args:
-    tokens_S: tokens of each sequence that learn. A sequence is one Credit: a rollout, a source's
-      prefix, or a continuation. One without tokens weighs nothing and is not counted.
+    tokens_S: tokens of each sequence that carry loss. A sequence is one Credit: a rollout, a source's prefix,
+      or a continuation. One without such tokens is not counted.
     resampled_S: whether the sequence is a selected prefix or a continuation of one.
     config: `aggregation` and `resampled_weight` are read.
-    questions: B, as asked for. Of an update that has a share of a step: that share of them.
+    questions: B; for one of several updates of a step, its share of B.
 
   Returns:
     float32 [S], and the divisor: > 0, also where there is nothing to divide.
@@ -53,7 +53,7 @@ def sequence_weights(
 
 
 def _aggregated(tokens_S: np.ndarray, config: LossConfig) -> tuple[np.ndarray, float]:
-  """Weights and divisor of sequences that are all alike, as `config.aggregation` says."""
+  """Weights and divisor by `config.aggregation`, for sequences of one kind."""
   some_S = tokens_S > 0
   sequences = float(max(some_S.sum(), 1))
   if config.aggregation == "token_mean":

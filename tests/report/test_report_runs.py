@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
       group=lambda question: f"pair {questions.index(question) // 2}")
   run(folder / "eval" / "vstar" / shards.FORCED, questions[:2], actor, n=4)
 
-  async def half(question, answer):
+  async def half(question, answer, response):
     return Score(0.5, RULE)
 
   run(folder / "eval" / "mmsearch", questions[3:6], actor, n=4, score=half)
