@@ -1,10 +1,10 @@
-"""Did the policy act where it should, and where it did not, why not?
+"""Whether the policy acts where it should, and why not where it does not.
 
-In: a step's groups, whose questions may say that one should act on them ("act"), should not
-("decline"), or may ("either"). Out: metrics that keep two things apart which a tool-attempt rate
-mixes: a question that was rightly left alone, and one where acting was called for and avoided. The
-latter is split by what the question's other rollouts show: acting was tried and always failed (it
-is hard: the Thinking-Acting Gap), it was tried and worked, or nobody tried.
+In: a step's groups, whose questions may be labelled: one should act on them ("act"), should not ("decline"), or
+may ("either"). Out: metrics that separate two cases which a tool-attempt rate mixes: a question rightly answered
+without a tool, and a question where a tool was needed and avoided. The second case is split by the question's
+other rollouts: acting was tried and always failed (the Thinking-Acting Gap), acting was tried and worked, or no
+rollout acted.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,11 +13,11 @@ from typing import Protocol
 from axpo_jax.rollouts.census import GroupStats
 
 ACT, DECLINE = "act", "decline"
-FAILED, WORKED, NEVER = "failed", "worked", "never"  # what acting came to
+FAILED, WORKED, NEVER = "failed", "worked", "never"  # the outcome of acting
 
 
 class Episode(Protocol):
-  """What is counted: `census.RolloutStats` in a run, `diagnose.traces.Trace` of logs."""
+  """A rollout: `census.RolloutStats` in a run, `diagnose.traces.Trace` in logs."""
 
   @property
   def used_tool(self) -> bool: ...
@@ -33,7 +33,7 @@ def _avoided(outcome: str) -> Test:
   return lambda rollout, tried: not rollout.used_tool and tried == outcome
 
 
-# Name -> (label of the question, test of a rollout and of what acting came to in its question).
+# Name -> (label of the question, test of a rollout and of the outcome of acting in its question).
 TESTS: dict[str, tuple[str, Test]] = {
   "should_decline/declined": (DECLINE, lambda rollout, _: not rollout.used_tool),
   "should_decline/declined_and_right": (DECLINE, lambda rollout, _: not rollout.used_tool and rollout.right),
@@ -47,7 +47,7 @@ TESTS: dict[str, tuple[str, Test]] = {
 
 
 def tried(rollouts: Iterable[Episode]) -> str:
-  """What acting came to in a question's rollouts: FAILED, WORKED or NEVER."""
+  """The outcome of acting in a question's rollouts: FAILED, WORKED or NEVER."""
   acted = [rollout.right for rollout in rollouts if rollout.used_tool]
   return NEVER if not acted else WORKED if any(acted) else FAILED
 

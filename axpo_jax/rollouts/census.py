@@ -1,8 +1,7 @@
-"""What happened in a step's rollouts, as logged metrics (docs/metrics.md has every name).
+"""Statistics of a step's rollouts, as logged metrics (docs/metrics.md has every name).
 
-In: plain records of rollouts and resampled branches. Out: flat dicts of name -> float. A rate whose
-denominator is empty (the success rate of tool use where nobody used a tool) is left out rather
-than reported as 0 or NaN.
+In: plain records of rollouts and resampled branches. Out: flat dicts of name -> float. A rate with an empty
+denominator (the success rate of tool use if no rollout used a tool) is left out, not reported as 0 or NaN.
 
 Legend: N rollouts of one question, K continuations of one prefix.
 """
@@ -19,10 +18,10 @@ from axpo_jax.rl.credit import PREFIX, Credit
 # Stop reasons that mean "ran out of room"; the names are the episode loop's.
 TRUNCATED_STOPS = frozenset({"turn_limit", "token_limit", "length"})
 
-# By these words thinking mentions a tool: mention_without_call_rate.
+# Words by which thinking mentions a tool: mention_without_call_rate.
 TOOL_WORDS = ("zoom", "tool", "search", "python", "crop")
 
-# Of the statistics of ordinary rollouts and of resampling, those that are reported by family too.
+# Statistics of ordinary rollouts, and of resampling, that are also reported by family.
 BY_FAMILY = (
   "questions", "reward_mean", "tool_attempt_rate", "tool_success_rate", "no_tool_success_rate",
   "tool_all_wrong_rate", "tool_all_wrong_rate_after", "calls_per_tool_rollout", "tool_error_rate")
@@ -35,7 +34,7 @@ STATES = ("absent", "all_wrong", "mixed", "all_right")
 
 @dataclasses.dataclass(frozen=True)
 class RolloutStats:
-  """What the census reads of one rollout or continuation.
+  """One rollout or continuation as the census reads it.
 
   Attributes:
     reward: as judged (0 or 1), before any shaping.
@@ -54,7 +53,7 @@ class RolloutStats:
     cached_tokens: those of them served from its prefix cache.
     reward_timed_out: judging it ran out of time or memory; its reward is 0.
     reward_failed: a reward function failed, and the reward counts as 0.
-    reward_parts: of which the reward is the weighted sum.
+    reward_parts: the parts whose weighted sum is the reward.
   """
 
   reward: float
@@ -104,8 +103,8 @@ class BranchStats:
 
 @dataclasses.dataclass(frozen=True)
 class GroupStats:
-  """One question: its rollouts, its branches, whether it triggered, its family, if it has one, and
-  whether one should act on it ("act", "decline" or "either"; see `rollouts.acting`)."""
+  """One question: its rollouts, its branches, whether it triggered, its family ("" for none), and whether one
+  should act on it ("act", "decline" or "either"; see `rollouts.acting`)."""
 
   rollouts: Sequence[RolloutStats]
   branches: Sequence[BranchStats] = ()
@@ -117,7 +116,7 @@ class GroupStats:
 def census(
   groups: Sequence[GroupStats], *, prefix: str = "rollout", fixed_counts: Sequence[int] = (2, 4)
 ) -> dict[str, float]:
-  """Statistics of the ordinary rollouts, branches counted in `*_after` alone.
+  """Statistics of the ordinary rollouts; branches count only in `*_after`.
 
   Args:
     groups: the step's questions.
@@ -201,7 +200,7 @@ def resample_census_by_family(groups: Sequence[GroupStats]) -> dict[str, float]:
 
 
 def _selected(names: Iterable[str], found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-  """Of every part's metrics those whose last part is among `names`, under the part's prefix."""
+  """The metrics whose last part is in `names`, under their prefix."""
   out = {}
   for prefix, metrics in found.items():
     by_name = {name.rpartition("/")[2]: value for name, value in metrics.items()}
@@ -301,8 +300,8 @@ def _lengths(rollouts):
 
 
 def _reward_parts(rollouts):
-  """Mean of every part over the rollouts that have it. A function may name parts as it likes; the first
-  `_MOST_PARTS` names are kept."""
+  """Mean of every part over the rollouts that have it. Reward functions name the parts; the first `_MOST_PARTS`
+  names are kept."""
   names = list(dict.fromkeys(name for r in rollouts for name in r.reward_parts))[:_MOST_PARTS]
   return {f"reward/{name}": _mean(r.reward_parts[name] for r in rollouts if name in r.reward_parts)
           for name in names}

@@ -1,11 +1,11 @@
-"""Transcripts and rollouts on disk: one JSON object a line, images beside them, once by key.
+"""Transcripts and rollouts on disk: one JSON object a line, and each distinct image once, by key.
 
 Layout of `dump_rollouts("run/rollouts/step_10.jsonl", ...)`:
   run/rollouts/step_10.jsonl    one rollout a line; reading it back gives the same bits
   run/rollouts/step_10.txt      the same for people, where a chat is given
   run/rollouts/images/<key>.png every distinct image once, shared by all dumps of the folder
-Files are written whole or not at all, on an object store too. Patches are not stored: the processor
-makes the same ones from the picture that the policy saw.
+Files are written whole or not at all, on an object store too. Patches are not stored: the processor makes them
+again from the picture that the policy saw.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def transcript_to_json(transcript: Transcript, store: ImageStore, *,
   Args:
     transcript: what to write.
     store: receives what the policy saw and, with `originals`, the full-resolution images.
-    originals: without them the transcript can be trained on but not continued exactly: tools then
-      read the picture that the policy saw.
+    originals: without them the transcript can be trained on, but not continued exactly: tools then read the
+      picture that the policy saw.
   """
   images = [{"origin": image.origin, "shown": store.put_shown(image.shown),
              "original": store.put_original(image) if originals else None}
@@ -166,8 +166,8 @@ def dump_rollouts(path: str | os.PathLike, rollouts: Sequence[Rollout], *,
   Args:
     path: of the .jsonl file; an existing one is replaced.
     rollouts: in the order to write.
-    chat: with it a readable .txt is written too, and every transcript gets "pieces", the text of
-      each of its tokens: who reads the dump then needs no tokenizer.
+    chat: if given, a readable .txt is written too, and every transcript gets "pieces", the text of each of its
+      tokens, so that the dump can be read without a tokenizer.
     extra: one JSON-able dict per rollout (group, branch, advantage, ...), kept under "extra".
     originals: see `transcript_to_json`.
   """
@@ -334,7 +334,7 @@ def _runs(values: Sequence[int]) -> list[list[int]]:
 
 
 def _from_runs(runs: Sequence[Sequence[int]], length: int) -> list[int]:
-  # Before anything of a stranger's size is made.
+  # Checked before a list of that size is made: a file may name any.
   if sum(count for _, count in runs) != length or any(count < 0 for _, count in runs):
     raise TranscriptError(f"damaged transcript: runs of another length than its {length} ids")
   return [value for value, count in runs for _ in range(count)]

@@ -1,8 +1,7 @@
-"""A question with its rollouts and branches, and what the algorithm and the census read of it.
+"""A question with its rollouts and branches, and its views for the algorithm and the census.
 
-In: `Group`s as `collect` makes them. Out: the plain records of `rl.algorithm` (where each rollout can be cut, how
-certain its call was, what each was worth) and of `census`. Transcripts end here: nothing behind this module reads
-tokens before `train` packs them.
+In: `Group`s as `collect` makes them. Out: the plain records of `rl.algorithm` (where each rollout can be cut, the
+confidence of its call, its reward) and of `census`. Neither reads transcripts: after this module only `train` does.
 """
 
 import collections
@@ -32,9 +31,9 @@ class Branch:
 
   Attributes:
     source: the rollout of the group whose prefix it is.
-    prefix_end: collapsed tokens of the source that are frozen.
+    prefix_end: how many collapsed tokens of the source are frozen.
     confidence: of the source's call.
-    rollouts: the continuations, whole transcripts (frozen prefix included).
+    rollouts: the continuations; their transcripts include the frozen prefix.
   """
 
   source: int
@@ -44,17 +43,17 @@ class Branch:
 
   @property
   def frozen(self) -> bool:
-    """Whether there is a prefix; False: they begin at the question."""
+    """Whether there is a prefix; False: the continuations begin at the question."""
     return self.prefix_end > self.rollouts[0].transcript.prompt_length
 
 
 @dataclasses.dataclass
 class Group:
-  """One question, its rollouts, and the branches that AXPO added to them.
+  """One question, its rollouts, and the branches that AXPO added.
 
-  `failures` has the reason of every rollout and continuation that the machine and not the policy
-  ended (engine error, deadline, a question whose image does not open). They are left out: nothing can
-  be learnt from them.
+  `failures` has the reason of every rollout and continuation that failed by a fault of the machine and not of
+  the policy (engine error, deadline, a question whose image does not open). They are not in `rollouts` and
+  `branches`, since nothing can be learnt from them.
   """
 
   question: Question
@@ -69,8 +68,8 @@ class Group:
 
 
 def for_training(groups: Sequence[Group]) -> list[Group]:
-  """Copies with what credit and batches are planned by, for the other processes of a run: questions by
-  name, pictures by size and key (`pictures.fetched` gets pixels)."""
+  """Light copies for the other processes of a run, with what credit and packing need: questions by id, images by
+  size and key (`train.pictures.fetched` gets the pixels)."""
   def light(rollout: Rollout) -> Rollout:
     transcript = copy.copy(rollout.transcript)
     transcript.states = []
@@ -91,7 +90,7 @@ def failures_of(rollouts: Iterable[Rollout]) -> list[str]:
 
 
 def failure_summary(groups: Iterable[Group], most: int = 5) -> str:
-  """What failed how often, the most frequent reason first; "" if nothing did."""
+  """The reasons of failures with their counts, most frequent first; "" if nothing failed."""
   reasons = collections.Counter(reason for group in groups for reason in group.failures)
   listed = [f"{count} x {reason[:300]}" for reason, count in reasons.most_common(most)]
   more = len(reasons) - len(listed)
@@ -99,7 +98,7 @@ def failure_summary(groups: Iterable[Group], most: int = 5) -> str:
 
 
 def plan_view(number: int, group: Group, cuts: Sequence[Cut | None]) -> GroupView:
-  """What the resampling plan reads of a group, whose rollouts are cut as `cuts` says."""
+  """The group as the resampling plan reads it; `cuts` holds the cut of each rollout."""
   return GroupView(
     rewards_N=np.array([rollout.reward for rollout in group.rollouts]),
     used_tool_N=np.array([rollout.used_tool for rollout in group.rollouts], bool),
@@ -109,7 +108,7 @@ def plan_view(number: int, group: Group, cuts: Sequence[Cut | None]) -> GroupVie
 
 
 def outcome_of(group: Group) -> GroupOutcome:
-  """What credit reads of a group."""
+  """The group as credit assignment reads it."""
   def counts(rollouts: Sequence[Rollout]) -> dict[str, np.ndarray]:
     return {"num_calls": np.array([len(rollout.calls) for rollout in rollouts], int),
             "lengths": np.array([response_length(rollout.transcript) for rollout in rollouts], int)}
@@ -130,7 +129,7 @@ def outcome_of(group: Group) -> GroupOutcome:
 
 
 def tried_prefixes(groups: Iterable[Group]) -> list[Tried]:
-  """The step's resampled prefixes, as `rl.recovery` learns from them."""
+  """The step's resampled prefixes, for the record of `rl.recovery`."""
   return [Tried(group.question.category, branch.confidence, any(is_right([r.reward for r in branch.rollouts])))
           for group in groups for branch in group.branches]
 
@@ -143,11 +142,10 @@ def response_length(transcript: Transcript) -> int:
 
 
 def cut_of(transcript: Transcript, config: ResampleConfig) -> Cut | None:
-  """Where a rollout is cut, and how certain the policy was of what it sampled there; None if there is
-  nothing to sample again.
+  """Where a rollout is cut, and the confidence of the tokens sampled there; None if there is nothing to resample.
 
-  The collapsed tokens before the cut are frozen: up to and including the opening tag of a tool call, the
-  first turn's thinking where no-tool rollouts are resampled, or the prompt alone.
+  The collapsed tokens before the cut are frozen: up to and including the opening tag of a tool call; the first
+  turn's thinking if no-tool rollouts are resampled; or the prompt alone.
   """
   if config.subgroup == "no_tool":
     found = [_cut(transcript, span, 0, config) for span in _first_answer(transcript)]
@@ -160,14 +158,14 @@ def cut_of(transcript: Transcript, config: ResampleConfig) -> Cut | None:
 
 
 def resumable(found: Cut | None, transcript: Transcript, environment: Environment) -> Cut | None:
-  """The cut; at the question, where the environment cannot give its state in the middle again."""
+  """The cut, moved to the question if the environment cannot restore its state at the cut."""
   if found and environment.resume == NONE and Kind.OBSERVATION in transcript.kinds[:found.end]:
     return Cut(transcript.prompt_length, found.confidence)
   return found
 
 
 def _cut(transcript: Transcript, span: tuple[int, int], kept: int, config: ResampleConfig) -> Cut:
-  """The cut behind the first `kept` tokens of a span, whose probabilities say how certain it was."""
+  """The cut after the first `kept` tokens of a span; the span's probabilities are its confidence."""
   closed = transcript.ids[span[1] - 1] == transcript.special.tool_call_end
   return Cut(span[0] + kept, confidence(transcript.logprobs[slice(*span)], span=config.confidence_span,
                                         closed=closed))
@@ -178,7 +176,7 @@ def _calls(transcript: Transcript, config: ResampleConfig) -> list[tuple[int, in
   first = transcript.first_call_span()
   if config.cut == "first" or first is None:
     return [] if first is None else [first]
-  # Of later calls those that ran: a continuation of the last allowed turn's would not run either.
+  # Only calls that ran: a call in the last allowed turn does not run, and would not run in a continuation.
   later = [(turn.start + span.start, turn.start + span.stop)
            for turn in transcript.turns[:len(transcript.outcomes)]
            for span in parse.call_spans(transcript.ids[turn.start:turn.stop], transcript.special)]
@@ -186,7 +184,7 @@ def _calls(transcript: Transcript, config: ResampleConfig) -> list[tuple[int, in
 
 
 def _first_answer(transcript: Transcript) -> list[tuple[int, int]]:
-  """[start, stop) of what the first turn says behind its thinking, if it says anything."""
+  """[start, stop) of the first turn's text after its thinking, if there is any."""
   first = transcript.turns[0] if transcript.turns else None
   if first is None:
     return []
@@ -196,7 +194,7 @@ def _first_answer(transcript: Transcript) -> list[tuple[int, int]]:
 
 def group_stats(groups: Sequence[Group], config: ResampleConfig, chat: Chat
                 ) -> list[census.GroupStats]:
-  """The groups as the census counts them; `config` says what triggers."""
+  """The groups as the census reads them; `config` defines the trigger."""
   def stats(rollout: Rollout) -> census.RolloutStats:
     return rollout_stats(rollout, chat)
 
@@ -218,8 +216,8 @@ def group_stats(groups: Sequence[Group], config: ResampleConfig, chat: Chat
 
 
 def lag_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
-  """How many versions older than `version`, which is about to be trained, the sampling weights
-  were: mean and largest over the sampled tokens."""
+  """By how many versions the sampling weights were older than `version`, the weights about to be trained: mean and
+  maximum over the sampled tokens."""
   rollouts = [r for g in groups for r in (*g.rollouts, *(r for b in g.branches for r in b.rollouts))]
   versions = np.array([v for r in rollouts for v in r.transcript.versions[r.start:] if v >= 0])
   if not versions.size:
@@ -229,7 +227,7 @@ def lag_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
 
 
 def rollout_stats(rollout: Rollout, chat: Chat) -> census.RolloutStats:
-  """A rollout as the census counts it."""
+  """A rollout as the census reads it."""
   transcript = rollout.transcript
   return census.RolloutStats(
     reward=rollout.reward, used_tool=rollout.used_tool, num_calls=len(rollout.calls),

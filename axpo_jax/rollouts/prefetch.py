@@ -1,8 +1,7 @@
-"""Prefetching rollouts: those of the next steps are collected while this step is trained.
+"""Prefetching: rollouts of the next steps are collected while a step is trained.
 
-In: a coroutine that collects the rollouts of one step, and up to which step it may run. Out: the
-collections, in order. Two never run at once, so that a step's rollouts have the sampler to themselves
-and its counters are the step's own.
+In: a coroutine that collects the rollouts of one step, and the step up to which it may run. Out: the
+collections, in order. They run one at a time, so that the sampler's counters belong to one step.
 
   staleness 1   collect 1 | collect 2 | collect 3 | ...
                           | train 1   | train 2   | ...
@@ -24,7 +23,7 @@ class Prefetch(Generic[T]):
     self._tasks: collections.deque[asyncio.Task[T]] = collections.deque()
 
   def allow(self, step: int) -> None:
-    """From now on everything up to `step`, included, may be collected."""
+    """Allows collecting every step up to `step`, included."""
     while self._next <= min(step, self._last - 1):
       before = self._tasks[-1] if self._tasks else None
       self._tasks.append(asyncio.create_task(self._after(before, self._next)))
@@ -37,7 +36,7 @@ class Prefetch(Generic[T]):
     return await self._collect(step)
 
   async def next(self) -> T:
-    """The oldest collection that was not taken yet; raises what ended it."""
+    """The oldest collection that was not taken yet; raises the exception that ended it."""
     if not self._tasks:
       raise RuntimeError("nothing may be collected; call allow first")
     collected = await self._tasks[0]
@@ -45,12 +44,12 @@ class Prefetch(Generic[T]):
     return collected
 
   async def settle(self) -> None:
-    """Waits for all that was begun; for work that must not share the sampler with it."""
+    """Waits for all collections that have started, before work that must not share the sampler with them."""
     if self._tasks:
       await asyncio.wait(self._tasks)
 
   async def close(self) -> None:
-    """Cancels what runs and waits for its end."""
+    """Cancels the running collections and waits for their end."""
     for task in self._tasks:
       task.cancel()
     await asyncio.gather(*self._tasks, return_exceptions=True)

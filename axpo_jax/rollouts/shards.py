@@ -1,19 +1,17 @@
-"""Sampled shards: n judged rollouts of every question of a stream, on the disk and restartable.
+"""Shards of rollouts: n judged rollouts of every question of a stream, on disk and restartable.
 
 In: a stream of questions, and an `Actor` (of any engine) that answers them. Out: a folder of shards, and the
-records in it. Teacher sampling, the difficulty filter and evaluation are
-this and nothing else. The folder:
+records in it. Teacher sampling, the difficulty filter and evaluation all use it. The folder:
 
   rollouts_00000.jsonl  all rollouts of the first questions, failed ones too, as rollouts.dump writes them
   records_00000.jsonl   a Record a question; written last, so a shard that has it is finished
   images/               what the policy saw, by content
   done.json             totals; written when the stream has ended
 
-The folder may be on an object store.
-A shard is written whole or not at all. After a kill, finished shards are skipped and the others are
-sampled again with the seeds they had, so nothing that was kept is sampled twice. A rollout's seed
-comes from its question's id and its number: neither the size of the shards nor the other questions
-matter. What a judge could not judge is judged again by `judge_again`.
+The folder may be on an object store. A shard is written whole or not at all. After a kill, finished shards are
+skipped and the others are sampled again with the same seeds. A rollout's seed comes from its question's id and
+its number, so the size of the shards and the other questions do not matter. `judge_again` scores what a judge
+failed to judge.
 """
 
 from __future__ import annotations
@@ -43,9 +41,9 @@ from axpo_jax.rollouts.census import GroupStats, RolloutStats
 from axpo_jax.rollouts.groups import rollout_stats
 
 DONE = "done.json"
-# Of an evaluation's folder: the held-out questions; and within, the same with calls forced.
+# Folders of an evaluation: the held-out questions; and below a set of questions, the same with forced calls.
 HELD_OUT, FORCED = "held_out", "forced"
-# Shards under way at once: while the last episodes of one end, the next one has begun.
+# Shards sampled at once: the next one starts while the last episodes of a shard end.
 _AHEAD = 2
 _AGAIN = 16  # questions judged again at once; each holds its pictures
 
@@ -54,16 +52,16 @@ Scorer = Callable[[Question, str | None, str], Awaitable[Score]]
 
 
 class ShardError(ValueError):
-  """The folder holds shards of other questions or of another number of rollouts, or damaged ones."""
+  """The shards in the folder are damaged, of other questions, or of another number of rollouts."""
 
 
 class SamplingError(RunStopped):
-  """Every rollout of a shard failed: the engine is not available."""
+  """Every rollout of a shard failed, most likely since the engine is not available."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """What is known of one question once it was sampled.
+  """One question after sampling.
 
   Attributes:
     id: of the question.
@@ -72,11 +70,11 @@ class Record:
     stats: of every rollout, failed ones too, in the order of the shard's rollouts; none if the
       question could not be asked.
     answers: the answer of each.
-    scores: how each was judged, where a benchmark's scoring did it.
+    scores: the benchmark's score of each; empty without a benchmark.
     family: `Question.category`.
     acting: `Question.acting`.
     group: what variants of one question share; by default its id.
-    error: why a rollout failed, or why the question could not be asked; "" if nothing did.
+    error: why a rollout failed, or why the question could not be asked; "" if nothing failed.
   """
 
   id: str
@@ -92,7 +90,7 @@ class Record:
 
   @property
   def judged(self) -> list[int]:
-    """Numbers of the rollouts that the machine did not end."""
+    """Numbers of the rollouts that did not fail."""
     return [i for i, stats in enumerate(self.stats) if stats.stop not in FAILED_STOPS]
 
   @property
@@ -109,7 +107,7 @@ class Record:
     return Counts(tuple(self.stats[i].reward for i in self.judged))
 
   def group_stats(self) -> GroupStats:
-    """As the census counts it."""
+    """As the census reads it."""
     return GroupStats([self.stats[i] for i in self.judged], family=self.family, acting=self.acting)
 
   def to_json(self) -> dict[str, Any]:
@@ -151,12 +149,12 @@ def _read(path: epath.Path) -> list[Record]:
 
 
 class Trajectories:
-  """Chosen rollouts of a folder of shards, or all of one dump, read when they are asked for.
+  """Selected rollouts of a folder of shards, or all of one dump. Each is read on access.
 
   Args:
     path: the folder, or the .jsonl file.
     processor: makes the images' patches.
-    choose: which rollouts of a record are wanted, by number; None: all. Records are in shards alone.
+    choose: the numbers of the wanted rollouts of a record; None: all. A dump has no records.
   """
 
   def __init__(self, path: str | os.PathLike, processor: ImageProcessor,
@@ -192,12 +190,12 @@ async def sample(folder: epath.Path, questions: Iterable[Question],
                  actor: Callable[[Question], collect.Actor], n: int, seed: int, *, size: int = 64,
                  score: Scorer | None = None, group: Callable[[Question], str] = lambda q: q.id,
                  progress: str = "") -> list[Record]:
-  """Samples what is not sampled yet, and returns the records of all questions.
+  """Samples the unfinished shards; returns the records of all questions.
 
   Args:
     folder: of the shards; made if it is not there.
     questions: the stream, the same at every call.
-    actor: who answers a question.
+    actor: the actor that answers a question.
     n: rollouts a question.
     seed: of the sampling.
     size: questions of a shard: what a kill can cost.
@@ -232,7 +230,7 @@ async def sample(folder: epath.Path, questions: Iterable[Question],
           if failures:
             break
           tasks.create_task(one(number, asked))
-    except ExceptionGroup as errors:  # what ended the first shard that failed ends the call
+    except ExceptionGroup as errors:  # raise the error of the first shard that failed
       raise errors.exceptions[0] from None
   if failures:
     raise failures[0]
