@@ -67,11 +67,10 @@ _NOT_BELOW = (  # (the smaller, the greater)
 
 
 def validate(config: ConfigDict) -> None:
-  """Sets what config.rl.recipe names, downloads what is named on the hub, and checks the whole config, so that
-  a run fails in its first seconds.
+  """Applies config.rl.recipe, downloads what is named on the hub, and checks the whole config.
 
   Raises:
-    ConfigError: names the field and says what to set it to.
+    ConfigError: an invalid value; the message names the field and how to fix it.
   """
   apply_recipe(config)
   _validate_values(config)
@@ -128,7 +127,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def _validate_values(config: ConfigDict) -> None:
-  """Single fields: finite, within their bounds, one of what there is."""
+  """Checks single fields: finite, within bounds, one of the choices."""
   values = dict(fields(config))
   for name, value in values.items():
     if isinstance(value, float) and not math.isfinite(value):
@@ -169,7 +168,7 @@ def _validate_mesh(mesh: ConfigDict) -> None:
 
 
 def _validate_limits(config: ConfigDict) -> None:
-  """Limits of episodes, stage by stage, and whether the engine holds the longest."""
+  """Checks the limits of episodes by stage, and that the longest episode fits the engine."""
   for name in sorted({"agent", *sampling_stages(config)} - {"rl"}):
     section = config[name]
     for field in LIMITS:
@@ -209,14 +208,14 @@ def _require_data(field: str, path: str) -> None:
 
 
 def _begins_without_policy(config: ConfigDict) -> bool:
-  """Whether SFT makes the policy before anything samples from it."""
+  """Whether SFT trains the policy before any stage samples from it."""
   stages = [stage for stage in config.stages
             if not (stage == "teach" and config.teach.engine != "policy")]
   return stages[:1] == ["sft"]
 
 
 def _validate_stages(config: ConfigDict) -> None:
-  """What single stages read."""
+  """Checks the sections that single stages read."""
   stages, sft, teach = config.stages, config.sft, config.teach
   if "teach" in stages:
     if teach.engine == "scripted" and config.data.source != "miniworld":
@@ -256,7 +255,7 @@ def _validate_benchmarks(section: ConfigDict) -> None:
 
 
 def _benchmark_name(name: str) -> str:
-  """The name of a benchmark's folder; one that is yours is imported for it."""
+  """The name of a benchmark's folder; a user's own benchmark is imported to get it."""
   if ":" not in name:
     return name
   from axpo_jax.eval import benchmarks  # loads math-verify, which other runs do not need here

@@ -1,4 +1,4 @@
-"""The configuration reference, made from config.py and the dataclasses that it names.
+"""The configuration reference, generated from config.py and the dataclasses that it names.
 
   python -m axpo_jax.config_reference > docs/configuration.md
 
@@ -34,7 +34,7 @@ def reference() -> str:
   """The whole page."""
   source = inspect.getsource(config_module)
   comments, values = _comments(source), dict(fields(base_config()))
-  # A comment in config.py goes before the dataclass's own words.
+  # A comment in config.py has priority over the dataclass's docstring.
   meanings = {path: _links(comments.get(line) or record).replace("|", "\\|")
               for path, line, record in _entries(ast.parse(source))}
   sections: dict[str, list[str]] = {}
@@ -42,7 +42,7 @@ def reference() -> str:
     if path in values:
       section, _, name = path.rpartition(".")
       if meaning == meanings.get(section):
-        meaning = ""  # said above the table
+        meaning = ""  # already above the table
       sections.setdefault(section, []).append(f"| `{name}` | `{_shown(values[path])}` | {meaning} |")
   # The limits of "teach" and "screen" follow those of "agent": base_config sets them in a loop.
   missing = {path for path in values.keys() - meanings.keys() if path.split(".")[-1] not in LIMITS}
@@ -56,7 +56,7 @@ def reference() -> str:
 
 
 def _entries(tree: ast.Module) -> Iterator[tuple[str, int, str]]:
-  """(dotted name, line, what its dataclass says of it) of every section and field, in their order."""
+  """(dotted name, line, text of its dataclass) of every section and field, in order."""
   functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
 
   def walk(path: str, line: int, value: ast.expr) -> Iterator[tuple[str, int, str]]:
@@ -109,7 +109,7 @@ def _meanings(record: type) -> dict[str, str]:
 
 
 def _comments(source: str) -> dict[int, str]:
-  """Line of code -> its comment: the lines above it and the text behind it, with what continues that."""
+  """Line of code -> its comment: the lines above it, the text behind it, and lines that continue that text."""
   tokens = [token for token in tokenize.generate_tokens(io.StringIO(source).readline)
             if token.type == tokenize.COMMENT]
   alone = {token.start[0]: token for token in tokens if token.line.strip().startswith("#")}

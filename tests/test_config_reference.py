@@ -40,4 +40,4 @@ def test_comments_reach_the_fields_they_stand_at():
   assert "half the cost" in next(line for line in sections["rl"].splitlines() if "old_logprobs" in line)
   assert "| `k` | `4` | K, continuations per selected prefix [paper]. |" in sections["rl.resample"]
   assert sections["optimizer"].count("| Adam's. |") == 3  # one entry for b1, b2 and eps
-  assert "of the run's stages. Servers need a larger context" in sections["rollout.sglang"]
+  assert "of the run's stages. The servers' context must be larger" in sections["rollout.sglang"]
