@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_on_a_store_is_passed_over(store, caplog):
     checkpoints.save(2, {"x": jnp.full(8, 3.0)}, host={"step": 2})
     assert checkpoints.steps() == [1, 2]
     assert checkpoints.restore(target).state["x"][0] == 3
-  assert "going on from checkpoint 1; newer ones are damaged: 2: " in caplog.text
+  assert "resuming from checkpoint 1; newer ones are damaged: 2: " in caplog.text
 
 
 def test_questions_are_read_from_s3(tmp_path, monkeypatch):

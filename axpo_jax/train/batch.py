@@ -29,7 +29,7 @@ from axpo_jax.model.vision_inputs import LazyPatches, VisionInputs
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batch:
-  """One micro-batch: tokens to compute, and apart from them the targets to score.
+  """One micro-batch: the tokens to compute and, separately, the targets to score.
 
   Attributes:
     tokens_BxT: int32 ids, 0 on padding.
@@ -50,8 +50,8 @@ class Batch:
     old_logp_BxG: float32, the target's log-probability under the weights at the start of the step;
       None: the pass itself, so that the ratio is exactly one.
     ref_logp_BxG: float32, the same under the fixed reference; None: no KL.
-    example_BxG: int32, number of the target's example in the `pack` call, -1 for padding. It stays on
-      the host, but for surrogates of whole sequences.
+    example_BxG: int32, number of the target's example in the `pack` call, -1 for padding. Only surrogates of
+      whole sequences need it on the devices.
   """
 
   tokens_BxT: np.ndarray | jax.Array
@@ -73,8 +73,8 @@ class Batch:
 
 def place(batch: Batch, mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None, *,
           examples: bool = False) -> Batch:
-  """The batch on the devices, as `shardings` says; with `examples`, `example_BxG` too. Its images become
-  float patches here, not before."""
+  """Puts the batch on the devices with `shardings`; `example_BxG` only with `examples`. Images become float
+  patches here and not earlier."""
   if not examples:
     batch = dataclasses.replace(batch, example_BxG=None)
   if batch.vision is not None and isinstance(batch.vision.patches_RxPxC, LazyPatches):
@@ -96,13 +96,13 @@ def shardings(batch: Batch, mesh: jax.sharding.Mesh, rules: sharding.Rules | Non
 
 
 def batch_shards(mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None) -> int:
-  """Into how many parts the batch axis is split: a micro-batch's rows should be a multiple."""
+  """How many parts the batch axis is split into; the rows of a micro-batch must be a multiple."""
   return sharding.parts("batch", mesh, rules)
 
 
 def vision_rows_here(mesh: jax.sharding.Mesh, rules: sharding.Rules | None = None
                      ) -> Callable[[int], Collection[int]] | None:
-  """Of how many vision rows -> which of them this process puts on its devices; None: all, always."""
+  """A function from the number of vision rows to those that this process puts on its devices; None: all of them."""
   if jax.process_count() == 1:
     return None
 
@@ -115,7 +115,7 @@ def vision_rows_here(mesh: jax.sharding.Mesh, rules: sharding.Rules | None = Non
 
 
 def shape_of(batch: Batch) -> str:
-  """What decides which compiled program takes the batch: sizes, and which fields there are."""
+  """What selects the compiled program of a batch: its sizes, and which fields it has."""
   rows, length = batch.tokens_BxT.shape
   parts = [f"{rows} x {length} tokens", f"{batch.targets_BxG.shape[1]} targets"]
   if batch.key_blocks_BxCxN is not None:
@@ -148,8 +148,8 @@ def sums_by_example(batches: Sequence[Batch], values: Sequence[np.ndarray], exam
 
 
 def packing_metrics(batches: Sequence[Batch], examples: Sequence[Sized]) -> dict[str, float]:
-  """How full the host batches of these examples are, and what sharing has saved: counts, and the
-  shares of positions, target slots and patch slots that are not padding."""
+  """Counts of the host batches of these examples; the tokens that sharing prefixes saved; and the shares of
+  positions, target slots and patch slots that are not padding."""
   tokens = sum(int((batch.ends_BxT > 0).sum()) for batch in batches)
   plain = sum(map(len, examples))
   out = {

@@ -1,16 +1,15 @@
-"""Checkpoints of a run: state, data iterator and host facts, whole or not at all.
+"""Checkpoints of a run: state, data iterator and host values, each written whole or not at all.
 
-A checkpoint is written beside its final name and renamed when it is complete; on an object store,
-which cannot rename, it gets a last object that says so (orbax does either). So a run killed in
-mid-save finds the one before; the remains are deleted, at the latest by the next save. Writing goes on in the
+A checkpoint is written under a temporary name and renamed when it is complete; on an object store, which cannot
+rename, a last object marks it as complete (orbax does both). So a run that is killed during a save resumes from
+the checkpoint before; the incomplete one is deleted by the next save at the latest. Writing happens in the
 background: the arrays are copied before `save` returns, so the state may be donated at once.
 
-Restoring is exact (every array bit for bit) and places arrays with the shardings of the running
-mesh, which may differ from the mesh that saved. Checksums of all arrays, the step and the iterator's
-place lie beside the state (`train.checksums`), so a damaged checkpoint is not restored: the one before it
-is, and a line says so. The checksums belong to the arrays and not to files, so they hold on object stores
-too, and cost no reading of files: on a chip a pass over the state in its memory, on a CPU about a second
-a GB.
+Restoring is exact (every array bit for bit) and uses the shardings of the running mesh, which may differ from
+the mesh that saved. A checkpoint also holds checksums of all arrays, the step and the iterator's position
+(`train.checksums`): a damaged one is not restored but the one before it, with a warning. The checksums are of
+arrays and not of files, so they work on object stores and read no files: on an accelerator they cost one pass
+over the state in its memory, on a CPU about a second a GB.
 
   with Checkpoints(folder, keep=2) as checkpoints:
     checkpoints.save(step, state, host={"config": ...}, iterator=iterator)
@@ -37,18 +36,18 @@ from axpo_jax.train.checksums import checksums
 
 # Names inside a checkpoint folder.
 _STATE, _ITERATOR, _HOST = "state", "iterator", "host"
-# A key that nothing read. Checkpoints of before November 2026 hold it.
+# A key without a reader. Checkpoints from before November 2026 hold it.
 _UNREAD = "rng"
 # Replicas share the writing of large arrays only: cutting small ones costs a compilation each.
 _MIN_SLICE_BYTES = 1 << 26
 
 
 class CheckpointError(RuntimeError):
-  """A checkpoint that is missing or damaged, or does not fit what it is restored to."""
+  """A checkpoint is missing or damaged, or does not fit the state to restore."""
 
 
 class _DamagedError(Exception):
-  """A checkpoint is not what was saved; the message says in what."""
+  """A checkpoint differs from what was saved; the message says where."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Checkpoints:
     return [checkpoint.step for checkpoint in self._orbax.checkpoints]
 
   def latest(self) -> int | None:
-    """The newest of them; all processes call it. One decides: on NFS a listing may be old."""
+    """The newest of them; all processes call it. The main one decides, since a listing on NFS may be stale."""
     return processes.share((max(self.steps(), default=None), None))
 
   def save(self, step: int, state: Any, *, host: Mapping[str, Any], iterator: Any = None) -> None:
@@ -92,13 +91,14 @@ class Checkpoints:
 
     Args:
       state: a pytree of jax arrays. Copied before this returns.
-      host: JSON values: config, seeds, the frontier of the data that was trained on.
-      iterator: a grain iterator. Its state at this call is what is stored; if it runs ahead of
-        training (prefetch), put the state of the last trained batch into `host` instead. All
-        processes pass iterators of one state, and another number of them can restore it.
+      host: JSON values, such as the stage and metrics.
+      iterator: a grain iterator. Its state at this call is stored: set it to the last trained batch first if
+        batches are prefetched. All processes pass iterators of one state, and any number of processes can
+        restore it.
+
     Raises:
       CheckpointError: the step has a checkpoint already, and that is not known to be damaged.
-      Exception: whatever made the save before this one fail.
+      Exception: the error of the save before this one.
     """
     self.wait()
     if step in self._damaged:
@@ -121,11 +121,12 @@ class Checkpoints:
 
     Args:
       abstract_state: pytree of ShapeDtypeStructs with shardings (`Learner.abstract_state`).
-      step: default the newest that is not damaged; each that is passed over is told in a line.
+      step: default the newest that is not damaged; damaged ones are logged.
       iterator: set to the saved position, in place.
+
     Raises:
-      CheckpointError: no checkpoint, or none that is not damaged; one without the iterator that is
-        asked for; or arrays that differ from `abstract_state`, of which the message lists all.
+      CheckpointError: there is no undamaged checkpoint; it lacks the iterator that is asked for; or its arrays
+        differ from `abstract_state` (the message lists all).
     """
     steps = processes.share((self.steps(), None))
     if step not in steps and (step is not None or not steps):
@@ -134,16 +135,16 @@ class Checkpoints:
     for candidate in reversed(steps) if step is None else [step]:
       try:
         restored, position = self._read(candidate, abstract_state, iterator is not None)
-      except CheckpointError:  # it is what was saved, and so are the others: they would not fit either
+      except CheckpointError:  # undamaged but it does not fit: nor would older ones
         raise
-      except Exception as error:  # of orbax and what it reads with, whatever they are
+      except Exception as error:  # orbax and the libraries below it raise many types
         self._damaged.add(candidate)
         reasons.append(" ".join(f"{candidate}: {type(error).__name__}: {error}".split())[:500])
         continue
       if position is not None:
         iterator.set_state(position)
       if reasons and processes.is_main():
-        logging.warning("%s: going on from checkpoint %d; newer ones are damaged: %s",
+        logging.warning("%s: resuming from checkpoint %d; newer ones are damaged: %s",
                         self._orbax.directory, candidate, "; ".join(reasons))
       return restored
     raise CheckpointError(f"{self._orbax.directory}: every checkpoint is damaged: {'; '.join(reasons)}. Put a copy "
@@ -194,7 +195,7 @@ class Checkpoints:
     self._orbax.close()
 
   def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds. Raises: in all processes what was raised in one of them."""
+    """Parts of a checkpoint. An error in one process is raised in all."""
     path, loaded = self._orbax.directory / str(step), {}
 
     def load():
@@ -247,7 +248,7 @@ def _context() -> ocp.Context:
 
 
 def _alone() -> contextlib.AbstractContextManager:
-  """Within it orbax does not wait for other processes, so that one of them may fail and tell the others."""
+  """Within it orbax does not wait for other processes, so that an error in one of them reaches all."""
   if jax.process_count() == 1:
     return contextlib.nullcontext()
   me = jax.process_index()

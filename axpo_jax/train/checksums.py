@@ -1,11 +1,11 @@
 """Checksums of arrays that do not depend on how they are split over devices.
 
-In: a pytree of jax arrays, on a mesh or not. Out: one number for each. They are computed where the arrays
-are, all in one program, and read them once: next to nothing on an accelerator.
+In: a pytree of jax arrays, on a mesh or not. Out: one number for each. One program computes all of them on the
+arrays' devices and reads each array once, so they cost next to nothing on an accelerator.
 
-Array bits are taken as unsigned integers of up to 32 bits; the sum of (2 * place + 1) * value, modulo
-2**32, is the checksum. Any single value that changes changes it, since its weight is odd; two values
-that are swapped do, and so does anything else but for one chance in 2**32.
+The bits of an array are read as unsigned integers of up to 32 bits. The checksum is the sum of
+(2 * index + 1) * value, modulo 2**32. A change of a single value always changes it, since its weight is odd; so
+does a swap of two values. Other changes go unnoticed with a chance of one in 2**32.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""From transcripts and credit to what the learner trains on.
+"""From transcripts and credit to training examples.
 
-A transcript's arrays are collapsed (one id an image); the trainer's are expanded. Everything a token
-carries (mask, advantage, behaviour log-probability) is made in collapsed form and then spread by the
-transcript's own map, so the two forms meet in this module alone.
+A transcript's arrays are collapsed (one id an image); the trainer's are expanded. The mask, advantage and
+behaviour log-probability of every token are made in collapsed form and expanded by the transcript's map. No other
+module handles both forms.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def from_transcript(transcript: Transcript, mask_C: np.ndarray, advantage: float
   Args:
     mask_C: bool, which collapsed tokens carry loss.
     advantage: the same for all of them, or one for each collapsed token.
-    version: of the weights that will be trained on it, to which tokens' lag is counted; None: no lag.
+    version: of the weights that will be trained on it; the lag of tokens counts up to it. None: no lag.
   """
   expanded = transcript.expand()
   source_T = expanded.source_T
@@ -44,7 +44,7 @@ def from_transcript(transcript: Transcript, mask_C: np.ndarray, advantage: float
 
 
 def supervised(rollout: Rollout, image_token_id: int) -> Example:
-  """Every token that the teacher sampled, with weight one."""
+  """The example of a teacher's rollout: every sampled token carries loss, with advantage 1."""
   return from_transcript(rollout.transcript, rollout.transcript.sampled, 1.0,
                          image_token_id)
 

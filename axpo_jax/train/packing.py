@@ -1,4 +1,4 @@
-"""Packing: from trajectories of any length to micro-batches of few static shapes (host, NumPy).
+"""Packing: trajectories of any length become micro-batches of few static shapes (host, NumPy).
 
 In: Examples, one per trajectory, everything aligned with the token it belongs to. Out: Batches with
 rows of tokens to compute, and for every row a list of the targets that are scored, each with the
@@ -26,13 +26,13 @@ from axpo_jax.model.vision_inputs import pack_images
 from axpo_jax.train import tree
 from axpo_jax.train.batch import Batch
 
-# Tokens of a block of attention: a row's length is a multiple of it. In long rows every block takes
-# thousands of keys, so larger ones are better, where they divide the row.
+# Tokens of a block of attention; a row's length is a multiple of it. In long rows every block attends to
+# thousands of keys, so larger blocks are faster if they divide the row.
 BLOCK, LONG_BLOCKS, LONG_ROW = 64, (512, 256, 128), 8192
 
 
 class PackingError(ValueError):
-  """An example that cannot be trained on as it is, or rows that cannot be made."""
+  """An example that cannot be trained on, or rows that cannot be made."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,18 +95,18 @@ def pack(
   many. Every target weighs 1: `batch.with_weights` changes that.
 
   Args:
-    share_prefixes: equal beginnings (ids, positions, images) of examples are computed once a row.
-      The result is the same without.
-    banned_ids: ids that a target may not have, since the softmax leaves them out.
-    vocab_size: ids must be below it; None: it is not checked.
-    rows_multiple_of: the number of rows is a multiple of it, and `rows` is rounded up to one: a
-      shard holds at least one row. See `batch.batch_shards`.
-    image_rows_multiple_of: the number of vision rows is one of it; default `rows_multiple_of`.
+    share_prefixes: compute equal beginnings (ids, positions, images) of examples once per row. The result is
+      the same without.
+    banned_ids: ids that a target must not have, since the softmax leaves them out.
+    vocab_size: ids must be below it; None: not checked.
+    rows_multiple_of: the number of rows is a multiple of it, and `rows` is rounded up to a multiple, so that
+      every shard holds a row. See `batch.batch_shards`.
+    image_rows_multiple_of: the same for vision rows; default `rows_multiple_of`.
     image_rows_here: which vision rows' patches are made, see `pack_images`; None: all.
-    block: tokens of a block of attention; None: as suits the row.
+    block: tokens of a block of attention; None: chosen by the length of a row.
     row_buckets, patch_buckets: shapes of the vision tower, see `pack_images`.
-    list_blocks: with `key_blocks_BxCxN`, for attention that reads it (`attention.reads_key_blocks`).
-      Elsewhere it would make for more compiled programs and do nothing.
+    list_blocks: also make `key_blocks_BxCxN`, for attention that reads it (`attention.reads_key_blocks`). For
+      others it would only add compiled programs.
 
   Raises:
     PackingError: an example that is longer than a row, has arrays of unequal length, an image that is
@@ -145,7 +145,7 @@ def check_example(example: Example, length: int, banned_ids: Sequence[int], most
     value = getattr(example, field.name)
     if field.name != "images" and value is not None and len(value) != size:
       raise PackingError(f"{where}: {field.name} has length {len(value)}, ids_T has {size}")
-  # An id beyond the vocabulary would silently act as its last one.
+  # The embedding would silently read an id beyond the vocabulary as the last one.
   beyond_T = example.ids_T[(example.ids_T < 0) | (example.ids_T >= (vocab_size or np.inf))]
   if beyond_T.size:
     raise PackingError(f"{where} has the id {int(beyond_T[0])}, the vocabulary {vocab_size}: was it made "
@@ -177,7 +177,7 @@ def _place(examples: Sequence[Example], length: int, share: bool) -> list[list[t
 
 
 def _tables(examples: Sequence[Example]) -> list[np.ndarray]:
-  """All that makes a token equal to another: int32 [T, 6] of every example's computed tokens."""
+  """What tokens are compared by: int32 [T, 6] for the computed tokens of every example."""
   number_of: dict[str, int] = {}
   tables = []
   for example in examples:
@@ -191,8 +191,8 @@ def _tables(examples: Sequence[Example]) -> list[np.ndarray]:
 
 
 def _height(used: int, rows: int, multiple: int) -> int:
-  """Rows of a micro-batch: all, or half of them where that saves an eighth of the step's tokens.
-  More heights would be more programs, and of no use to steps of many micro-batches."""
+  """Rows of a micro-batch: `rows`, or half of them if that saves an eighth of the step's tokens. More choices would
+  mean more programs, without use for steps of many micro-batches."""
   rows, half = (-(-size // multiple) * multiple for size in (rows, -(-rows // 2)))
   padded, padded_half = (-(-used // height) * height for height in (rows, half))
   return half if 8 * padded_half < 7 * padded else rows
@@ -221,7 +221,7 @@ def _fill(rows_R, examples, length: int, block: int | None) -> dict[str, np.ndar
 
 
 def _block(length: int, asked: int | None) -> int:
-  """Tokens of a block of attention: as asked for, or as suits rows of `length` tokens."""
+  """Tokens of a block of attention: `asked`, or chosen for rows of `length` tokens."""
   suiting = [block for block in LONG_BLOCKS if length % block == 0 and length >= LONG_ROW]
   block = asked or (suiting[0] if suiting else BLOCK)
   if length % block:
@@ -244,8 +244,8 @@ def _targets(example: Example, where_T: np.ndarray, number: int) -> tuple[np.nda
 
 
 def _target_fields(scored_R: Sequence[Sequence[np.ndarray]], length: int) -> dict[str, np.ndarray]:
-  """Targets of all rows: as many slots as tokens, or twice, four times as many. Padding costs a
-  share of the output head, a program for every number of targets would cost more."""
+  """Targets of all rows, in as many slots as tokens, or that number doubled until they fit. The padding costs a share
+  of the output head; a program for every number of targets would cost more."""
   most, width = max((len(s[0]) for s in scored_R if s), default=0), max(length, 1)
   while width < most:
     width *= 2
@@ -260,7 +260,7 @@ def _target_fields(scored_R: Sequence[Sequence[np.ndarray]], length: int) -> dic
 
 def _with_images(batches, rows_of_batches, examples, row_buckets, patch_buckets, options
                  ) -> list[Batch]:
-  """The batches with vision inputs, all of one shape: that of the fullest."""
+  """The batches with vision inputs, all in the shape of the largest."""
   distinct = [_shown_images(rows, examples) for rows in rows_of_batches]
   largest = max((im.num_patches for images in distinct for im in images.values()), default=0)
   # The smallest bucket, or all of them, so that pack_images raises its own error.
@@ -284,7 +284,7 @@ def _with_images(batches, rows_of_batches, examples, row_buckets, patch_buckets,
 
 
 def _new_image_tokens(rows, examples):
-  """(row, first position, example, image_T, image_offset_T) of all that has tokens of its own."""
+  """(row, first position, example, image_T, image_offset_T) of the tokens that each example adds to its row."""
   for row, row_placed in enumerate(rows):
     for placed in row_placed:
       example = examples[placed.number]

@@ -1,15 +1,15 @@
-"""Pixels of a step's pictures, in a run of several processes: each gets those that its own devices need.
+"""Pixels of a step's images in a run of several processes: each process gets those that its devices need.
 
-Every process plans the step from tokens and the sizes of pictures (`rollouts.groups.for_training`), and so packs
-the same micro-batches. Then it knows which pictures stand in its rows of the vision tower, and asks the main
-process, which has sampled them, for their pixels.
+Every process plans the step from tokens and the sizes of images (`rollouts.groups.for_training`), and packs the
+same micro-batches. Then it knows which images its rows of the vision tower hold, and gets their pixels from the
+main process, which has sampled them.
 
-Bytes of a step with the paper's sizes, 1,280 trajectories of 6,000 tokens with a picture for each of 128
-questions and a crop for two of three trajectories, a megapixel each, on 16 hosts:
+Bytes of a step with the paper's sizes on 16 hosts (1,280 trajectories of 6,000 tokens, an image for each of 128
+questions and a crop for two of three trajectories, a megapixel each):
 
   tokens    20 a token: 150 MB, to every host. Packing compares all of them, to share prefixes.
-  pixels    3 a pixel: 3.1 GB together, of which a host gets about a sixteenth, 190 MB. A picture that
-            several micro-batches or hosts show is sent to each of these hosts once.
+  pixels    3 a pixel: 3.1 GB in total; a host gets about a sixteenth, 190 MB. An image that several
+            micro-batches or hosts need is sent once to each of these hosts.
   patches   24 a pixel, made by each host for its own rows when a micro-batch is placed: nothing is sent.
 """
 
@@ -28,7 +28,7 @@ from axpo_jax.train.packing import Example
 
 
 def fetched(batches: Sequence[Batch], examples: Iterable[Example]) -> list[Batch]:
-  """Host batches whose vision rows of this process have their pixels. Call it in all processes.
+  """The batches with the pixels of this process's vision rows. Call it in all processes.
 
   Args:
     examples: what the batches are packed from; images of the main process have their pixels.

@@ -1,7 +1,7 @@
 """The train state and the optimizer: parameters, AdamW moments and step, all sharded.
 
-In: a model config (or loaded parameters) and an OptimizerConfig. Out: a TrainState whose arrays lie
-where the mesh and the rules want them. The state is a plain pytree: SFT and RL share it.
+In: a model config (or loaded parameters) and an OptimizerConfig. Out: a TrainState, sharded by the mesh and the
+rules. The state is a plain pytree, the same for SFT and RL.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def init_params(config: ModelConfig, seed: int, mesh: jax.sharding.Mesh,
 
 def with_adapters(params: nnx.State, config: ModelConfig, seed: int, mesh: jax.sharding.Mesh,
                   rules: sharding.Rules | None = None) -> nnx.State:
-  """`params`, in the buffers that they have, with new adapters, which change nothing yet."""
+  """`params` in their own buffers, with new adapters, which do not change the outputs yet."""
   return nnx.merge_state(params, init_params(config, seed, mesh, rules, only=is_adapter))
 
 
@@ -182,7 +182,7 @@ def init_state(params: nnx.State, optimizer: Optimizer, mesh: jax.sharding.Mesh,
 
 def abstract_state(params: nnx.State, optimizer: Optimizer, mesh: jax.sharding.Mesh,
                    rules: sharding.Rules | None = None) -> TrainState:
-  """A TrainState of ShapeDtypeStructs with shardings; what a checkpoint is restored to.
+  """A TrainState of ShapeDtypeStructs with shardings, to restore a checkpoint to.
 
   Args:
     params: arrays or ShapeDtypeStructs.
@@ -195,7 +195,7 @@ def abstract_state(params: nnx.State, optimizer: Optimizer, mesh: jax.sharding.M
 
 def state_shardings(params: nnx.State, optimizer: Optimizer, mesh: jax.sharding.Mesh,
                     rules: sharding.Rules | None = None) -> TrainState:
-  """A TrainState of NamedShardings. Moments lie where their parameters lie."""
+  """A TrainState of NamedShardings. Moments are sharded like their parameters."""
   return sharding.param_shardings(_state_shapes(params, optimizer), mesh, rules)
 
 
@@ -210,8 +210,8 @@ def copy_params(params: nnx.State, like: nnx.State | None = None) -> nnx.State:
 
 
 def move_params(params: nnx.State, memory: str) -> nnx.State:
-  """A copy of the parameters, split as before, in "device" memory or in "pinned_host", that of the host
-  that a chip is plugged into; what is there already is not copied."""
+  """The parameters, sharded as before, in "device" memory or in "pinned_host", the memory of each device's host.
+  Arrays that are there already are not copied."""
   return jax.tree.map(
     lambda x: jax.device_put(x, x.sharding.with_memory_kind(memory)), params)
 

@@ -1,7 +1,7 @@
 """The learner's step: gradients added up over micro-batches, then one optimizer update.
 
 In: host Batches of one static shape and a TrainState. Out: the next TrainState and metrics. SFT and
-RL differ in their Objective alone. Losses and gradients are *sums* over targets; the update
+RL differ only in their Objective. Losses and gradients are *sums* over targets; the update
 divides once, by a number that the host gives (`rl.weights`), so the split into micro-batches and rows
 changes nothing.
 
@@ -48,7 +48,7 @@ from axpo_jax.train.state import (
   state_shardings,
 )
 
-# Micro-batches on their way to the devices at once: one computes, one is being copied.
+# Micro-batches in flight: one is computed, one is copied to the devices.
 _IN_FLIGHT = 2
 
 
@@ -85,7 +85,7 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-  """What an update reports, still on the devices.
+  """Results of an update, still on the devices.
 
   Attributes:
     sums: metric sums of every micro-batch.
@@ -122,7 +122,7 @@ def supervised_objective(balance_coef: float = 0.0) -> Objective:
 def policy_objective(config: LossConfig, max_lag: int = 0) -> Objective:
   """The clipped policy loss (`rl.losses.policy_loss`); the batch carries old and reference logp.
 
-  max_lag: the gap to the sampler is logged for each lag up to this; 0: only over all.
+  max_lag: above 0, the gap to the sampler is also logged for each lag up to this.
   """
 
   def loss(logp_BxG, entropy_BxG, batch):
@@ -143,9 +143,9 @@ class Learner:
     config: of the model.
     banned_ids: ids that the sampler cannot draw; left out of the softmax.
     temperature: the sampler's.
-    chunk: tokens of a device whose logits exist there at once.
-    frozen_dtype: of the parameters that the optimizer leaves alone; default the config's param_dtype.
-      A checkpoint's own is enough for what never changes.
+    chunk: tokens per device whose logits are in memory at once.
+    frozen_dtype: of the parameters that are not trained; default the config's param_dtype. The checkpoint's
+      own dtype loses nothing.
   """
 
   def __init__(self, config: ModelConfig, optimizer: Optimizer, objective: Objective,
@@ -192,17 +192,17 @@ class Learner:
     return abstract_state(self._abstract_params, self.optimizer, self.mesh, self.rules)
 
   def stored(self, state: TrainState) -> TrainState:
-    """What a checkpoint holds of a state: all of it; with adapters their part alone, for the policy
-    beneath them has a folder already."""
+    """The part of a state to store in a checkpoint: all of it, or only the adapters if there are any, since the
+    policy below them has a folder already."""
     if not self.optimizer.config.adapters:
       return state
     return dataclasses.replace(state, params=self.optimizer.split(state.params)[0])
 
   def restored(self, stored: TrainState, params: Callable[[], nnx.State]) -> TrainState:
-    """The state of which a checkpoint holds `stored`.
+    """The whole state, from the part that a checkpoint holds.
 
     Args:
-      params: makes parameters to take from what is not stored; not called if nothing is missing.
+      params: makes the parameters that are not stored; not called if all are.
     """
     if not self.optimizer.config.adapters:
       return stored
@@ -219,6 +219,7 @@ class Learner:
 
     Args:
       divisor: of the summed loss, > 0; see `rl.weights.sequence_weights`.
+
     Raises:
       ValueError: no micro-batches, or a divisor that is not positive.
     """
@@ -237,7 +238,7 @@ class Learner:
     return state, StepResult(sums, applied, divisor)
 
   def trace(self, batch: Batch, scored_dtype: str | None = None) -> dict[str, jax.stages.Traced]:
-    """The functions of a step over abstract arguments, to look at or to compile ahead of time.
+    """The functions of a step, traced over abstract arguments, to inspect or to compile ahead of time.
 
     Args:
       batch: of ShapeDtypeStructs with shardings.
@@ -297,8 +298,8 @@ class Learner:
     """Logged metrics of an update; waits for the devices.
 
     Raises:
-      NonFiniteError: a loss or gradient is not finite. The micro-batches to blame are saved in
-        `folder` as step_<n>_micro_<i>.npz (`batch.load_batch` reads them).
+      NonFiniteError: a loss or gradient is not finite. The micro-batches that caused it are saved in `folder` as
+        step_<n>_micro_<i>.npz (`batch.load_batch` reads them).
     """
     sums, applied = jax.device_get((result.sums, result.applied))
     step = int(applied["step"])
@@ -350,7 +351,7 @@ class Learner:
     (value, sums), new = jax.value_and_grad(loss, has_aux=True)(trained)
     new = jax.tree.map(lambda g: g.astype(jnp.float32), new)
     finite = jnp.isfinite(value) & jnp.isfinite(optax.global_norm(new))
-    # An infinite loss may have finite gradients: poison the sum, so that `apply` leaves the state.
+    # An infinite loss may have finite gradients: the sum becomes NaN, so that `apply` leaves the state as it is.
     poison = jnp.where(finite, 0.0, jnp.nan)
     grads = jax.tree.map(lambda total, g: total + g + poison, grads, new)
     return grads, sums | {"loss": value, "finite": finite}
@@ -362,8 +363,8 @@ class Learner:
     trained, frozen = self.optimizer.split(state.params)
     updated, opt_state = self.optimizer.step(trained, grads, state.opt_state)
     new = (updated, opt_state, state.step + 1)
-    # The guard keeps the parameters worth saving when the run stops. And an update without targets is
-    # none: zero gradients would still decay weights and move the optimizer's moments.
+    # A non-finite update must not reach the parameters, so that they can still be saved. Nor may an update
+    # without targets: zero gradients would still decay weights and change the optimizer's moments.
     applies = finite & jnp.isfinite(divisor)
     trained, opt_state, step = jax.tree.map(
       lambda new, old: jnp.where(applies, new, old), new, (trained, state.opt_state, state.step))
@@ -373,14 +374,14 @@ class Learner:
 
 
 def _unscored(batch: Batch) -> Batch:
-  """Without the fields that scoring does not read: they would only make for more compiled versions."""
+  """The batch without the fields that scoring does not read, since they would only add compiled programs."""
   return dataclasses.replace(batch, old_logp_BxG=None, ref_logp_BxG=None, example_BxG=None)
 
 
 def _non_finite(step, bad, sums, applied, batches, folder: epath.Path, mesh, rules) -> NonFiniteError:
   paths = [folder / f"step_{step}_micro_{i}.npz" for i in bad]
   for i, path in zip(bad, paths, strict=True):
-    # Placed: a process has made the patches of its own rows alone.
+    # Placed first, since a process makes the patches of its own rows only.
     gathered = jax.tree.map(whole, place(batches[i], mesh, rules))
     gathered = dataclasses.replace(gathered, example_BxG=batches[i].example_BxG)
     if jax.process_index() == 0:
@@ -392,7 +393,7 @@ def _non_finite(step, bad, sums, applied, batches, folder: epath.Path, mesh, rul
 
 
 def whole(x: np.ndarray | jax.Array) -> np.ndarray:
-  """All of an array that may be spread over processes; all of them must ask for it."""
+  """A whole array that may be split over processes; all processes must call it."""
   if isinstance(x, np.ndarray) or x.is_fully_addressable:
     return np.asarray(x)
   return multihost_utils.process_allgather(x, tiled=True)

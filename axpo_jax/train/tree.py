@@ -1,15 +1,15 @@
-"""Rows that hold what trajectories share only once (host, NumPy).
+"""Rows that hold shared prefixes of trajectories once (host, NumPy).
 
 In: trajectories, each a table of integers with one line a token; equal lines are equal tokens. Out: the
-trajectories of every row, and the indices of each one's tokens in its row.
+trajectories of every row, and the indices of their tokens in the row.
 
-Trajectories that share a prefix form a tree. The tree is never built. Sorted like words in a dictionary,
-trajectories come depth first, and the common prefix of two neighbours is where the tree branches:
+Trajectories that share a prefix form a tree, which is never built: sorted like words in a dictionary,
+trajectories come in depth-first order, and the tree branches where the common prefix of two neighbours ends:
 
   trajectories   A B C     A B D E     A F          row   A B C D E F
 
-A row takes from each trajectory what the one before it in the same row does not have. A tree longer than a row is
-split over several, each of which repeats the path to its own part.
+A row takes from each trajectory the tokens that the one before it in the row does not have. A tree longer than a
+row is split over several rows, each of which repeats the path to its part.
 
 Legend: S trajectories, T tokens.
 """

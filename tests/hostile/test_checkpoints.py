@@ -151,7 +151,7 @@ def test_the_newest_good_one_is_used_and_said_so(good, tmp_path, damage, caplog)
   with caplog.at_level("WARNING", "absl"):
     assert restore(root).step == 2
   (line,) = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
-  assert "going on from checkpoint 2; newer ones are damaged: 3: " in line and "\n" not in line
+  assert "resuming from checkpoint 2; newer ones are damaged: 3: " in line and "\n" not in line
   assert DAMAGES[damage].partition(" .")[0] in line
 
 
@@ -228,7 +228,7 @@ def test_two_processes_agree_when_one_of_them_meets_damage(tmp_path):
   outputs = [process.communicate(timeout=200)[0] for process in pair]
   assert [process.returncode for process in pair] == [0, 0], outputs
   assert all("restored 2" in output for output in outputs)
-  assert "going on from checkpoint 2" in outputs[0] and "going on" not in outputs[1]
+  assert "resuming from checkpoint 2" in outputs[0] and "resuming" not in outputs[1]
 
 
 def test_checksums_know_every_value_and_its_place_but_no_split():
