@@ -163,19 +163,19 @@ def _agent() -> ConfigDict:
     tools=("image_zoom_in",),
     mcp="",                   # JSON file with a list of MCP servers whose tools are offered too
     describe_tools=True,      # False leaves the descriptions out of the tools' schemas
-    # What tools may do: read_image, execute (python), network (search), or a scope of your own.
-    # A call outside is refused with an observation.
+    # Allowed scopes of tools: read_image, execute (python), network (search), or a scope of your own.
+    # A call outside of them is refused with an observation.
     scopes=("read_image",),
     dry_run=False,            # record calls and run none
-    audit=True,               # one line a call in the run's audit.jsonl
-    # Waiting tools run beside the sampling. False: on the spot, so that runs repeat bit for bit.
+    audit=True,               # write one line per call to the run's audit.jsonl
+    # Tools run while the engine samples other episodes. False: one by one, so that runs repeat bit for bit.
     overlap_tools=True,
-    max_observation_tokens=4096,  # of a call's text; more is cut in the middle
-    # What an episode is about: "" is a question with tools; or yours, "module:name" (docs/extending.md).
+    max_observation_tokens=4096,  # of a call's text; longer texts are cut in the middle
+    # Environment of the episodes: "" is a question with tools; or your own, "module:name" (docs/extending.md).
     environment="",
-    environment_args="{}",    # what its class is made with, as a JSON object
-    # What a rollout is worth: a sum of exact, math_verify, judge, format, length, environment, and
-    # functions of yours, such as "exact + 0.2 * my_module:brevity" (docs/extending.md). A rollout whose sum is
+    environment_args="{}",    # arguments of its class, as a JSON object
+    # Reward of a rollout: a sum of exact, math_verify, judge, format, length, environment, and your own
+    # functions, such as "exact + 0.2 * my_module:brevity" (docs/extending.md). A rollout whose sum is
     # above 0.5 counts as right: in success rates, Pass@k, AXPO's trigger and exports.
     reward="exact",
     reward_time_limit=60.0,   # seconds a function of yours may take

@@ -1,7 +1,7 @@
-"""Command lines with a config: whatever is wrong in one is one line on stderr, and exit code 1.
+"""Command lines with a config: every error is one line on stderr, with exit code 1.
 
 In: the arguments of a program with the flag --config (a file) and overrides --config.<field>=<value>.
-Out: parsed flags. A misspelt field is answered with the nearest ones.
+Out: parsed flags. The error of a misspelt field lists similar ones.
 """
 
 import difflib
@@ -22,7 +22,7 @@ from axpo_jax.rl import recipes
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-  """`app.run(main)`; what a user can repair ends with one line instead of a traceback."""
+  """`app.run(main)`, with one line instead of a traceback for errors that a user can fix."""
   def guarded(argv: list[str]) -> None:
     try:
       main(argv)
@@ -33,9 +33,9 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 def with_shipped_configs(arguments: Sequence[str]) -> list[str]:
-  """The arguments, in which --config=configs/<name>.py is a shipped config where no such file is here.
+  """The arguments, with --config=configs/<name>.py replaced by the shipped config if there is no such file.
 
-  So the documents' commands work in any folder.
+  So the commands of the documents work in any folder.
   """
   file = _config_file(arguments)
   if file is None or os.path.exists(file) or not (shipped := repository.FOLDER / file).is_file():
@@ -52,7 +52,7 @@ def _end(error: Exception) -> None:
 
 
 def one_line(error: Exception) -> str:
-  """Its message; libraries write several lines."""
+  """An error's message on one line, since those of libraries have several."""
   return " ".join(str(error).split())
 
 
@@ -65,7 +65,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def check_config_flags(arguments: Sequence[str]) -> None:
-  """Raises ConfigError for a config file that cannot be loaded and for overrides of no field of it."""
+  """Raises ConfigError for a config file that cannot be loaded, and for overrides of fields that it does not have."""
   file = _config_file(arguments)
   if file is None:
     return
@@ -87,12 +87,12 @@ def check_config_flags(arguments: Sequence[str]) -> None:
 
 
 def _check_recipe(arguments: Sequence[str]) -> None:
-  """Raises ConfigError for a field that is given beside a recipe that sets it otherwise."""
+  """Raises ConfigError for an override that contradicts the recipe."""
   rl = read_config(arguments).rl
   try:
     wanted_by_name = recipes.overrides(rl.recipe)
   except ValueError:
-    return  # `apply_recipe` says so, with the list
+    return  # `apply_recipe` raises it, with a list of the recipes
   for name, wanted in wanted_by_name.items():
     value = dict(fields(rl))[name]
     if value != wanted and any(re.match(rf"--?config\.rl\.{re.escape(name)}\b", text) for text in arguments):
@@ -116,7 +116,7 @@ def _config_file(arguments: Sequence[str]) -> str | None:
 
 
 def read_config(arguments: Sequence[str]) -> ConfigDict:
-  """The config of arguments such as --config=configs/axpo_tiny.py --config.seed=1; others are not allowed.
+  """The config of arguments such as --config=configs/axpo_tiny.py --config.seed=1; no other arguments are allowed.
 
   Raises:
     ConfigError: the file cannot be loaded.
@@ -127,11 +127,11 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
     raise ConfigError(f"--config={file}: there is no such file")
   values = flags.FlagValues()
   holder = config_flags.DEFINE_config_file("config", None, "", lock_config=True, flag_values=values)
-  before, sys.argv = sys.argv, [sys.argv[0], *arguments]  # where config_flags looks for overrides
+  before, sys.argv = sys.argv, [sys.argv[0], *arguments]  # config_flags reads overrides from there
   try:
     values(sys.argv)
     config = holder.value
-    config.is_locked  # noqa: B018 - a file that failed to load says so now
+    config.is_locked  # noqa: B018 - raises the error of a file that failed to load
     return config
   except (flags.Error, ConfigError):
     raise
@@ -142,7 +142,7 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
 
 
 def _in_file(error: BaseException, file: str) -> str:
-  """The message of what went wrong in a config file, and the line."""
+  """The message of an error in a config file, with its line."""
   lines, cause = [], error
   while cause is not None:
     lines += [frame.lineno for frame in traceback.extract_tb(cause.__traceback__)

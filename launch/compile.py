@@ -1,14 +1,14 @@
-"""Compiles a run for TPUs or GPUs on a machine that has none, and says whether it fits.
+"""Compiles a run for TPUs or GPUs on a machine without them, and reports whether it fits.
 
   pip install -e '.[aot]'      # for TPUs; '.[aot-gpu]' for GPUs
   python launch/compile.py --config=configs/axpo_8b.py --config.model.preset=8b --topology=v5p:4x4x4
   python launch/compile.py --config=configs/axpo_8b.py --config.model.preset=8b --topology=h100:8
 
-It prints one table, with a column for each function that a run of the config jits: of the train step, and
-of the embedded engine if that samples. Rows are the memory of a chip by kind against its limit, FLOPs, seconds
-at the chips' peak, and seconds to compile. The last line says whether the run fits. Sizes come from
---config.model.preset or from a checkpoint's config.json; no parameters are made. The mesh is config.mesh
-over the chips, and the micro-batch is config.batch without padding.
+It prints one table with a column for each jitted function of the run: those of the train step, and those of the
+embedded engine if that samples. The rows are a chip's memory by kind and its limit, FLOPs, seconds at the chips'
+peak, and seconds to compile. The last line says whether the run fits. Sizes come from --config.model.preset or
+from a checkpoint's config.json; no parameters are made. The mesh is config.mesh over the chips, and the
+micro-batch is config.batch without padding.
 """
 
 import os
@@ -28,7 +28,7 @@ _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "A slice of TPUs such as v5p:4x4x4 (Google's v5p-128), v5e:8x16, v6e:8x8; GPUs of one "
   "host, h100:8; or hosts x GPUs, h100:4x8; also a100, h200, b200.")
 _LAYERS = flags.DEFINE_integer(
-  "layers", 0, "Compile only so many text layers; 0: all.")
+  "layers", 0, "Compile only this many text layers; 0: all.")
 _IMAGES = flags.DEFINE_float(
   "image_share", 0.25, "Share of image tokens in a micro-batch.", lower_bound=0, upper_bound=1)
 _LARGEST = flags.DEFINE_bool(

@@ -1,14 +1,14 @@
-"""The one entry: train or evaluate a policy as a config file says.
+"""Trains or evaluates a policy by a config file.
 
   python launch/main.py --config=configs/axpo_tiny.py --workdir=runs/axpo_tiny
 
 Every field of the config can be overridden: `--config.seed=1 --config.rl.resample.k=8`. The same
-command run again resumes: finished stages are skipped, an unfinished one goes on from its newest
+command run again resumes: finished stages are skipped, an unfinished one continues from its newest
 checkpoint. SIGTERM saves a checkpoint and stops (docs/pods.md). `--help` lists the flags,
 `--print_config` the whole configuration.
 
 On several hosts, start the same command on each of them, with a --workdir that all of them see. On a TPU
-pod or under Slurm they find each other; elsewhere add --coordinator=<host of process 0>:<port>
+pod or under Slurm the processes find each other; elsewhere add --coordinator=<host of process 0>:<port>
 --processes=<how many> --process_id=<0, 1, ...> (docs/pods.md).
 """
 
@@ -34,8 +34,8 @@ _WORKDIR = flags.DEFINE_string(
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print the configuration and stop.")
 _COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of process 0.")
 _PROCESSES = flags.DEFINE_integer(
-  "processes", 0, "Processes of the run; 0: as the environment says, 1: only this one.", lower_bound=0)
-_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "This process, from 0.", lower_bound=-1)
+  "processes", 0, "Processes of the run; 0: from the environment, 1: only this one.", lower_bound=0)
+_PROCESS_ID = flags.DEFINE_integer("process_id", -1, "Number of this process, from 0.", lower_bound=-1)
 flags.mark_flag_as_required("config")
 
 
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install torch
   validate(_CONFIG.value)
   machine.prepare(_CONFIG.value)
-  # Imported late: --help, a misspelt override and a bad field answer without waiting for JAX.
+  # Imported late, so that --help and config errors do not wait for JAX.
   from axpo_jax.stages import distributed, experiment
   from axpo_jax.train import preemption
   distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
@@ -60,15 +60,15 @@ def main(argv: list[str]) -> None:
   try:
     experiment.run(_CONFIG.value, _WORKDIR.value)
   except preemption.Stopped:
-    print("stopped by SIGTERM: the same command goes on from here", file=sys.stderr)
+    print("stopped by SIGTERM: the same command resumes from here", file=sys.stderr)
     sys.exit(preemption.EXIT_CODE)
 
 
 def _with_huge_pages() -> None:
-  """Starts the process again with huge pages for malloc, which reads the setting at its start.
+  """Restarts the process with huge pages for malloc, which reads this setting only at the start.
 
-  On a CPU, XLA takes and returns hundreds of megabytes a step; in small pages that was 40 % of the
-  time of a tiny model's step.
+  On a CPU, XLA allocates and frees hundreds of megabytes a step; with small pages that took 40 % of the time of
+  a tiny model's step.
   """
   if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
     os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"

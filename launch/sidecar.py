@@ -1,14 +1,14 @@
-"""Starts SGLang servers for rollouts, keeps them alive, and stops them all when it ends.
+"""Starts SGLang servers for rollouts, restarts those that fail, and stops all when it ends.
 
   python launch/sidecar.py --install --device=cpu       # once: makes the servers' own environment
   python launch/sidecar.py --device=cpu --model=axpo_jax/assets/warm_start
   python launch/sidecar.py --model=/models/Qwen3-VL-8B-Thinking --servers=8 --port=30000
   python launch/sidecar.py --print_sizing               # what fits on a GPU
 
-When all servers are healthy it prints one line of JSON, {"urls": [...], "logs": ...},
-and stays; then point the trainer at them: --config.rollout.urls=... (docs/sidecar.md). What happens
-later (a restart and its reason) is told on stderr, each server's own words are in its log. Ctrl-C or
-SIGTERM stops it. Flags for SGLang itself go behind `--`.
+When all servers are healthy it prints one line of JSON, {"urls": [...], "logs": ...}, and keeps running; then
+give the URLs to the trainer: --config.rollout.urls=... (docs/sidecar.md). Later events (a restart and its
+reason) are printed on stderr; each server's output is in its log. Ctrl-C or SIGTERM stops it. Flags for SGLang
+itself go after `--`.
 
 A server that can be reached from other machines needs a key, in the variable AXPO_SIDECAR_API_KEY or
 in a file (--api_key_file); a flag would show it to every user of the machine.
@@ -44,12 +44,12 @@ _MEMORY = flags.DEFINE_float(
 _POOL = flags.DEFINE_integer("max_total_tokens", 0, "Size of the KV pool; 0: what memory allows.")
 _RUNNING = flags.DEFINE_integer("max_running", 64, "Sequences decoded at once by one server.")
 _START = flags.DEFINE_float("start_timeout", 900, "Seconds until a started server must be healthy.")
-_PROBE = flags.DEFINE_float("probe_every", 5, "Seconds between two looks at a server.")
+_PROBE = flags.DEFINE_float("probe_every", 5, "Seconds between two health checks of a server.")
 _HANG = flags.DEFINE_float(
-  "hang_after", 300, "Seconds without an answer until a server is restarted; a push must be shorter.")
+  "hang_after", 300, "Seconds without an answer until a server is restarted; longer than a push of weights.")
 _ENV = flags.DEFINE_list(
-  "env", [], "Names of further variables of this environment that the servers get; no secret goes to them unasked.")
-_URLS_FILE = flags.DEFINE_string("urls_file", None, "Also write the JSON line into this file.")
+  "env", [], "Names of further variables of this environment to pass to the servers; secrets are not passed unless named.")
+_URLS_FILE = flags.DEFINE_string("urls_file", None, "Also write the JSON line to this file.")
 _LOGS = flags.DEFINE_string("log_folder", "sidecar_logs", "Folder of the servers' logs.")
 _INSTALL = flags.DEFINE_bool("install", False, "Make the environment for --device, and stop.")
 _SIZING = flags.DEFINE_bool("print_sizing", False, "Print what fits on a GPU of --gpu_gb, and stop.")
@@ -78,14 +78,14 @@ def _spec(extra_flags: list[str]) -> SidecarSpec:
   )  # fmt: skip
 
 
-def _tell(message: str) -> None:
+def _report(message: str) -> None:
   print(f"sidecar: {message}", file=sys.stderr, flush=True)
 
 
 def _publish(sidecar: Sidecar) -> None:
-  """The file first: who has read the line on stdout finds it there."""
+  """Writes the file before the line on stdout, so that a reader of the line finds the file."""
   line = json.dumps({"urls": sidecar.urls, "logs": _LOGS.value})
-  if _URLS_FILE.value:  # renamed into place: who waits for the file never reads half of it
+  if _URLS_FILE.value:  # renamed when complete: nobody reads half of it
     part = pathlib.Path(f"{_URLS_FILE.value}.part")
     part.write_text(line + "\n")
     part.rename(_URLS_FILE.value)
@@ -102,7 +102,7 @@ def _run(extra_flags: list[str]) -> None:
   for each in (signal.SIGTERM, signal.SIGINT):
     signal.signal(each, _stop)
   try:
-    with Sidecar(_spec(extra_flags), _LOGS.value, report=_tell) as sidecar:
+    with Sidecar(_spec(extra_flags), _LOGS.value, report=_report) as sidecar:
       _publish(sidecar)
       while True:
         signal.pause()
@@ -114,7 +114,7 @@ def _run(extra_flags: list[str]) -> None:
 def main(argv: list[str]) -> None:
   try:
     if _INSTALL.value:
-      print(environment.install(_DEVICE.value, _tell))
+      print(environment.install(_DEVICE.value, _report))
     elif _SIZING.value:
       print(sizing.table(_GPU_GB.value, _MEMORY.value))
     else:

@@ -1,22 +1,22 @@
-"""Runs a config at many points: one process of launch/main.py a point, and a table at the end.
+"""Runs a config at many sweep points: one process of launch/main.py per point, and a table at the end.
 
   python launch/sweep.py --config=configs/axpo_tiny.py --workdir=runs/sweep --parallel=2 \
     --sweep config.seed=0,1,2 --sweep config.rl.recipe=grpo,axpo -- --config.rl.steps=10
 
-Several --sweep flags are a product. What is not a product, or has commas in its values, is a Python file
-with a function `points()` that returns a list of {"config.seed": 0, ...}: --points=my_sweep.py. There a
-point may also have a "name", which is its folder's, and "after", the name of a point that must be done
-first; "{workdir}" in a value is the sweep's folder, so that a point can begin with what another made:
+Several --sweep flags give all combinations. For other sets of points, or values with commas, write a Python file
+with a function `points()` that returns a list of {"config.seed": 0, ...}: --points=my_sweep.py. Such a point may
+also have a "name", which becomes its folder's name, and "after", the name of a point that must be done first.
+"{workdir}" in a value is the sweep's folder, so that a point can start from another's result:
 
   {"name": "rl-0", "after": "sft-0", "config.model.checkpoint": "{workdir}/sft-0/sft/policy", ...}
 
-Flags behind `--` go to every point.
+Flags after `--` go to every point.
 
 The same command run again continues the sweep: finished points are skipped, others resume from their
-checkpoints. A point that fails does not stop the others; its log is in its folder. --only takes some of the points, so
-that several sessions or machines share a sweep. With --print nothing is run: one command a point is
-printed, for a cluster's scheduler, and --parallel=0 prints the table of what is there. Points that differ
-in config.seed alone share a line of the table: mean and 95 % interval.
+checkpoints. A point that fails does not stop the others; its log is in its folder. --only selects points by name,
+so that several machines can share a sweep. --print runs nothing and prints one command per point, for a
+cluster's scheduler. --parallel=0 prints the table of the finished points. Points that differ only in config.seed
+share a line of the table: mean and 95 % interval.
 """
 
 import collections
@@ -52,12 +52,12 @@ from axpo_jax.stages.metrics import read_metrics
 from launch import command
 
 _CONFIG = flags.DEFINE_string("config", None, "Config file of all points.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder that gets one folder a point.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder with one folder per point.")
 _SWEEP = flags.DEFINE_multi_string("sweep", [], "config.<field>=<value>,<value>,...")
 _POINTS = flags.DEFINE_string("points", None, "Python file with points(), instead of --sweep.")
 _ONLY = flags.DEFINE_list("only", ["*"], "Points whose names match one of these patterns (*, ?).")
-_PARALLEL = flags.DEFINE_integer("parallel", 1, "Points at once; 0: only the table.", lower_bound=0)
-_PRINT = flags.DEFINE_bool("print", False, "Print one command a point and stop.")
+_PARALLEL = flags.DEFINE_integer("parallel", 1, "Points that run at once; 0: print only the table.", lower_bound=0)
+_PRINT = flags.DEFINE_bool("print", False, "Print one command per point and stop.")
 _METRICS = flags.DEFINE_list(
   "metrics", ["eval/pass_at_1", "eval/pass_at_4", "eval/tool_attempt_rate"],
   "Columns of the table: the last value of each.")
@@ -66,11 +66,11 @@ flags.mark_flags_as_required(["config", "workdir"])
 MAIN = pathlib.Path(__file__).resolve().parent / "main.py"
 _SEED = "config.seed"
 _NAME, _AFTER = "name", "after"
-# XLA's programs, which the points of a sweep share: most of a short run is their compilation.
+# Folder of compiled programs, shared by the points of a sweep: compiling is most of a short run.
 _COMPILED = "compiled"
-# Written into a point's folder when it has ended well; holds its command.
+# Written to a point's folder when it has succeeded; holds its command.
 _DONE = "sweep_done.json"
-# Which code ran a point first, and on what; for whoever reports of it later.
+# The code that first ran a point, and its machine; for reports.
 _MADE_BY = "made_by.json"
 _LONGEST_NAME = 120
 
@@ -98,7 +98,7 @@ class Point:
     return file.exists() and json.loads(file.read_text()) == list(self.command)
 
   def run(self) -> str:
-    """Runs the point to its end; returns what went wrong, or an empty text."""
+    """Runs the point to its end; returns the error, or an empty text."""
     self.folder.mkdir(parents=True, exist_ok=True)
     log, made_by = self.folder / "log.txt", self.folder / _MADE_BY
     if not made_by.exists():
@@ -114,7 +114,7 @@ class Point:
 
 
 def _made_by() -> dict[str, str]:
-  """The commit (empty outside of a checkout) and the machine."""
+  """The commit (empty outside of a git checkout) and the machine."""
   git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=MAIN.parent, text=True,
                        capture_output=True)
   return {"commit": git.stdout.strip(),
@@ -122,7 +122,7 @@ def _made_by() -> dict[str, str]:
 
 
 def _environment(compiled: pathlib.Path) -> dict[str, str]:
-  """This process's environment, with a folder for compiled programs unless it names one."""
+  """This process's environment, with a folder for compiled programs unless it has one already."""
   return {"JAX_COMPILATION_CACHE_DIR": str(compiled.resolve()),
           "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5", **os.environ}
 
@@ -172,10 +172,10 @@ def check(points: Sequence[Point], *, wholly: bool) -> None:
   """Reads the config of every point before the first one runs.
 
   Args:
-    wholly: also validate it, except for points that begin with what others have yet to make.
+    wholly: also validate it, except for points that start from results that are not there yet.
 
   Raises:
-    ConfigError: of the first point that could not run; says why.
+    ConfigError: the error of the first invalid point.
   """
   for point in points:
     arguments = [flag for flag in point.command[2:] if re.match(r"--config[.=]", flag)]
@@ -224,7 +224,7 @@ def _point(given: Mapping[str, str], common: Sequence[str]) -> Point:
 
 
 def _name(overrides: Mapping[str, str]) -> str:
-  """A folder name made of the point's overrides."""
+  """A folder name from the point's overrides."""
   name = ",".join(f"{key.removeprefix('config.')}={value}" for key, value in overrides.items())
   name = name.replace("/", "_")
   if len(name) <= _LONGEST_NAME:
@@ -250,7 +250,7 @@ def _run(points: Sequence[Point], parallel: int) -> dict[str, str]:
       for job in ended:
         name, error = running.pop(job).folder.name, job.result()
         ended_now += 1
-        # Those that run are counted whole: the estimate errs on the long side.
+        # Running points count as not started, so the estimate is rather too long.
         left = (time.monotonic() - start) / ended_now * (to_do - ended_now)
         more = f"; {ended_now} of {to_do}, about {summary.duration(left)} left" if ended_now < to_do else ""
         print(f"{name}: {'FAILED' if error else 'done'}{more}", flush=True)
@@ -260,7 +260,7 @@ def _run(points: Sequence[Point], parallel: int) -> dict[str, str]:
 
 
 def table(points: Sequence[Point], metrics: Sequence[str]) -> str:
-  """Markdown: a line for every setting, over its seeds."""
+  """Markdown: a line for every setting, averaged over its seeds."""
   groups: dict[tuple, list[Point]] = collections.defaultdict(list)
   for point in points:
     groups[tuple((k, v) for k, v in point.overrides.items() if k != _SEED)].append(point)

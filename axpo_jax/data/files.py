@@ -1,9 +1,8 @@
 """Files of records: JSON lines, JSON, tab-separated values, parquet and Arrow, read piece by piece.
 
-In: paths of files or folders. Out: rows, counted from 1, with their record, or with a RecordError
-where a single row could not be read. Only JSON that is not in lines is held in memory as a whole.
-A folder that `datasets` saved (`save_to_disk`) is its Arrow files in their order. The files may be on an
-object store.
+In: paths of files or folders. Out: rows, counted from 1, each with its record or, if it cannot be read, a
+RecordError. Only JSON that is not in lines is held in memory as a whole. A folder of `datasets.save_to_disk`
+counts as its Arrow files in order. The files may be on an object store.
 """
 
 from __future__ import annotations
@@ -20,18 +19,18 @@ from etils import epath
 
 from axpo_jax import paths as paths_lib
 
-# In a folder the files of the first type that it has are read: data sets keep previews and
-# annotations beside their records.
+# Of a folder, only the files of the first type in this order are read: data sets hold previews and annotations
+# in other types beside their records.
 TYPES = (".parquet", ".arrow", ".jsonl", ".tsv", ".json")
 # What `datasets.save_to_disk` leaves in the folder of a data set, and of several splits.
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
-_ROWS = 16  # of parquet at a time: with an image of 20 MB each that is much already
-_BUFFER = 1 << 20  # bytes of a column read ahead; without it a whole row group is
+_ROWS = 16  # of parquet at a time; few, since a row may hold an image of 20 MB
+_BUFFER = 1 << 20  # bytes of a column to prefetch; without it a whole row group is read
 LONGEST = 1 << 28  # bytes of a JSON line
 
 
 class ReaderError(ValueError):
-  """A file that cannot be read at all, or a config that does not fit it."""
+  """A file cannot be read at all, or the config does not fit it."""
 
 
 class RecordError(ValueError):
@@ -39,7 +38,7 @@ class RecordError(ValueError):
 
 
 def expand(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[epath.Path]:
-  """Files as they are given; of a folder, its files (those in folders below too) by name.
+  """The given files; for a folder, the files below it, by name.
 
   Raises:
     ReaderError: a path does not exist, or a folder holds no file of a known type.
@@ -62,10 +61,10 @@ def expand(paths: str | os.PathLike | Iterable[str | os.PathLike]) -> list[epath
 
 
 def _saved(folder: epath.Path) -> list[epath.Path]:
-  """The Arrow files of a folder that `datasets` saved, in their order; none of any other folder.
+  """The Arrow files of a folder of `datasets.save_to_disk`, in order; none for any other folder.
 
   Raises:
-    ReaderError: it holds several splits, or a selection that was never written out.
+    ReaderError: it holds several splits, or a selection by indices.
   """
   try:
     if (folder / _SPLITS).exists():
@@ -117,8 +116,8 @@ def records(path: epath.Path, choose_columns: Callable[[Sequence[str]], Sequence
 
   Args:
     path: the file.
-    choose_columns: which of a parquet file's columns to read; may raise ReaderError.
-    types: suffixes that are known to the caller.
+    choose_columns: selects the columns of a parquet file to read; may raise ReaderError.
+    types: suffixes that the caller accepts.
 
   Raises:
     ReaderError: there is no such file, its type is unknown, or it is broken as a whole.
@@ -133,8 +132,8 @@ def records(path: epath.Path, choose_columns: Callable[[Sequence[str]], Sequence
 
 
 def _json_lines(path: epath.Path) -> Iterator[tuple[int, Any]]:
-  # Bytes: one line that is not UTF-8 must not spoil the others. Buffered again for fsspec's files, whose
-  # readline knows no limit.
+  # Bytes, since one line that is not UTF-8 must not affect the others. Buffered again, since readline of
+  # fsspec's files takes no limit.
   with path.open("rb") as opened, io.BufferedReader(opened) as file:
     row = 0
     while line := file.readline(LONGEST):
@@ -209,7 +208,7 @@ def _arrow(path: epath.Path,
       columns = list(choose_columns(stream.schema.names))
       row = 0
       for batch in stream:
-        batch.validate(full=True)  # offsets of a damaged file lead outside of it
+        batch.validate(full=True)  # a damaged file may have offsets outside of it
         chosen = batch.select(columns)
         for at in range(0, chosen.num_rows, _ROWS):
           for record in _rows(chosen.slice(at, _ROWS)):
@@ -220,7 +219,7 @@ def _arrow(path: epath.Path,
 
 
 def _rows(batch) -> list[Any]:
-  """The records of a batch; one whose values are no text or no date spoils itself alone."""
+  """The records of a batch; a RecordError for each with an invalid text or date."""
   try:
     return batch.to_pylist()
   except (ValueError, OverflowError) as error:

@@ -1,11 +1,11 @@
-"""What sampling shows about data: which trajectories to learn from, which questions to train on.
+"""Filters by sampled rewards: which trajectories SFT learns from, and which questions RL trains on.
 
-In: recorded counts (`Counts`), never a rollout or a model. Out: a reason for each trajectory or
-question, `KEPT` or why not, and a `Tally` of how many went where. Since the counts stay on the disk,
-thresholds can be changed later without sampling anything again.
+In: recorded counts (`Counts`), never a rollout or a model. Out: for each trajectory or question `KEPT` or the
+reason why it is left out, and a `Tally` of these. The counts stay on disk, so thresholds can be changed without
+sampling again.
 
-The paper's filters (arXiv 2605.28774, section 5): SFT learns from trajectories with the right answer
-alone; RL leaves out what the SFT checkpoint solves 4 times of 4 and what the teacher fails 4 times of 4.
+The paper's filters (arXiv 2605.28774, section 5): SFT learns only from trajectories with the right answer; RL
+leaves out questions that the SFT checkpoint solves 4 times of 4, or that the teacher fails 4 times of 4.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HOPELESS = "failed by the teacher"
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-  """Rewards of the judged rollouts of one question; those that the machine ended are not among them."""
+  """Rewards of the judged rollouts of one question, without failed ones."""
 
   rewards: tuple[float, ...]
 
@@ -46,11 +46,11 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class Thresholds:
-  """What RL leaves out, by pass rates over the judged rollouts.
+  """Which questions RL leaves out, by pass rates over the judged rollouts.
 
   Attributes:
-    solved: a question goes if the policy's rate is at least this; above 1 keeps all.
-    hopeless: a question goes if the teacher's rate is at most this; below 0 keeps all.
+    solved: a question is left out if the policy's rate is at least this; above 1 keeps all.
+    hopeless: a question is left out if the teacher's rate is at most this; below 0 keeps all.
   """
 
   solved: float = 1.0
@@ -63,8 +63,8 @@ def trajectory(reward: float, tokens: int, *, failed: bool = False, max_tokens: 
 
   Args:
     tokens: of the whole sequence, images expanded.
-    failed: the machine and not the policy ended it.
-    max_tokens: longer ones are dropped whole: half a trajectory teaches to stop half-way.
+    failed: it failed by a fault of the machine and not of the policy.
+    max_tokens: longer ones are left out whole, since a part would teach to stop in the middle.
   """
   if failed:
     return FAILED
@@ -78,8 +78,8 @@ def question(policy: Counts | None, teacher: Counts | None,
   """Why RL leaves a question out, or KEPT.
 
   Args:
-    policy: counts of the policy that RL starts from; None where no such counts are used.
-    teacher: counts of the teacher; None where it was not asked, which holds nothing against it.
+    policy: counts of the policy that RL starts from; None if there are none.
+    teacher: counts of the teacher; None if it was not asked, which keeps the question.
   """
   if policy is not None:
     if policy.pass_rate is None:
@@ -92,7 +92,7 @@ def question(policy: Counts | None, teacher: Counts | None,
 
 @dataclasses.dataclass
 class Tally:
-  """How many went where, and why."""
+  """Counts of what was kept and what was left out, by reason."""
 
   what: str  # trajectories, questions
   reasons: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)

@@ -1,4 +1,4 @@
-"""How records name their images, and which of those names are allowed.
+"""How records name their images, and which names are allowed.
 
 In: a value of a record. Out: an `ImageSource` that `question.load_image` opens later: a path below one
 folder, or encoded bytes.
@@ -33,7 +33,7 @@ def named(value: Any, folder: epath.Path, *, relocate: bool = False, anywhere: b
   Args:
     value: see the module.
     folder: where relative paths start, and where paths must stay.
-    relocate: paths begin with folders of another machine; take the longest end of one that exists.
+    relocate: paths begin with folders of another machine; use the longest suffix that exists.
     anywhere: paths may leave the folder.
 
   Raises:
@@ -56,7 +56,7 @@ def named(value: Any, folder: epath.Path, *, relocate: bool = False, anywhere: b
 
 
 def check(source: ImageSource, how: str) -> None:
-  """Tries an image: "none", "header" or "decode" (see `readers.ReaderConfig.image_check`).
+  """Checks an image: "none", "header" or "decode" (see `readers.ReaderConfig.image_check`).
 
   Raises:
     ImageError: it is missing, no image, or too large.

@@ -2,7 +2,7 @@
 
 In: a random-access source (the miniature world, a list read from files). Out: grain iterators whose
 `get_state` and `set_state` restore the stream exactly, over epoch boundaries too; a checkpoint
-stores them as they are. Items are made in the order of the stream, by threads ahead of the reader.
+stores them as they are. Items are made in the order of the stream, and prefetched by threads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ U = TypeVar("U")
 
 
 class PipelineError(ValueError):
-  """A source that cannot give what was asked for."""
+  """The source does not have the items that are asked for."""
 
 
 class Source(Protocol[T]):
@@ -33,7 +33,7 @@ class Source(Protocol[T]):
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-  """Some questions of a source, by their places; `ids` says which ones they must be."""
+  """Some questions of a source, by index; `ids` are the ids that they must have."""
 
   source: Source[Question]
   places: Sequence[int]
@@ -64,8 +64,8 @@ def question_batches(
     batch_size: B, questions a batch.
     seed: of the shuffling.
     epochs: how often to go through the source; None for ever.
-    threads: that make batches ahead; 0 makes each when it is asked for.
-    prefetch: batches made ahead.
+    threads: that prefetch batches; 0 makes each on demand.
+    prefetch: how many batches.
 
   Returns:
     A checkpointable iterator of tuples of B questions.
@@ -92,8 +92,8 @@ def example_stream(
     seed: of the shuffling.
     epochs: how often to go through the source; None for ever.
     transform: applied to each item, in the reading threads.
-    threads: that make examples ahead; 0 makes each when it is asked for.
-    prefetch: examples made ahead.
+    threads: that prefetch examples; 0 makes each on demand.
+    prefetch: how many examples.
 
   Returns:
     A checkpointable iterator.

@@ -1,7 +1,7 @@
-"""The question record: what every data source yields and every later stage reads.
+"""The question record, which every data source yields and every later stage reads.
 
-In: whatever a reader or the miniature world knows about one question. Out: a frozen `Question`
-whose images may still lie on disk, so that a shuffled epoch holds names and not pixels.
+In: the fields of one question, from a reader or the miniature world. Out: a frozen `Question`. Its images may
+still be on disk, so that a shuffled epoch holds names and not pixels.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def load_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> PIL.Imag
 
 
 class _Decoded:
-  """Images that were decoded last, up to a number of bytes: a question's rollouts share them."""
+  """A cache of the images decoded last, limited in bytes: a question's rollouts share their images."""
 
   def __init__(self, limit: int):
     self._limit, self._size = limit, 0
@@ -127,8 +127,7 @@ _decoded = _Decoded(4 << 30)
 
 
 def open_image(source: ImageSource) -> PIL.Image.Image:
-  """`load_image`, which keeps what it decoded for the next caller; at most 4 GiB of it, or one image.
-  Do not change what it returns."""
+  """`load_image` with a cache of at most 4 GiB, or one image. Do not change the returned image."""
   return load_image(source) if isinstance(source, PIL.Image.Image) else _decoded.open(source)
 
 
@@ -153,7 +152,7 @@ def image_size(source: ImageSource) -> tuple[int, int]:
 
 
 def _local(source: pathlib.PurePath | bytes) -> pathlib.PurePath | bytes:
-  """What PIL can open: a file on an object store is read whole."""
+  """A source that PIL can open; a file on an object store is read into memory."""
   if isinstance(source, bytes):
     return source
   if not paths.is_remote(source):

@@ -1,9 +1,8 @@
-"""Readers of questions: one's own files, and by a `Layout` those of public data sets.
+"""Readers of questions: a user's own files, and public data sets by their `Layout`.
 
-In: a file (or several) and a `ReaderConfig` that says which column is what. Out: a stream of
-`Question`s, row by row, so that a file larger than memory is no problem. A bad record is reported
-with its file, row and reason, and skipped; more bad records than a share end the reading. Images may be
-written in the ways of `image_sources`.
+In: one or more files, and a `ReaderConfig` that assigns columns. Out: a stream of `Question`s, row by row, so
+that a file may be larger than memory. A bad record is reported with its file, row and reason, and skipped; if
+the share of bad records is too large, reading stops. `image_sources` describes how a record names its images.
 """
 
 from __future__ import annotations
@@ -57,16 +56,15 @@ class ReaderConfig:
   """How to read a file of questions.
 
   Attributes:
-    columns: which column is what.
+    columns: the column of each field.
     meta: further columns to keep in `Question.meta`, by name.
-    image_folder: where image paths start; by default the folder of the file. A record cannot name an
-      image outside of it.
-    image_anywhere: it can: any file that this process may read. For files that one has written oneself.
-    image_cache: folder to which images that come as bytes are written, by content, so that a list
-      of questions holds paths and not the images of a whole data set; "" keeps the bytes.
-    image_check: what is tried of every image when its record is read: "header" opens it (finds
-      missing files and files that are no image), "decode" reads all pixels (finds cut files too,
-      at the price of decoding everything once), "none" leaves it to the episode.
+    image_folder: image paths are relative to it and must stay in it; by default the folder of the file.
+    image_anywhere: image paths may name any file that this process can read. For trusted files only.
+    image_cache: folder to which images that come as bytes are written, by content, so that a list of questions
+      holds paths and not the images of a whole data set; "" keeps the bytes.
+    image_check: how an image is checked when its record is read. "header" opens it (finds missing files and
+      files that are not images); "decode" reads all pixels (also finds truncated files, but decodes everything
+      once); "none" leaves it to the episode.
     unbox: take `\\boxed{...}` off answers that are wrapped in it.
     max_bad_share: greatest share of bad records, in [0, 1].
     min_records: from this many records on the share is checked on the way; always at the end.
@@ -94,16 +92,15 @@ class Layout:
   """How a public data set lays out its records.
 
   Attributes:
-    columns: which column is what. A config may name others, unless there is `adapt`.
+    columns: the column of each field. A config may name others, unless there is `adapt`.
     meta: further columns to keep in `Question.meta`.
-    adapt: makes a record of the default `Columns` (and `meta`) from one of the data set and the
-      path of its file; raises RecordError. None where naming the columns is enough.
+    adapt: makes a record with the default `Columns` (and `meta`) from one of the data set and the path of its
+      file; raises RecordError. None if naming the columns is enough.
     needed: with `adapt`, columns of a parquet file that must be there.
     optional: with `adapt`, further columns to read.
-    relocate: image paths begin with folders of another machine or of the data set's own name; the
-      longest end of a path that exists is taken.
-    ids_within_source: an id is unique only among the records of one `source`, whose name is put
-      before it.
+    relocate: image paths begin with folders of another machine or of the data set's own name; the longest
+      suffix of a path that exists is used.
+    ids_within_source: an id is unique only among the records of one `source`, whose name is prepended.
   """
 
   columns: Columns = Columns()
@@ -115,7 +112,7 @@ class Layout:
   ids_within_source: bool = False
 
 
-# One's own files: the columns are the config's.
+# A user's own files: the config names the columns.
 OWN = Layout()
 
 
@@ -133,8 +130,8 @@ class BadRecord:
 
 @dataclasses.dataclass
 class ReadReport:
-  """Counts of one reading, filled as it goes; `examples` keeps the first few bad records, which are
-  also logged unless it is `quiet`."""
+  """Counts of one reading, updated while it runs; `examples` keeps the first few bad records, which are also logged
+  unless it is `quiet`."""
 
   records: int = 0
   bad: int = 0
@@ -207,7 +204,7 @@ def read_questions(
 
 
 def _resolve(config: ReaderConfig, layout: Layout) -> ReaderConfig:
-  """The config with the layout's columns, except where it names others."""
+  """The config with the layout's columns, except for those that the config names itself."""
   default = dataclasses.asdict(Columns())
   chosen = {name: column for name, column in dataclasses.asdict(config.columns).items()
             if column != default[name]}
@@ -219,7 +216,7 @@ def _resolve(config: ReaderConfig, layout: Layout) -> ReaderConfig:
 
 def _columns(path: epath.Path, config: ReaderConfig,
              layout: Layout) -> Callable[[Sequence[str]], list[str]]:
-  """Chooses a parquet file's columns: those that are named and there, top level only."""
+  """A function that selects the columns of a parquet file: those that are needed and exist, top level only."""
   if layout.adapt is None:
     needed = (config.columns.text, config.columns.answers)
     wanted = (*dataclasses.astuple(config.columns), *config.meta)
@@ -279,7 +276,7 @@ def _question(record: Any, path: epath.Path, row: int, config: ReaderConfig,
 
 
 def _check_texts(question: Question) -> None:
-  """What a tokenizer or a dump could not take would end the run hours later."""
+  """Raises RecordError for text that a tokenizer or a dump cannot take: that would end the run hours later."""
   if _deeper(question.meta, _DEEPEST):
     raise RecordError(f"a column of meta is nested more than {_DEEPEST} deep")
   texts = [question.id, question.text, *question.answers, *question.options, question.category,

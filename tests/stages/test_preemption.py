@@ -176,7 +176,7 @@ def test_told_to_stop_it_saves_and_goes_on(inputs, micro_run, tmp_path):
     ("sft", [1], "sft", [1]), ("evaluation", [1, 2, 3, 4, 4, 5], "rl", [2])):
     told = children.launch(tmp_path, rigged.flags(inputs), program=("-c", TOLD, place))
     assert told.returncode == preemption.EXIT_CODE, told.stderr[-4000:]
-    assert told.stderr.endswith("stopped by SIGTERM: the same command goes on from here\n")
+    assert told.stderr.endswith("stopped by SIGTERM: the same command resumes from here\n")
     assert [line["step"] for line in read_metrics(tmp_path)] == steps, place
     folders = (tmp_path / stage / "checkpoints").iterdir()
     assert sorted(int(folder.name) for folder in folders) == saved, place
