@@ -6,6 +6,8 @@ import dataclasses
 
 from axpo_jax.model.buckets import PATCH_BUCKETS
 
+DELTA_LOADER = "axpo_delta.apply"  # the name by which servers load server/axpo_delta.py
+
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddedConfig:

@@ -17,8 +17,7 @@ from typing import Any
 import aiohttp
 
 from axpo_jax.engine.protocol import RequestError
-
-DELTA_LOADER = "axpo_delta.apply"  # what servers of the sidecar call server/axpo_delta.py
+from axpo_jax.engine.settings import DELTA_LOADER
 
 
 class ServerError(RuntimeError):

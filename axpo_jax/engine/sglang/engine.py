@@ -40,9 +40,9 @@ from axpo_jax.engine.protocol import (
   SampleRequest,
   check_request,
 )
-from axpo_jax.engine.settings import SGLangConfig
+from axpo_jax.engine.settings import DELTA_LOADER, SGLangConfig
 from axpo_jax.engine.sglang import wire
-from axpo_jax.engine.sglang.api import DELTA_LOADER, LoadError, Server, ServerError
+from axpo_jax.engine.sglang.api import LoadError, Server, ServerError
 from axpo_jax.engine.sglang.fleet import Fleet, Member, NotAsked
 from axpo_jax.engine.sglang.image_sender import ImageSender
 from axpo_jax.engine.sglang.weight_check import WeightCheck

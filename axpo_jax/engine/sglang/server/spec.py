@@ -22,7 +22,7 @@ import re
 import socket
 from collections.abc import Mapping
 
-from axpo_jax.engine.sglang.api import DELTA_LOADER
+from axpo_jax.engine.settings import DELTA_LOADER
 from axpo_jax.model.config import ModelConfig, UnsupportedConfig, VisionConfig
 
 SERVE = pathlib.Path(__file__).with_name("serve.py")
