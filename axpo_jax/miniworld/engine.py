@@ -1,8 +1,8 @@
-"""The scripted teacher behind the engine protocol.
+"""The scripted teacher as an engine.
 
-In: sample requests whose session names a question of the miniature world. Out: samples that hold
-the teacher's words as token ids. So supervised trajectories come from the very loop that rolls out
-the policy, tools and observations included. It uses no accelerator library and no weights.
+In: sample requests whose session names a question of the miniature world. Out: samples with the teacher's text
+as token ids. So supervised trajectories come from the same episode loop as the policy's rollouts, tools and
+observations included. It needs no JAX and no weights.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from axpo_jax.model.chat import Chat
 class TeacherEngine(WeightlessEngine):
   """An Engine that samples from a script.
 
-  A request's turn, its earlier calls and what they brought are read from its token ids: the engine
-  keeps no state between requests, so a transcript that was cut can be continued like any other.
-  Log-probabilities are 0 (a script is certain of its words), and so mean nothing.
+  It reads the turn, the earlier calls and their results from a request's token ids, and keeps no state between
+  requests. So a cut transcript can be continued like any other. Log-probabilities are 0: they mean nothing.
 
   Args:
     chat: encodes the teacher's text and decodes the requests.

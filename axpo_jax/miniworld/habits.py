@@ -1,8 +1,8 @@
-"""The scripted teacher's habits: probabilities, and in closed form what follows from them.
+"""The scripted teacher's habits: probabilities, and the rates that follow from them in closed form.
 
-The mistakes are there so that keeping only right answers has something to drop, and so that a policy
-trained on what is left has seen how a failed call is mended. `rates` and its sisters say what to
-expect of the teacher, so that a config can be chosen, and the teacher tested, by calculation.
+The teacher makes mistakes so that the filter for right answers has something to drop, and so that a policy
+trained on the rest has seen how to recover from a failed call. `rates`, `search_rates` and `reasoning_rates` give
+the teacher's expected rates, so that a config can be chosen, and the teacher tested, by calculation.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
 """Perception family: coloured marks on a canvas, each with a glyph that may be too small to read.
 
 In: (seed, split, index, PerceptionConfig). Out: a `Question`, a pure function of them. The canvas is
-rendered at `cell_px` pixels a cell and shown to the policy at `shown_cell_px`: colour, shape, place
-and a LARGE glyph survive that, a SMALL one does not. The zoom tool crops from the original pixels,
-so there the small glyph can be read. Coordinates are the tool's: integers in 0..1000 relative to
+rendered at `cell_px` pixels a cell and shown to the policy at `shown_cell_px`. At that size colour, shape,
+position and a LARGE glyph can be seen, and a SMALL one cannot. The zoom tool crops from the original pixels,
+where the small glyph can be read. Coordinates are the tool's: integers in 0..1000 relative to
 the image, here always multiples of 20 so that each is one token.
 
-Scaling down alone hides nothing from a learner: a glyph of 14 px shown as 3 pixels is still
-told apart every time by comparing it with a thousand examples. So a mark's fill is grained, at the
-size of one shown pixel. In a crop thin ink stands out from that grain, in the shown canvas it is as
-faint as the grain itself (nearest neighbour after alignment: 29 % right, in a crop all of them).
+Scaling down alone does not hide a glyph from a learner: one of 14 px shown as 3 pixels is still classified
+without error by comparing it with a thousand examples. So a mark's fill has noise, of one shown pixel in size. In
+a crop the thin ink is visible against it; in the shown canvas the ink is as faint as the noise (nearest neighbour
+after alignment: 29 % right, in a crop 100 %).
 
-Besides `read` (the family's question) there are dense perception tasks for the warm start. Their
-answers are what a policy needs before it can point: places, names and readings.
+Besides `read` (the family's question) there are dense perception tasks for the warm start. Their answers are
+what a policy needs before it can point: positions, names and readings.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def make_question(
 
   Args:
     seed: of the world; streams of different seeds or splits are independent.
-    index: place in the stream, from 0.
+    index: of the question in the stream, from 0.
     config: numbers of the family.
     split: "train", "rl" or "eval"; folded into the seed, so that splits are disjoint streams.
 

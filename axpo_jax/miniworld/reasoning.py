@@ -1,14 +1,14 @@
-"""Reasoning family: a small table of prices as a picture, and a sum that wants a calculator.
+"""Reasoning family: a small table of prices as a picture, and a sum that needs a calculator.
 
 In: (seed, split, index, ReasoningConfig). Out: a `Question`, a pure function of them. The picture is
-a column of coloured cells with a number in each, large enough to be read as shown: seeing is not
-what this family tests. "What is the total of 38 red and 17 blue?" asks for 38 times one price plus
-17 times another. Reading the two prices and writing them into one line of `python` settles it; in
-the head it is two products of up to three digits and their sum. A part of the questions asks for
-one of each (`easy`): a sum of two digits, of which there are few enough to know by heart.
+a column of coloured cells with a number in each, large enough to be read as shown: this family does not test
+seeing. "What is the total of 38 red and 17 blue?" asks for 38 times one price plus 17 times another. A policy
+solves it by reading the two prices and writing one line of `python`. Without the tool it needs two products
+of up to three digits and their sum. A part of the questions asks for one of each (`easy`): a sum of two
+digits, of which there are few enough to memorise.
 
 A policy that guesses is right two times in nine where the question is easy (6, 9 and 11 come up that
-often) and never elsewhere; one that reads nothing but calculates is right once in nine times.
+often) and never elsewhere. One that calculates with guessed prices is right once in nine times.
 
 Besides `total` (the family's question) there are two tasks for the warm start: `prices` asks for all
 of the table, `formula` for the sum to be computed and not for its value.
@@ -67,7 +67,7 @@ def make_question(
 
   Args:
     seed: of the world; streams of different seeds or splits are independent.
-    index: place in the stream, from 0.
+    index: of the question in the stream, from 0.
     config: numbers of the family.
     split: "train", "rl" or "eval"; folded into the seed.
 

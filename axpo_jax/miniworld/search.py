@@ -1,22 +1,23 @@
-"""Search family: two hops over a made-up land that no policy can know by heart.
+"""Search family: questions of two hops over a made-up land, whose facts no policy can know.
 
 In: (seed, split, index). Out: a `Question`, a pure function of them, and the corpus that answers it:
 one sentence a document, for the local back end of the search tool.
 
-The land is one of robots. Some hold towns, which are called like those who built them; others serve
-there, and everyone who serves wears a colour. "What is the colour of the teacher of K7?" takes two
-searches: "teacher of K7" finds a name, "colour of" that name the answer. One search stops short
-whatever it asks: no document says more than one of the two facts, the document with the colour does
-not name the town, and a query without the name ties with everyone's colour. A policy that guesses is
-right once in six times, as is one that stops after its first search.
+  question   What is the colour of the teacher of K7?
+  hop 1      "teacher of K7"   -> The teacher of K7 is M3.
+  hop 2      "colour of M3"    -> The colour of M3 is red.
 
-Each split has names of its own, so nothing that was learnt by heart in training helps. A name is two
-tokens of the miniature tokenizer, a letter and a digit: to be copied and not to be spelled.
+One search is not enough, whatever its query: no document holds both facts, the document with the colour does
+not name the town, and a query without the name matches everyone's colour alike. A policy that guesses is right
+once in six times, and so is one that stops after its first search.
+
+Each split has names of its own, so facts that were memorised in training do not help. A name is two tokens of the
+miniature tokenizer, a letter and a digit, which a policy can copy without spelling.
 
 Besides `two_hop` (the family's question) there are two tasks for the warm start: `repeat` a line of
-words, and `look_up` a fact in the question's own text, which reads like results of a search. They
-teach to copy, and to find what to copy, which is what each hop rests on (and the answer from any
-tool's result). Their words are drawn anew for every question and tell nothing of the land.
+words, and `look_up` a fact in the question's own text, which reads like results of a search. They teach to find
+and to copy, which each hop needs, and any answer from a tool's result. Their words are drawn anew for every
+question, and are no facts of the land.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ TWO_HOP_MIX = (("two_hop", 1.0),)
 OFFICES = ("teacher", "painter", "mayor", "author", "king", "queen")
 COLOURS = tuple(perception.COLOURS)
 NAMES = tuple(letter + digit for letter in "ABCDEFGHJKLMNPQRSTUVWXYZ" for digit in "123456789")
-_FACTS = (1, 3)  # least and greatest number that a look-up's text tells
+_FACTS = (1, 3)  # least and greatest number of facts in a look-up's text
 _WORDS = (1, 5)  # and of words that a line to repeat has
 _STREAM = 101  # keeps the family's random stream apart from the others'
 
@@ -60,7 +61,7 @@ class Region:
 
 @functools.lru_cache(maxsize=4)
 def land(seed: int) -> Mapping[str, Region]:
-  """The regions of a seed's land by split; no name stands in two of them."""
+  """The regions of a seed's land by split; no two of them share a name."""
   rng = np.random.default_rng((seed, _STREAM))
   names = [NAMES[i] for i in rng.permutation(len(NAMES))]
   share = len(names) // (2 * len(perception.SPLITS))
@@ -80,7 +81,7 @@ def make_question(seed: int, index: int, split: str = "train",
 
   Args:
     seed: of the land and of the stream.
-    index: place in the stream, from 0.
+    index: of the question in the stream, from 0.
     split: "train", "rl" or "eval"; each has a region of its own.
     mix: (kind, weight) pairs, kinds of `QUESTION_KINDS`.
 
@@ -126,13 +127,13 @@ def _look_up(rng: np.random.Generator) -> tuple[str, str]:
   count = int(rng.integers(_FACTS[0], _FACTS[1], endpoint=True))
   names = [NAMES[i] for i in rng.permutation(len(NAMES))[:2]]
   known: dict[tuple[str, str], str] = {}
-  while len(known) < count:  # of two towns, so that neither name nor office alone tells
+  while len(known) < count:  # of two towns, so that neither name nor office alone finds the fact
     relation = _one(rng, (*OFFICES, "colour", "colour"))
     known[relation, _one(rng, names)] = _one(rng, COLOURS if relation == "colour" else NAMES)
-  told = "\n\n".join(f"[{number}] {relation} of {name}\n\n{_fact(relation, name, what)}"
+  facts = "\n\n".join(f"[{number}] {relation} of {name}\n\n{_fact(relation, name, what)}"
                      for number, ((relation, name), what) in enumerate(known.items(), 1))
   relation, name = _one(rng, list(known))
-  return f"{told}\n\nWhat is the {relation} of {name}?", known[relation, name]
+  return f"{facts}\n\nWhat is the {relation} of {name}?", known[relation, name]
 
 
 def _one(rng: np.random.Generator, things: Sequence[T]) -> T:
@@ -154,7 +155,7 @@ def colour_fact(person: str, colour: str) -> str:
 
 
 def documents(seed: int) -> list[dict[str, str]]:
-  """The corpus of a seed's land as {"title", "text"}, all splits together, in an order that tells nothing."""
+  """The corpus of a seed's land as {"title", "text"}, all splits together, in random order."""
   found = []
   for region in land(seed).values():
     found += [(f"{office} of {town}", office_fact(office, town, person))

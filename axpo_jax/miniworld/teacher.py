@@ -1,8 +1,7 @@
 """The scripted teacher of the miniature world: it writes assistant turns as text.
 
 In: a question of any family, the steps so far, a random stream. Out: one assistant turn (see
-`script`). What it does is up to its habits; `habits` says what to expect of them. The families'
-scripts are in `teach_perception`, `teach_search` and `teach_reasoning`.
+`script`). `habits` has the probabilities of its choices. The families' scripts are in `teach_perception`, `teach_search` and `teach_reasoning`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The families of the miniature world as one stream of questions.
 
-In: (seed, split, index, WorldConfig). Out: a `Question`, a pure function of them. Which family a
-place in the stream belongs to is drawn from the place alone; the question is then the one that the
-family has at this place. So a stream of perception alone is the perception family's stream.
+In: (seed, split, index, WorldConfig). Out: a `Question`, a pure function of them. The family of an index is
+drawn first, and the question is the one that this family has at the same index. So a stream of perception
+alone is the perception family's stream.
 """
 
 from __future__ import annotations

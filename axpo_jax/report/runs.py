@@ -31,7 +31,7 @@ class Run:
 
   Attributes:
     name: shown on the page, unique among its runs.
-    folder: where it lies.
+    folder: that holds it.
     metrics: lines of metrics.jsonl; none if there is no such file.
     benchmarks: by benchmark, a record of every question with a judged rollout; none if the run's
       evaluation is in the metrics alone.
@@ -55,7 +55,7 @@ class Run:
 
 
 def load_runs(folders: Iterable[str | pathlib.Path]) -> list[Run]:
-  """Reads runs; their names are the shortest ends of their paths that tell them apart.
+  """Reads runs; their names are the shortest ends of their paths that differ.
 
   Raises:
     ReportError: a folder is not there or holds nothing to report.
@@ -64,31 +64,31 @@ def load_runs(folders: Iterable[str | pathlib.Path]) -> list[Run]:
   if remote := [folder for folder in folders if paths.is_remote(folder)]:
     raise ReportError(f"{remote[0]}: the report reads local folders; copy the run to one, all of it but its "
                       "checkpoints")
-  places = [pathlib.Path(folder) for folder in folders]
-  if len({place.resolve() for place in places}) < len(places):
+  found = [pathlib.Path(folder) for folder in folders]
+  if len({path.resolve() for path in found}) < len(found):
     raise ReportError("a run is named twice")
-  return [_load(place, name) for place, name in zip(places, _names(places))]
+  return [_load(path, name) for path, name in zip(found, _names(found))]
 
 
-def _load(place: pathlib.Path, name: str) -> Run:
-  if not place.exists():
-    raise ReportError(f"{place} is not there; give a run's --workdir, or a folder or file of logs")
-  if not place.is_dir():
-    return _logs(place, place.parent, name)
-  dumps = sorted(path for pattern in ("step_*.jsonl", "rollouts_*.jsonl")
-                 for path in place.rglob(pattern) if _is_dump(path))
-  metrics = [line for line in map(_numbers, _lines(place / METRICS_FILE)) if "step" in line]
-  benchmarks = _benchmarks(sorted(place.glob("eval/*/records_*.jsonl")))
+def _load(path: pathlib.Path, name: str) -> Run:
+  if not path.exists():
+    raise ReportError(f"{path} is not there; give a run's --workdir, or a folder or file of logs")
+  if not path.is_dir():
+    return _logs(path, path.parent, name)
+  dumps = sorted(file for pattern in ("step_*.jsonl", "rollouts_*.jsonl")
+                 for file in path.rglob(pattern) if _is_dump(file))
+  metrics = [line for line in map(_numbers, _lines(path / METRICS_FILE)) if "step" in line]
+  benchmarks = _benchmarks(sorted(path.glob("eval/*/records_*.jsonl")))
   if not (metrics or dumps or benchmarks):
-    return _logs(place, place, name)
-  config = next(iter(_lines(place / "config.json", whole=True)), {})
-  return Run(name, place, metrics, benchmarks, dumps, config)
+    return _logs(path, path, name)
+  config = next(iter(_lines(path / "config.json", whole=True)), {})
+  return Run(name, path, metrics, benchmarks, dumps, config)
 
 
-def _logs(place: pathlib.Path, folder: pathlib.Path, name: str) -> Run:
-  found = reading.read([place], keep=True)
+def _logs(path: pathlib.Path, folder: pathlib.Path, name: str) -> Run:
+  found = reading.read([path], keep=True)
   if not (found.traces or found.uncounted):
-    raise ReportError(f"{place} has neither metrics.jsonl nor rollouts that can be read; give a run's "
+    raise ReportError(f"{path} has neither metrics.jsonl nor rollouts that can be read; give a run's "
                       "--workdir, or logs that axpo_jax.diagnose reads")
   return Run(name, folder, (), {}, (), logs=found)
 
@@ -133,7 +133,7 @@ def _benchmarks(paths: Iterable[pathlib.Path]) -> dict[str, list[Record]]:
 
 
 def _names(places: Sequence[pathlib.Path]) -> list[str]:
-  parts = [place.resolve().parts for place in places]
+  parts = [path.resolve().parts for path in places]
   for count in range(1, max(map(len, parts)) + 1):
     names = ["/".join(part[-count:]) for part in parts]
     if len(set(names)) == len(names):

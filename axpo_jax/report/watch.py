@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from axpo_jax.report.runs import ReportError, Run, load_runs
 
-_PATTERNS = ("metrics.jsonl", "**/step_*.jsonl", "eval/*/records_*.jsonl")
+_PATTERNS = ("metrics.jsonl", "**/step_*.jsonl", "**/rollouts_*.jsonl", "eval/*/records_*.jsonl")
 _WAITING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="3">
 <title>waiting</title><body style="font-family: system-ui; margin: 3rem"><h1>Nothing to show yet</h1><p>{}</p>
 <p>This page looks again every three seconds.</p></body></html>"""
