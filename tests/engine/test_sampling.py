@@ -93,7 +93,7 @@ def test_draws_follow_the_reference_distribution(params):
   _assert_drawn_from(ids, _reference(logits, params, seen_V))
 
 
-@pytest.mark.parametrize("top_k, top_p", [(20, 0.22), (80, 0.7)])  # up to `_FEW_RANKS`, and more
+@pytest.mark.parametrize("top_k, top_p", [(20, 0.22), (80, 0.7)])
 def test_top_k_and_top_p_are_joint_as_in_sglang(top_k, top_p):
   logits = np.linspace(0.5, 0.0, VOCAB, dtype=np.float32)
   params = SamplingParams(1, temperature=0.7, top_p=top_p, top_k=top_k)
@@ -138,6 +138,19 @@ def test_narrow_filters_are_greedy_even_on_ties(params):
   logits[:, [11, 55]] = np.arange(8)[:, None]
   ids, _ = _sample(logits, [params] * 8, range(8))
   assert ids.tolist() == [0] + [11] * 7
+
+
+@pytest.mark.parametrize("params", [SamplingParams(1, top_k=7), SamplingParams(1, top_p=0.4),
+                                    SamplingParams(1, top_k=9, top_p=0.3)], ids=str)
+def test_ties_at_the_cut_are_kept_by_lower_id(params):
+  """Few different values, negative, zero of both signs and positive, so that every cut is among equals."""
+  rng = np.random.default_rng(0)
+  logits = rng.integers(-2, 3, (200, VOCAB)).astype(np.float32) * 0.25
+  logits[logits == 0] *= rng.choice([-1.0, 1.0], (logits == 0).sum())
+  arrays = sampling.row_params([params] * 200, range(200), rows=200, width=4)
+  kept = np.isfinite(jax.jit(sampling._keep_likely)(logits, arrays))
+  wanted = np.stack([_reference(row, params) > 0 for row in logits])
+  np.testing.assert_array_equal(kept, wanted)
 
 
 def test_banned_ids_are_never_drawn_however_likely():
