@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -30,7 +31,8 @@ class Prompt:
   """A request's prompt, expanded: every image pad repeated for the image's merged tokens.
 
   tokens_T int32; keys_T int64, what prefixes are compared by; positions_Tx3 int32; image_T int32,
-  which image a token belongs to (-1: text); offset_T int32, which of its tokens.
+  which image a token belongs to (-1: text); offset_T int32, which of its tokens; digest: of keys_T,
+  equal for the requests of one question.
   """
 
   request: SampleRequest
@@ -39,6 +41,7 @@ class Prompt:
   positions_Tx3: np.ndarray
   image_T: np.ndarray
   offset_T: np.ndarray
+  digest: bytes
 
   @classmethod
   def of(cls, request: SampleRequest, config: ModelConfig) -> Prompt:
@@ -52,13 +55,15 @@ class Prompt:
     tokens_T, image_T = np.repeat(ids, repeats), np.repeat(number, repeats)
     starts = np.repeat(np.cumsum(repeats) - repeats, repeats)
     grids = [(h // merge, w // merge) for h, w in (image.grid_hw for image in request.images)]
+    keys_T = content_keys(tokens_T, image_T, [image.key for image in request.images])
     return cls(
       request=request,
       tokens_T=tokens_T,
-      keys_T=content_keys(tokens_T, image_T, [image.key for image in request.images]),
+      keys_T=keys_T,
       positions_Tx3=mrope_positions(tokens_T, grids, config.image_token_id, config.video_token_id),
       image_T=image_T,
       offset_T=(np.arange(len(tokens_T)) - starts).astype(np.int32),
+      digest=hashlib.sha256(keys_T.tobytes()).digest(),
     )
 
   @property

@@ -253,9 +253,11 @@ class EmbeddedEngine:
   def _admit(self) -> None:
     """Starts waiting sequences, wave by wave, while rows are free and fewer than `max_running` run."""
     while self._queue and not self._updates:
-      candidates = self._candidates()
-      waiting = [Waiting(s.prompt.keys_T, id(s.prompt)) for s in candidates]
       capacity = self.config.max_running - len(self._running)
+      if not capacity:
+        return  # before the prompts of all that wait are looked up
+      candidates = self._candidates()
+      waiting = [Waiting(s.prompt.keys_T, s.prompt.digest) for s in candidates]
       planned = plan_wave(waiting, self._pool, capacity=capacity, defer_gain=self.config.defer_gain)
       if not planned:
         return

@@ -183,10 +183,17 @@ class PrefixPool:
     as its fullest shard. Among equals one of the source's shard, which needs no copy between devices."""
     running_S = np.bincount(self._shard_R[self._busy_R], minlength=self.layout.shards)
     near = self._shard_R[source] if source >= 0 else -1
-    idle = [row for row in np.flatnonzero(~self._busy_R).tolist() if row not in self._pinned
-            and running_S[self._shard_R[row]] < self._most_busy]
-    return min(idle, default=None, key=lambda row: (
-      row in wanted, running_S[self._shard_R[row]], self._shard_R[row] != near, self._used_R[row], row))
+    running_R = running_S[self._shard_R]
+    usable_R = ~self._busy_R & (running_R < self._most_busy)
+    usable_R[list(self._pinned)] = False
+    rows = np.flatnonzero(usable_R)
+    if not len(rows):
+      return None
+    wanted_R = np.zeros(self.rows, bool)
+    wanted_R[[row for row in wanted if row >= 0]] = True
+    order = np.lexsort((self._used_R[rows], self._shard_R[rows] != near, running_R[rows],
+                        wanted_R[rows]))  # by the last one first; among equals the first row
+    return int(rows[order[0]])
 
   def _touch(self, row: int) -> None:
     self._used_R[row] = self._clock
@@ -229,7 +236,7 @@ class PrefixPool:
 class Waiting:
   """What planning needs to know of a queued sequence.
 
-  group: equal for sequences of one request, whose keys are equal.
+  group: equal for sequences whose keys are equal. They are matched once for all.
   """
 
   keys_T: np.ndarray
