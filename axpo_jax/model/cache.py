@@ -9,11 +9,29 @@ Legend: L layers, B rows, S slots, T new tokens, K kv heads, H head size.
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 
 from axpo_jax.model.config import ModelConfig
+
+# (keys [B, K, H, S], values [B, K, S, H]) of every block of slots that a layer attends to.
+Blocks = tuple[tuple[jax.Array, jax.Array], ...]
+
+
+class Past(Protocol):
+  """A cache that is only read: `KVCache`, or rows of the embedded engine's pool."""
+
+  lengths_B: jax.Array
+
+  @property
+  def num_layers(self) -> int: ...
+
+  @property
+  def filled(self) -> tuple[jax.Array, ...]: ...
+
+  def layer(self, number: int | jax.Array) -> Blocks: ...
 
 
 @jax.tree_util.register_dataclass
@@ -39,9 +57,12 @@ class KVCache:
                jnp.zeros((*head, length, text.head_dim), dtype), jnp.zeros(batch, jnp.int32))
 
   @property
-  def blocks(self) -> tuple[tuple[jax.Array, jax.Array], ...]:
-    """(keys, values) of every block of slots, stacked over layers."""
-    return ((self.k_LxBxKxHxS, self.v_LxBxKxSxH),)
+  def num_layers(self) -> int:
+    return self.k_LxBxKxHxS.shape[0]
+
+  def layer(self, number: int | jax.Array) -> Blocks:
+    """The blocks of slots of one layer."""
+    return ((self.k_LxBxKxHxS[number], self.v_LxBxKxSxH[number]),)
 
   @property
   def filled(self) -> tuple[jax.Array, ...]:
@@ -80,22 +101,22 @@ class DecodeCache:
   recent_k_LxBxKxHxT, recent_v_LxBxKxTxH: the first `steps` of T slots are written.
   """
 
-  past: KVCache
+  past: Past
   recent_k_LxBxKxHxT: jax.Array
   recent_v_LxBxKxTxH: jax.Array
   steps: jax.Array
 
   @classmethod
-  def after(cls, past: KVCache, slots: int) -> DecodeCache:
+  def after(cls, past: Past, slots: int) -> DecodeCache:
     """An empty block of `slots` tokens a row after `past`."""
-    layers, rows, heads, size, _ = past.k_LxBxKxHxS.shape
-    dtype = past.k_LxBxKxHxS.dtype
-    return cls(past, jnp.zeros((layers, rows, heads, size, slots), dtype),
-               jnp.zeros((layers, rows, heads, slots, size), dtype), jnp.int32(0))
+    k = past.layer(0)[0][0]
+    layers, (rows, heads, size, _) = past.num_layers, k.shape
+    return cls(past, jnp.zeros((layers, rows, heads, size, slots), k.dtype),
+               jnp.zeros((layers, rows, heads, slots, size), k.dtype), jnp.int32(0))
 
-  @property
-  def blocks(self) -> tuple[tuple[jax.Array, jax.Array], ...]:
-    return (*self.past.blocks, (self.recent_k_LxBxKxHxT, self.recent_v_LxBxKxTxH))
+  def layer(self, number: int | jax.Array) -> Blocks:
+    return (*self.past.layer(number),
+            (self.recent_k_LxBxKxHxT[number], self.recent_v_LxBxKxTxH[number]))
 
   @property
   def filled(self) -> tuple[jax.Array, ...]:

@@ -146,6 +146,16 @@ def scan_layers(
   return jax.lax.scan(body, carry, (stacked, xs), unroll=True if unroll else 1)
 
 
+def each_layer(layers: Sequence[nnx.Module], step: Callable[[nnx.Module, Any, int], tuple[Any, Any]],
+               carry: Any) -> tuple[Any, Any]:
+  """`scan_layers` of a list of layers and their numbers, written out one by one."""
+  found = []
+  for number, layer in enumerate(layers):
+    carry, y = step(layer, carry, number)
+    found.append(y)
+  return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *found)
+
+
 def remat(function: Callable, policy: str) -> Callable:
   """function(layer, *arrays), recomputed in the backward pass as ModelConfig.remat says."""
   if policy == "none":

@@ -21,7 +21,7 @@ from axpo_jax.model.attention_xla import Tags, block
 from axpo_jax.model.cache import DecodeCache, KVCache
 from axpo_jax.model.config import ModelConfig, TextConfig
 from axpo_jax.model.experts import Experts, Load
-from axpo_jax.model.layers import Linear, Maker, RMSNorm, remat, scan_layers
+from axpo_jax.model.layers import Linear, Maker, RMSNorm, each_layer, remat, scan_layers
 from axpo_jax.model.sharding import constrain
 
 Cache = KVCache | DecodeCache
@@ -128,6 +128,20 @@ class TextDecoder(nnx.Module):
     self.norm = RMSNorm(make, text.hidden_size, text.rms_norm_eps)
     self.head = None if text.tie_word_embeddings else make.normal(*table)
 
+  def unstack(self) -> None:
+    """Makes the stack of layers a list, whose parameters are arrays of their own.
+
+    For a loop over tokens inside of jit: a stack would be cut into layers again at every token.
+    """
+    graphdef, stacked = nnx.split(self.layers)
+    self.layers = nnx.List([
+      nnx.merge(graphdef, jax.tree.map(lambda x, at=number: x[at], stacked))
+      for number in range(self.config.text.num_layers)])
+
+  @property
+  def unstacked(self) -> bool:
+    return isinstance(self.layers, nnx.List)
+
   def embed(self, tokens_BxT: jax.Array) -> jax.Array:
     """[B, T, D] in the compute dtype."""
     x_BxTxD = constrain(self.embedding[...][tokens_BxT], _LOOKUP)
@@ -153,8 +167,8 @@ class TextDecoder(nnx.Module):
     layer_fn = remat(DecoderLayer.__call__, self.config.remat)
     real_BxT = ends_BxT > 0 if text.experts else None
 
-    def step(layer, x_BxTxD, xs):
-      number, cached = xs
+    def step(layer, x_BxTxD, number):
+      cached = () if cache is None else cache.layer(number)
       x_BxTxD, new, load = layer_fn(layer, x_BxTxD, angles, sees, cached, real_BxT)
       if deepstack is not None:
         # Checkpointed: the branch would save arrays as large as x for the backward pass in every layer.
@@ -162,10 +176,12 @@ class TextDecoder(nnx.Module):
       return x_BxTxD, (new if cache is not None else None, None if taps is None else x_BxTxD,
                        None if loads is None else load)
 
-    xs = (jnp.arange(text.num_layers), () if cache is None else cache.blocks)
-    x_BxTxD, (new, hidden_LxBxTxD, load) = scan_layers(
-      self.layers, step, x_BxTxD, xs,
-      unroll=cache is None and self.config.unrolls(text.num_layers))
+    if self.unstacked:
+      x_BxTxD, (new, hidden_LxBxTxD, load) = each_layer(self.layers, step, x_BxTxD)
+    else:
+      x_BxTxD, (new, hidden_LxBxTxD, load) = scan_layers(
+        self.layers, step, x_BxTxD, jnp.arange(text.num_layers),
+        unroll=cache is None and self.config.unrolls(text.num_layers))
     if load is not None:
       loads.append(load)
     x_BxTxD = self.norm(x_BxTxD)

@@ -382,3 +382,18 @@ def test_event_loops_that_end_or_stop_leave_the_cache_in_order(embedded, ask, te
     ((sample,),) = subject.run(ask(text(0, 9), temperature=0))  # on a loop of its own
     assert not left.done()
   assert sample.ids == reference.greedy(text(0, 9), (), 8) and sample.cached_tokens == 8
+
+
+@the_embedded
+def test_layers_in_a_loop_give_what_layers_written_out_give(subject, ask, text, image):
+  """Deep models scan their layers and gather each layer's rows in the loop."""
+  config = dataclasses.replace(subject.engine._model, remat="full")
+  graphdef = nnx.graphdef(nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0))))
+  engine = EmbeddedEngine(config, graphdef, subject.reference.params, config=subject.engine.config)
+  requests = [ask(text(0, 9) + subject.picture + text(1, 3), (image(0),), 6, seeds=range(3)),
+              ask(text(2, 30), seeds=(7,))]
+  looped = dataclasses.replace(subject, engine=engine).run(*requests)
+  for samples, wanted in zip(looped, subject.run(*requests), strict=True):
+    for sample, want in zip(samples, wanted, strict=True):
+      assert sample.ids == want.ids
+      np.testing.assert_allclose(sample.logprobs, want.logprobs, atol=1e-4)

@@ -27,7 +27,7 @@ import numpy as np
 from flax import nnx
 
 from axpo_jax.engine.embedded import sampling
-from axpo_jax.engine.embedded.kv_pool import ROWS, Pool, engine_rules
+from axpo_jax.engine.embedded.kv_pool import ROWS, Pool, PoolRows, engine_rules
 from axpo_jax.model import programs, sharding
 from axpo_jax.model.cache import DecodeCache
 from axpo_jax.model.config import ModelConfig
@@ -267,6 +267,12 @@ def _programs(
   rules = None if rules is None else dict(rules)
   jit = functools.partial(jax.jit, compiler_options=options and dict(options))
 
+  def merged(params):
+    model = nnx.merge(graphdef, params)
+    if model.config.unrolls(model.config.text.num_layers):
+      model.text.unstack()
+    return model
+
   def encode(params, vision):
     with sharding.use(mesh, rules):
       return nnx.merge(graphdef, params).encode_images(vision)
@@ -285,7 +291,7 @@ def _programs(
 
   def prefill(params, pool, inputs, features, *, slots):
     with sharding.use(mesh, rules):
-      _, cache = nnx.merge(graphdef, params)(
+      _, cache = merged(params)(
         inputs.tokens_BxT,
         inputs.positions_BxTx3,
         inputs.real_BxT,
@@ -297,8 +303,9 @@ def _programs(
 
   def decode(params, pool, inputs, *, slots, block):
     with sharding.use(mesh, rules):
-      model = nnx.merge(graphdef, params)
-      past = pool.read(inputs.row_B, inputs.length_B, slots)
+      model, past = merged(params), PoolRows(pool, inputs.row_B, inputs.length_B, slots)
+      if model.text.unstacked:
+        past = past.held()
       cache, out = _decode_block(model, DecodeCache.after(past, block), inputs, block)
       return pool.write_recent(inputs.row_B, cache, out.count_B), out
 

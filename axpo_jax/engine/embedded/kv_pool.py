@@ -18,10 +18,44 @@ import jax
 import jax.numpy as jnp
 
 from axpo_jax.model import sharding
-from axpo_jax.model.cache import DecodeCache, KVCache, write_slots
+from axpo_jax.model.cache import Blocks, DecodeCache, KVCache, write_slots
 
 # Of keys and of values alike, in the pool and in a call's cache.
 ROWS = ("layers", "batch", "act_kv_heads", None, None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PoolRows:
+  """Rows of a pool as a cache that is only read, layer by layer (`model.cache.Past`).
+
+  Nothing is copied beforehand: where the layers are scanned, one layer's rows at a time are gathered
+  while it runs. `held_L` is for few layers, whose loop is written out: it gathers them once for all
+  tokens that read them.
+  """
+
+  pool: Pool
+  rows_B: jax.Array
+  lengths_B: jax.Array
+  slots: int = dataclasses.field(metadata={"static": True})
+  held_L: tuple[tuple[jax.Array, jax.Array], ...] | None = None
+
+  @property
+  def num_layers(self) -> int:
+    return self.pool.k_LxRxKxHxS.shape[0]
+
+  @property
+  def filled(self) -> tuple[jax.Array, ...]:
+    return (jnp.arange(self.slots) < self.lengths_B[:, None],)
+
+  def layer(self, number: int | jax.Array) -> Blocks:
+    if self.held_L is not None:
+      return (self.held_L[number],)
+    return (self.pool.read_layer(number, self.rows_B, self.slots),)
+
+  def held(self) -> PoolRows:
+    return dataclasses.replace(
+      self, held_L=tuple(self.layer(number)[0] for number in range(self.num_layers)))
 
 
 @jax.tree_util.register_dataclass
@@ -31,6 +65,24 @@ class Pool:
 
   k_LxRxKxHxS: jax.Array
   v_LxRxKxSxH: jax.Array
+
+  def read_layer(self, number: int | jax.Array, rows_B: jax.Array, slots: int
+                 ) -> tuple[jax.Array, jax.Array]:
+    """Keys [B, K, H, S] and values [B, K, S, H] of one layer: the first `slots` slots of the rows."""
+
+    # One gather: a slice of the pool, gathered afterwards, could be copied whole before the loop.
+    def take(own_B, k_LxRxKxHxS, v_LxRxKxSxH):
+      heads, size = k_LxRxKxHxS.shape[2:4]
+
+      def taken(x, *sizes):
+        def one(row):
+          return jax.lax.dynamic_slice(x, (number, row, 0, 0, 0), (1, 1, *sizes))[:, 0]
+        return jax.vmap(one, out_axes=1)(own_B)
+
+      return taken(k_LxRxKxHxS, heads, size, slots), taken(v_LxRxKxSxH, heads, slots, size)
+
+    k_1xBxKxHxS, v_1xBxKxSxH = self._on_own_rows(take, rows_B)
+    return k_1xBxKxHxS[0], v_1xBxKxSxH[0]
 
   def read(self, rows_B: jax.Array, lengths_B: jax.Array, slots: int) -> KVCache:
     """The first `slots` slots of the given rows, as a cache that the model takes."""

@@ -35,13 +35,14 @@ class EngineBytes:
   Attributes:
     weights: the engine's copy of the parameters.
     pool: the KV rows.
-    running: the copy of the running rows that a block is decoded from, when all are full.
+    rows: copies of rows that a call makes: a prefill of the full rows that it reads and writes; a decode
+      of one layer of all that run, or of all layers where so few are written out (`ModelConfig.unrolls`).
     workspace: activations of the largest prefill or decode call: an estimate.
   """
 
   weights: float
   pool: float
-  running: float
+  rows: float
   workspace: float
 
   @property
@@ -77,8 +78,11 @@ def needed(model: ModelConfig, config: EmbeddedConfig, mesh: Mapping[str, int],
   shards, tensor = parts("batch"), parts("act_kv_heads")
   row = 2 * text.num_layers * text.num_kv_heads * text.head_dim * config.length * size / tensor
   running = -(-config.max_running // shards)
+  prompts = max(config.prefill_tokens // (config.length * shards), 1)
+  held = text.num_layers if model.unrolls(text.num_layers) else 1
   return EngineBytes(
-    weights=sum(map(weight, variables)), pool=-(-config.rows // shards) * row, running=running * row,
+    weights=sum(map(weight, variables)), pool=-(-config.rows // shards) * row,
+    rows=max(2 * prompts * row, running * row * held / text.num_layers),
     workspace=max(_prefill(model, config, shards, tensor, size),
                   _decode(model, running, shards, tensor)))
 
