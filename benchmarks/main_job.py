@@ -76,8 +76,8 @@ def main() -> None:
   transformers_logging.set_verbosity_error()
   transformers_logging.disable_progress_bar()
   with tempfile.TemporaryDirectory() as scratch:
-    config = _perception(axpo_tiny.get_config())
-    policy = _policy(config, args.policy, pathlib.Path(scratch))
+    config = perception(axpo_tiny.get_config())
+    policy = checkpoint(config, args.policy, pathlib.Path(scratch))
     context = run_context(config)
     params = policies.load_params(context, policy, config.seed)
     _print_machine(config, params, args, policy)
@@ -105,14 +105,14 @@ def _arguments() -> argparse.Namespace:
   return args
 
 
-def _perception(config: ConfigDict) -> ConfigDict:
+def perception(config: ConfigDict) -> ConfigDict:
   """The config with the one family whose prompts all have an image, and its tool."""
   config.data.miniworld.families.update(search=0.0, reasoning=0.0)
   config.agent.update(tools=("image_zoom_in",), scopes=("read_image",))
   return config
 
 
-def _policy(config: ConfigDict, folder: str, scratch: pathlib.Path) -> pathlib.Path:
+def checkpoint(config: ConfigDict, folder: str, scratch: pathlib.Path) -> pathlib.Path:
   """The policy's folder, made of random parameters where there is none; set in the config."""
   path = pathlib.Path(folder)
   if not (path / "config.json").exists():
@@ -225,7 +225,7 @@ def _sampling(name, questions, config, context, params, policy, repetitions) -> 
   with config.unlocked():
     config = ConfigDict(config)
   config.eval.questions = questions
-  with _engine(config, context, params) as (engine, runner):
+  with running_engine(config, context, params) as (engine, runner):
     actor = actors.make_actor(config, context, engine)
     different = [actor.start(question) for question in eval_questions(config)]
     starts = [start for start in different for _ in range(PROMPTS // questions)]
@@ -305,7 +305,7 @@ def _calls(times: Sequence[Times], threads: int) -> str:
 
 
 @contextlib.contextmanager
-def _engine(config, context, params) -> Iterator[tuple[Engine, asyncio.Runner]]:
+def running_engine(config, context, params) -> Iterator[tuple[Engine, asyncio.Runner]]:
   with asyncio.Runner() as runner:
     engine = engines.make_engine(config, context, params, (), pathlib.Path(tempfile.gettempdir()))
     try:
@@ -325,7 +325,7 @@ def prefill(config, context, params, _policy, repetitions) -> tuple[Row, str]:
   """
   batches = question_batches(config)
   computed, whole, forced, branches = [], [], 0, 0
-  with _engine(config, context, params) as (engine, runner):
+  with running_engine(config, context, params) as (engine, runner):
     actor = actors.make_actor(config, context, engine)
     for number in range(repetitions):
       runner.run(engine.update_weights(params, number))
