@@ -17,8 +17,8 @@ from axpo_jax.diagnose.traces import FIELDS, Fields, TraceError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Returns the exit status: 0, 1 with --strict where something warns, 2 if nothing was read, or if
-  some rollouts were not counted because no known notation explains their calls."""
+  """Returns the exit status: 0; 1 with --strict and a warning; 2 if nothing was read, or if rollouts were not counted
+  because their calls are in an unknown notation."""
   arguments = _parser().parse_args(argv)
   try:
     names = dict(item.split("=", 1) if "=" in item else (item, "") for item in arguments.field)
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       output.show(result, reading)
     else:
       print(text, flush=True)
-  except BrokenPipeError:  # `| head` has seen enough; what is still buffered must not be written
+  except BrokenPipeError:  # the reader, such as `| head`, has ended: drop what is still buffered
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   if not reading.traces or reading.uncounted:
     return 2
@@ -53,19 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m axpo_jax.diagnose",
-    description="How an agent thinks and acts, from its logs; docs/diagnose.md explains all figures.")
+    description="Diagnoses how an agent thinks and acts, from its logs; docs/diagnose.md explains all figures.")
   parser.add_argument("traces", nargs="+", help="logs, or folders of them")
-  parser.add_argument("--format", choices=FORMATS, help="instead of detecting it record by record")
+  parser.add_argument("--format", choices=FORMATS, help="format of all records; by default it is detected record by record")
   parser.add_argument("--field", action="append", default=[], metavar="NAME=PATH",
-                      help=f"where a record keeps {', '.join(FIELDS)}: reward=result.score")
+                      help=f"path of a field in a record ({', '.join(FIELDS)}), such as reward=result.score")
   parser.add_argument("--words", nargs="*", default=(), metavar="WORD",
-                      help="words by which thinking mentions a tool")
+                      help="words in the thinking that count as a mention of a tool")
   parser.add_argument("--tokenizer", help="tokenizer.json for dumps without the text of their tokens")
   parser.add_argument("--count-unread", action="store_true",
-                      help="count rollouts with words of unknown calls: you know that they are prose")
+                      help="count rollouts with words of calls in an unknown notation, as prose")
   parser.add_argument("--out", default=".", metavar="FOLDER",
-                      help="where diagnosis.json and diagnosis.md go (default: here)")
-  parser.add_argument("--plain", action="store_true", help="Markdown on a terminal too")
+                      help="folder for diagnosis.json and diagnosis.md (default: the current one)")
+  parser.add_argument("--plain", action="store_true", help="print Markdown on a terminal, too")
   parser.add_argument("--strict", action="store_true", help="exit with 1 if there is a warning")
   return parser
 
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 def _write(folder: str, result: dict, text: str) -> None:
   place = pathlib.Path(folder)
   place.mkdir(parents=True, exist_ok=True)
-  # What is no text (half of a surrogate pair) becomes the JSON escape of it.
+  # Half of a surrogate pair, which UTF-8 cannot encode, becomes a JSON escape.
   for name, content in (("diagnosis.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n"),
                         ("diagnosis.md", text)):
     (place / name).write_text(content, encoding="utf-8", errors="backslashreplace")

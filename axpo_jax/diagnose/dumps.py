@@ -1,7 +1,7 @@
-"""Our own dumps (rollouts/dump.py): which record is an ordinary rollout, and what it thought.
+"""Reads our own dumps (rollouts/dump.py).
 
-In: a record of a dump. Out: a Trace, or None for a continuation of a frozen prefix: its call is not
-its own choice. Dumps without the text of their tokens need the run's tokenizer.
+In: a record of a dump. Out: a Trace, or None for a continuation of a frozen prefix, since it did not choose to
+call. Dumps without the text of their tokens need the run's tokenizer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from axpo_jax.agent.token_texts import token_texts
 from axpo_jax.diagnose.traces import Call, Trace
 
-# Values of the file format, repeated here because agent.transcript needs Pillow, and this room numpy alone.
+# Values of the file format, repeated here because agent.transcript needs Pillow and diagnose only numpy.
 THINK, CALL = 1, 2  # of agent.transcript.Kind
 FAILED_STOPS = ("deadline", "engine_error", "episode_error")  # of agent.rollout
 _STEP = re.compile(r"step[_-]?(\d+)")
@@ -26,7 +26,7 @@ Decode = Callable[[Sequence[int]], str]
 
 def read_dump(record: Mapping[str, Any], place: str, step: int | None, pieces: Sequence[str] | None
               ) -> Trace | None:
-  """Reads one rollout; None for continuations and for what the machine and not the policy ended."""
+  """Reads one rollout; None for continuations and for failed rollouts."""
   extra, transcript = record.get("extra") or {}, record["transcript"]
   if "branch" in extra or record["stop"] in FAILED_STOPS:
     return None
@@ -58,12 +58,12 @@ def step_in_name(path: pathlib.Path) -> int | None:
 
 
 def find_decode(path: pathlib.Path) -> Decode | None:
-  """The decoder of the tokenizer that lies with a run's policy, or where its config says."""
+  """The decoder of the tokenizer in a run's policy folder, or where the run's config says."""
   for folder in path.resolve().parents:
     for place in (folder / "policy", *_configured(folder / "config.json")):
       if (place / "tokenizer.json").exists():
         return load_decode(place / "tokenizer.json")
-    if (folder / "metrics.jsonl").exists():  # the run's own folder: what is above it is not the run's
+    if (folder / "metrics.jsonl").exists():  # the run's own folder: those above are not part of it
       return None
   return None
 

@@ -1,8 +1,8 @@
-"""Where a record keeps its conversations: one row a format of files.
+"""Formats of log records: where a record holds its conversations.
 
-In: a record (one JSON object). Out: Conversations: messages as the log has them (`events` reads
-those), and the record in which reward, question and time are looked for. A format is a function that
-returns None where a record is none of it; the first that fits reads it.
+In: a record (one JSON object). Out: Conversations: messages as written in the log (`events` reads them), and the
+record that holds reward, question and time. A format is a function that returns None for a record of another
+format; the first that fits reads the record.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SUCCESS_FILE = "result.json"  # Harbor: what the verifier found, in the folder 
 
 
 class NoFormat(TraceError):
-  """A record that fits none of the formats."""
+  """The record fits none of the formats."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Conversation:
 
   Attributes:
     messages: as written.
-    record: where its reward, question, time and label are looked for.
-    facts: {"question" | "reward" | "when": value} that the format itself says.
-    tools: descriptions of the tools that were offered, as written.
-    inside: what else lies in it and is not read ("2 sub-agent trajectories"); "" if nothing.
+    record: holds its reward, question, time and label.
+    facts: {"question" | "reward" | "when": value} that the format defines.
+    tools: descriptions of the offered tools, as written.
+    inside: what else the record holds that is not read ("2 sub-agent trajectories"); "" if nothing.
   """
 
   messages: Sequence[Any]
@@ -60,13 +60,13 @@ def conversations(record: Mapping[str, Any], path: pathlib.Path, form: str | Non
 
   Args:
     record: one JSON object.
-    path: of its file; some formats keep the question's name in it.
+    path: of its file; in some formats it names the question.
     form: a key of FORMATS; None takes the first that fits.
-    messages: a dotted path to the messages, or to a text; it goes before all formats.
+    messages: a dotted path to the messages, or to a text; has priority over all formats.
 
   Raises:
-    NoFormat: none fits.
-    TraceError: not the one that was named.
+    NoFormat: no format fits.
+    TraceError: the record is not of the named format.
   """
   if messages is not None:
     found = value_at(record, messages)
@@ -83,8 +83,8 @@ def conversations(record: Mapping[str, Any], path: pathlib.Path, form: str | Non
 
 
 def text_records(text: str) -> list[tuple[int, dict[str, Any]]]:
-  """Of a text file, the line of every conversation and its record. A conversation begins with a
-  system block; a line `reward=1 step=3 question_id=q7` right before it says what it is."""
+  """The line and the record of every conversation in a text file. A conversation begins with a system block; a line
+  right before it may hold facts: `reward=1 step=3 question_id=q7`."""
   starts = [_with_head(text, found.start()) for found in _SYSTEM_BLOCK.finditer(text)] or [0]
   out, line = [], 1
   for start, stop in zip(starts, [*starts[1:], len(text)]):
@@ -97,7 +97,7 @@ def text_records(text: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _with_head(text: str, block: int) -> int:
-  """Where the line of facts before a system block begins; without one, where the block does."""
+  """Where the line of facts before a system block begins; without such a line, where the block begins."""
   before = text.rfind("\n", 0, max(0, block - 1)) + 1
   head = text[before:block]
   return before if "=" in head and "<" not in head else block
@@ -113,7 +113,7 @@ def _atif(record: Mapping[str, Any], path: pathlib.Path) -> list[Conversation] |
     return None
   messages: list[dict[str, Any]] = []
   for step in steps:
-    # What was copied from an earlier trajectory was done, and is counted, there.
+    # Steps that are copied from an earlier trajectory count there.
     ours = step["source"] == "agent" and not step.get("is_copied_context")
     role = "assistant" if ours else step["source"] if step["source"] != "agent" else GIVEN
     messages.append({"role": role, "content": step.get("message"),
@@ -174,7 +174,7 @@ def _swe_agent(record: Mapping[str, Any], path: pathlib.Path) -> list[Conversati
 
 
 def _verifiers_trace(record: Mapping[str, Any], path: pathlib.Path) -> list[Conversation] | None:
-  """Trace of verifiers: a graph of messages, of which those that were sampled are the agent's."""
+  """Trace of verifiers: a graph of messages; the sampled ones are the agent's."""
   nodes = record.get("nodes")
   if not _objects(nodes) or not all(isinstance(node.get("message"), Mapping) for node in nodes):
     return None
@@ -197,13 +197,13 @@ def _responses(record: Mapping[str, Any], path: pathlib.Path) -> list[Conversati
   output = response.get("output")
   if not _objects(output) or not any("type" in item for item in output):
     return None
-  # Items of the input are the rollout's too: who keeps no state at the server sends all of them.
+  # Items of the input are part of the rollout: a client without state at the server sends all of them.
   given = _as_messages(request.get("input") or (), "user")
   return [Conversation([*given, *output], record, tools=request.get("tools") or response.get("tools"))]
 
 
 def _messages(record: Mapping[str, Any], path: pathlib.Path) -> list[Conversation] | None:
-  """A list of messages under one of the usual names, and the answer of a logged request behind it."""
+  """A list of messages under one of the usual names, followed by the answer of a logged request."""
   lists = (record[name] for name in _LISTS if _objects(record.get(name)))
   messages = list(next(lists, ()))
   for source in (record, record.get("response")):
@@ -221,8 +221,8 @@ def _messages(record: Mapping[str, Any], path: pathlib.Path) -> list[Conversatio
 
 
 def _completion(record: Mapping[str, Any], path: pathlib.Path) -> list[Conversation] | None:
-  """A prompt and what the agent made of it, each a text or messages: verifiers, verl, TRL. What an
-  agent did before the prompt's last user turn is an example; behind it, it is this rollout's begin."""
+  """A prompt and a completion, each a text or messages: verifiers, verl, TRL. Turns of an agent before the prompt's
+  last user turn are examples; those after it are the beginning of this rollout."""
   if (made := _made(record)) is None:
     return None
   prompt = _as_messages(next((record[name] for name in PROMPTS if record.get(name)), ()), "user")
@@ -241,7 +241,7 @@ def _text(record: Mapping[str, Any], path: pathlib.Path) -> list[Conversation] |
   return [Conversation(split_text(text), record, tools=_tools(record))]
 
 
-# In the order in which they are tried.
+# In the order of trial.
 FORMATS: dict[str, Reader] = {
   "atif": _atif, "tau2": _tau2, "swe-agent": _swe_agent, "verifiers": _verifiers_trace,
   "responses": _responses, "messages": _messages, "completion": _completion, "text": _text}
@@ -255,7 +255,7 @@ def _objects(value: Any) -> bool:
 
 
 def _as_messages(value: Any, role: str) -> list[Any]:
-  """Messages of a list, or of a text that is of `role` unless it is ChatML."""
+  """Messages of a list, or of a text, which is one message of `role` unless it is ChatML."""
   if not isinstance(value, str):
     if not all(isinstance(message, Mapping) for message in value):
       raise TraceError("a message is not an object")
@@ -273,7 +273,7 @@ def _made(record: Mapping[str, Any]) -> str | list | None:
 
 
 def _system(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """Anthropic and ShareGPT keep the system prompt beside the messages."""
+  """The system prompt as a message: Anthropic and ShareGPT hold it beside the messages."""
   return [{"role": "system", "content": record["system"]}] if record.get("system") else []
 
 

@@ -9,9 +9,8 @@ one log:
   a message of its own            role tool_call or function_call; type function_call, *_call
   text behind the last </think>   <tool_call>{JSON}</tool_call>, <function=NAME>...</function>
 
-and so are results: role tool or the like, parts tool_result, items *_call_output, <tool_response>.
-Words of calls in another notation are reported by `Walk.unread`: such a log is never taken for one
-without calls.
+Results have similar notations: role tool or the like, parts tool_result, items *_call_output, <tool_response>.
+`Walk.unread` reports words of calls in another notation, so that such a log never counts as one without calls.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ _ROLES = {name: kind for kind, names in {
   "agent": "assistant gpt model agent bot ai chatgpt", "user": "user human",
   "result": "tool function observation ipython tool_response tool_result function_response",
   "call": "tool_call function_call"}.items() for name in names.split()}
-GIVEN = "context"  # role of what another agent, or an example, is said to have done
+GIVEN = "context"  # role of turns of another agent or of an example
 GIVEN_ROLES = (GIVEN, "system", "developer")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thinking_blocks")
 _THINKING_PARTS = ("thinking", "reasoning", "redacted_thinking")
@@ -62,18 +61,18 @@ _MOST_WAITING = 128
 
 
 class Walk:
-  """Goes through messages in order and joins calls with their results.
+  """Reads messages in order and joins calls with their results.
 
   Args:
     messages: as written.
-    named_images: events also list images that are only named by a path.
+    named_images: events also list images that are given by a path.
 
   Attributes:
-    events: what happened so far.
-    asked: one digest a message of the user, of those before the agent's first turn; if the agent
-      spoke first, of those before its second.
-    orphans: results that belong to no call.
-    spoke: there is a turn of the agent.
+    events: in order.
+    asked: a digest of every message of the user before the agent's first turn; if the agent speaks first,
+      before its second.
+    orphans: number of results without a call.
+    spoke: whether there is a turn of the agent.
   """
 
   def __init__(self, messages: Sequence[Any], named_images: bool = False):
@@ -95,7 +94,7 @@ class Walk:
     return [event for event in self.events if event.kind == CALL]
 
   def unread(self) -> str | None:
-    """The words of calls in a conversation of which no call could be read; None without any."""
+    """Words of calls in a conversation in which no call could be read; None if there are none."""
     if self.calls:
       return None
     if self.orphans:
@@ -135,8 +134,8 @@ class Walk:
 
   def _agent(self, message: Mapping[str, Any], content: Any) -> None:
     self._raw.append(message)
-    self._agent_speaks = False  # a turn of its own, even right behind another
-    raw = message.get("raw_data")  # tau2 keeps what the provider said besides
+    self._agent_speaks = False  # a turn of its own, even right after another
+    raw = message.get("raw_data")  # tau2 also holds the provider's message
     for place in (message, raw if isinstance(raw, Mapping) else {}):
       for name in _THOUGHTS:
         self._add(THINK, text_of(place.get(name)))
@@ -157,7 +156,7 @@ class Walk:
     self._speaks()
 
   def _agent_text(self, text: str) -> None:
-    """Thinking reaches to the last </think>; without one, a turn that opens it is all thinking."""
+    """Thinking ends with the last </think>; a turn that opens it and does not close it is all thinking."""
     thinking, closed, rest = text.rpartition("</think>")
     if not closed and "<think>" in rest:
       thinking, rest = rest, ""
@@ -188,7 +187,7 @@ class Walk:
       else:
         said.append(part)
     text = text_of(said)
-    # Qwen's template wraps results in a user turn. Only where calls wait for them: a user may quote.
+    # Qwen's template wraps results in a user turn. Only if calls wait for results: a user may quote such text.
     while self._waiting and (found := RESPONSE.match(text.lstrip())):
       self._result({}, found[1].strip())
       text = text.lstrip()[found.end():]
@@ -202,7 +201,7 @@ class Walk:
   # ---- calls and results ----
 
   def _speaks(self) -> None:
-    """A new turn of the agent: calls without a key that nothing has answered will get no result."""
+    """A new turn of the agent: earlier calls without a key and without a result will get none."""
     if not self._agent_speaks:
       self._waiting = [event for event in self._waiting if event.key is not None]
       self._agent_speaks, self.spoke, self._answered_user = True, True, bool(self.asked)
@@ -238,7 +237,7 @@ class Walk:
     return None
 
   def _results(self, message: Mapping[str, Any], content: Any) -> None:
-    """One result, or as many as a message wraps: Hermes' tags, tau2's list of messages."""
+    """The results in a message: one, or several in Hermes' tags or tau2's list of messages."""
     blocks = RESPONSE.findall(content) if isinstance(content, str) else ()
     for block in blocks:
       self._result(message, block.strip())
@@ -249,7 +248,7 @@ class Walk:
     text = as_text(content)
     explicit, name = first(message, _RESULT_KEYS), message.get("name")
     keys = [key for key in (explicit, message.get("id")) if key is not None]
-    # By its key; an old-style log repeats the tool's name; else results come in the order of calls.
+    # Matched by its key, else by the tool's name (old logs), else by the order of calls.
     tests = [lambda call: call.key is not None and call.key in keys,
              lambda call: explicit is None and name and call.name == name,
              lambda call: call.key is None or explicit is None]
@@ -266,7 +265,7 @@ class Walk:
 
 
 def is_agents(message: Any) -> bool:
-  """Whether a message says that it is the agent's."""
+  """Whether the role of a message is the agent's."""
   role = message.get("role") or message.get("from") if isinstance(message, Mapping) else None
   return _ROLES.get(str(role).lower()) in ("agent", "call")
 

@@ -1,4 +1,4 @@
-"""What the traces say: shares with intervals, overall, by tool, over time, and warnings.
+"""Figures of traces: shares with intervals, overall, by tool and over time; and warnings.
 
 In: Traces. Out: a plain dict that JSON takes (docs/diagnose.md lists its fields). A *question* here
 is one question at one time: rollouts of the same question at another step are another group.
@@ -40,8 +40,8 @@ def _all_wrong(used_tool: bool) -> Counter:
 
 
 def _declined(test: acting.Test, label: str | None = None) -> Counter:
-  """Of the scored rollouts without a call (of questions with a label, then with one too), those that
-  pass `test`, which also gets what acting came to in the question's rollouts."""
+  """A share of the scored rollouts without a call or, with a `label`, of all scored rollouts of questions with that
+  label: those that pass `test`, which also gets the outcome of acting in the question's rollouts."""
   def count(group: Group) -> tuple[int, int]:
     scored = [trace for trace in group if trace.scored]
     members = [trace for trace in scored

@@ -1,6 +1,6 @@
-"""How one call, one result or one text is written. No state.
+"""Notations of single calls, results and texts. No state.
 
-In: pieces of a message. Out: an Event of a call, the kind of an error, texts.
+In: parts of a message. Out: an Event of a call, the kind of an error, texts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CALL_NAMES = ("name", "function_name", "tool_name", "toolName")
 ARGUMENTS = ("arguments", "input", "args", "parameters", "kwargs", "action")
 CALL_KEYS = ("call_id", "tool_call_id", "toolCallId", "id")
 
-# Up to the next tag of either kind: an opening tag repeated 100,000 times is read once, not squared.
+# Up to the next tag of either kind, so that an opening tag repeated 100,000 times takes linear time.
 RESPONSE = re.compile(r"<tool_response>((?:(?!</?tool_response>).)*)</tool_response>", re.DOTALL)
 TEXT_CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)|"
                        r"<function=([^>\s]*)>(.*?)(</function>|\Z)", re.DOTALL)
@@ -42,15 +42,15 @@ _DEEPEST = 12  # levels of a message that are searched for such keys
 
 @dataclasses.dataclass
 class Event:
-  """One thing that happened.
+  """One event of a conversation.
 
   Attributes:
     kind: SYSTEM, USER, THINK, SAY, CALL or RESULT.
-    text: what was said; of a call its arguments as written.
-    name: of a call, the tool; "" if it cannot be read.
-    key: by which a result finds its call.
-    error: of a call, the kind of its error; None if it worked.
-    images: base64 texts (or data URIs) of the pictures in a message of the user or in a result.
+    text: the text; for a call its arguments as written.
+    name: for a call, the tool; "" if it cannot be read.
+    key: matches a result with its call.
+    error: for a call, the kind of its error; None if it worked.
+    images: base64 texts, data URIs or paths of the images in a message of the user or in a result.
   """
 
   kind: str
@@ -62,7 +62,7 @@ class Event:
 
 
 def split_text(text: str) -> list[dict[str, str]]:
-  """Messages of a text: of ChatML its blocks; else all is the agent's but results behind calls."""
+  """Messages of a text: the blocks of ChatML; of other text, results after calls, and the rest is the agent's."""
   if "<|im_start|>" in text:
     if not text.lstrip().startswith("<|im_start|>"):
       text = "<|im_start|>assistant\n" + text
@@ -70,7 +70,7 @@ def split_text(text: str) -> list[dict[str, str]]:
   turns, at = [], 0
   for response in RESPONSE.finditer(text):
     before = text[at:response.start()]
-    # What the agent quotes is no result: one follows a call, or another result.
+    # A result follows a call or another result. Otherwise the agent quotes one.
     if before.strip() and not before.rstrip().endswith(("</tool_call>", "</function>")):
       continue
     if before.strip():
@@ -120,8 +120,8 @@ def images_of(content: Any, named: bool = False) -> list[str]:
   """The pictures in a message's content, as base64 texts or data URIs.
 
   Args:
-    named: also those that a path names. Whoever opens them must check where they are: a log may name any
-      file of this machine.
+    named: also images that are given by a path. The caller must check such paths: a log may name any file of
+      this machine.
   """
   found = []
   for part in content if isinstance(content, list) else [content]:
@@ -135,7 +135,7 @@ def images_of(content: Any, named: bool = False) -> list[str]:
 
 
 def parsed(text: str) -> Any:
-  """The value of JSON; None where it is none (or is null)."""
+  """The value of a JSON text; None if it is not JSON, or null."""
   try:
     return json.loads(text)
   except (ValueError, RecursionError):
@@ -179,7 +179,7 @@ def first(value: Mapping[str, Any], names: Sequence[str]) -> Any:
 
 
 def as_text(value: Any) -> str:
-  """A value for people: text as it is, the texts of parts, anything else as JSON."""
+  """A value as readable text: a text itself, the texts of parts, anything else as JSON."""
   if value is None or isinstance(value, str):
     return value or ""
   if isinstance(value, list) and value and all(isinstance(p, Mapping) and "type" in p for p in value):
@@ -193,7 +193,7 @@ def flagged(value: Mapping[str, Any]) -> bool:
 
 
 def call_keys(value: Any, depth: int = 0) -> Iterator[str]:
-  """Keys and types by which a message may hold a call, where they hold something."""
+  """Non-empty keys and types in a message that may be of a call."""
   if depth > _DEEPEST:
     return
   if isinstance(value, Mapping):

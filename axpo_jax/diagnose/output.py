@@ -1,4 +1,4 @@
-"""The diagnosis for people: Markdown, and coloured tables where the terminal can show them."""
+"""Output of the diagnosis: Markdown, and coloured tables on a terminal."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def show(result: Mapping[str, Any], reading: Reading) -> None:
 
 
 def summary(result: Mapping[str, Any], reading: Reading) -> str:
-  """One line: how much was read, and how much was not."""
+  """One line: the numbers of what was read and what was not."""
   formats = ", ".join(f"{count} {form}" for form, count in sorted(reading.formats.items()))
   text = (f"{result['rollouts']} rollouts of {result['questions']} questions, "
           f"{result['calls']} calls ({formats or 'nothing'} read, "
@@ -87,13 +87,13 @@ def summary(result: Mapping[str, Any], reading: Reading) -> str:
 
 
 def unread_warnings(reading: Reading) -> list[dict[str, str]]:
-  """The most important warning: rollouts that may hold calls in a notation that is not read."""
+  """The most important warning: rollouts that may hold calls in an unknown notation."""
   if not reading.unread:
     return []
   words = collections.Counter(problem.reason for problem in reading.unread)
   named = ", ".join(f"{word} ({count})" for word, count in words.most_common(3))
   first, left_out = reading.unread[0], len(reading.uncounted)
-  end = (f"{left_out} rollouts are not counted, since they would look as if they did not act"
+  end = (f"{left_out} rollouts are not counted, since they would count as rollouts without calls"
          if left_out else "they are counted as prose, as --count-unread says")
   return [{"kind": "unread_calls", "text": (
     f"{len(reading.unread)} rollouts hold words of calls, and no call could be read: {named}; the "
@@ -111,7 +111,7 @@ def lines(problems: Sequence[Problem]) -> list[str]:
 
 
 def clean(text: str) -> str:
-  """Text of strangers for a terminal: control characters and the like as escapes."""
+  """Untrusted text made safe for a terminal: control characters become escapes."""
   return "".join(character if character.isprintable() else
                  character.encode("unicode_escape").decode() for character in text)
 

@@ -1,8 +1,8 @@
-"""Files of traces, whatever their format: detected record by record, or forced.
+"""Reads files of traces in any format, which is detected record by record or given.
 
-In: files and folders. Out: Traces, and a list of everything that was not counted: records that could
-not be read (file, line, reason), files in which nothing is a rollout, and rollouts with words of calls
-of which no call could be read. Nothing that a file holds ends the reading.
+In: files and folders. Out: Traces, and lists of what was not counted: records that could not be read (file, line,
+reason), files without rollouts, and rollouts with words of calls of which no call could be read. No content of a
+file stops the reading.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from axpo_jax.diagnose.traces import Call, Fields, Trace, TraceError
 
 FORMATS = ("axpo", *envelopes.FORMATS)
 _LINES, _WHOLE, _PLAIN = (".jsonl", ".ndjson"), (".json", ".traj"), (".txt", ".log")
-# Folders of a run that hold weights and event files: large, and never rollouts.
+# Folders of a run that hold weights and event files: large, and without rollouts.
 _NO_ROLLOUTS = frozenset({"checkpoints", "policy", "tensorboard"})
 _OFFERED = re.compile(r'"name":\s*"([^"]+)"')
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """What could not be read or counted, and why; line 0 is the whole file."""
+  """A record or file that could not be read or counted, and why; line 0 is the whole file."""
 
   file: str
   line: int
@@ -45,10 +45,10 @@ class Reading:
     traces: the rollouts.
     problems: records that could not be read.
     formats: how many records of each format.
-    left_out: continuations and rollouts that the machine ended: read, but not counted.
-    skipped: files (and parts of them) that hold no rollouts as far as anyone can say.
-    unread: rollouts with words of calls that no known notation explains.
-    uncounted: the traces of `unread`, and those that were withheld with them.
+    left_out: number of continuations and failed rollouts, which do not count.
+    skipped: files, and parts of files, that seem to hold no rollouts.
+    unread: rollouts with words of calls in an unknown notation.
+    uncounted: the traces of `unread`, and others of the same files that may have unread calls too.
   """
 
   traces: list[Trace] = dataclasses.field(default_factory=list)
@@ -68,13 +68,13 @@ def read(paths: Iterable[str | pathlib.Path], *, form: str | None = None,
   Args:
     paths: .jsonl, .json, .traj, .txt and .log files, or folders of them.
     form: one of FORMATS; None detects it record by record.
-    fields: where foreign records keep messages, reward, question and time.
+    fields: where foreign records hold messages, reward, question and time.
     tokenizer: a tokenizer.json, for dumps without the text of their tokens.
     keep: foreign traces keep their events, to show them.
-    count_unread: words of calls that no notation explains are prose: count their rollouts.
+    count_unread: treat words of calls in an unknown notation as prose, and count their rollouts.
 
   Raises:
-    TraceError: a path that is not there, or an unknown format.
+    TraceError: a path does not exist, or the format is unknown.
   """
   if form not in (None, *FORMATS):
     raise TraceError(f"format {form!r}; choose one of {FORMATS}")
@@ -86,7 +86,7 @@ def read(paths: Iterable[str | pathlib.Path], *, form: str | None = None,
 
 @dataclasses.dataclass
 class _Found:
-  """A rollout that waits for all others to be read: `unread` are its words of calls, if any."""
+  """A rollout before it is decided whether it counts; `unread` are its words of calls, if any."""
 
   trace: Trace
   form: str
@@ -105,7 +105,7 @@ class _Reader:
     self._found: list[_Found] = []
 
   def read(self, path: pathlib.Path, named: bool) -> None:
-    """Reads a file. One that nobody named is skipped where no record of it fits any format."""
+    """Reads a file. If it is not named itself, it is skipped when no record fits any format."""
     problems, strange, read = [], [], 0
     for line, record in _records(path, self._form):
       try:
@@ -136,8 +136,8 @@ class _Reader:
       self.out.problems += problems
 
   def finish(self, count_unread: bool) -> Reading:
-    """Counts what can be counted. Where words of calls occur in a file and not one call was read, its
-    notation is unknown, and those of its rollouts that seem not to act may have acted."""
+    """Decides which rollouts count. If words of calls occur in a file and no call was read, its notation is unknown:
+    rollouts that seem not to act may have acted."""
     scopes = collections.defaultdict(list)
     lines = collections.Counter((found.form, found.file) for found in self._found)
     for found in self._found:  # files of one rollout each are one scope
@@ -191,8 +191,7 @@ def _trace(conversation: envelopes.Conversation, place: str, path: pathlib.Path,
     raise TraceError("there is no turn of the agent in it")
   said = [event.text for event in walk.events if event.kind == SAY]
   thoughts = [event.text for event in walk.events if event.kind == THINK]
-  # Without an id of the question, equal questions are those that ask the same; who asks nothing that
-  # we can see has a question of its own.
+  # Without an id, equal texts are the same question. A rollout without a visible question has one of its own.
   facts = {"question": "asked " + " ".join(walk.asked) if walk.asked else place,
            **fields.common(conversation.record, conversation.facts)}
   if facts["when"] is None:
@@ -224,7 +223,7 @@ def _tool_names(tools: Any, walk: Walk) -> tuple[str, ...]:
 
 
 def _files(paths: Iterable[str | pathlib.Path], out: Reading) -> Iterator[tuple[pathlib.Path, bool]]:
-  """Every file once, in order, and whether it was named itself."""
+  """Every file once, in order, and whether it was named itself and not found in a folder."""
   seen = set()
   for path in map(pathlib.Path, paths):
     if not path.exists():
@@ -266,7 +265,7 @@ def _inside(folder: pathlib.Path, out: Reading) -> list[pathlib.Path]:
 
 
 def _records(path: pathlib.Path, form: str | None) -> Iterator[tuple[int, Any]]:
-  """(line, record) of a file; in place of a record that is not JSON, the error."""
+  """(line, record) of a file; the error instead of a record that is not JSON."""
   try:
     if path.suffix in _PLAIN:
       text = path.read_text(encoding="utf-8-sig", errors="replace")
@@ -286,7 +285,7 @@ def _records(path: pathlib.Path, form: str | None) -> Iterator[tuple[int, Any]]:
 
 
 def _whole(path: pathlib.Path) -> Any:
-  """The value of a JSON file; None where it is lines of JSON under the wrong name."""
+  """The value of a JSON file; None if it holds JSON lines under the wrong suffix."""
   text = path.read_text(encoding="utf-8-sig", errors="replace")
   value = _value(text)
   first = text.lstrip().partition("\n")[0]

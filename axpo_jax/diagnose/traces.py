@@ -1,4 +1,4 @@
-"""One rollout of any agent, as far as the question "does it act, and does that help?" goes."""
+"""One rollout of any agent, with what the diagnosis reads of it: its calls, its thinking and its reward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ACTING = ("either", ACT, DECLINE)
 
 
 class TraceError(ValueError):
-  """A record that cannot be read; the message says why."""
+  """A record cannot be read; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Trace:
 
   Attributes:
     place: file and line that it was read from.
-    question: rollouts of the same question share this.
-    when: step (int) or day ("2026-01-31") that it belongs to; None if the log does not say.
-    reward: None if the log does not say.
+    question: the same for all rollouts of a question.
+    when: step (int) or day ("2026-01-31"); None if the log has neither.
+    reward: None if the log has none.
     calls: in order.
-    thinking: what the agent said to itself; None where the log has nothing of the kind.
-    tools: names of the tools that it was offered, as far as the log says.
+    thinking: the agent's thinking; None if the log has none.
+    tools: names of the offered tools, if the log has them.
     acting: whether one should act on the question: "act", "decline" or "either".
-    events: what happened (`events.Event`), if the reader keeps events.
+    events: the conversation (`events.Event`), if the reader keeps events.
   """
 
   place: str
@@ -72,8 +72,8 @@ class Trace:
     return self.reward is not None and self.reward > RIGHT
 
 
-# Names under which logs keep what a trace needs, first match wins; looked for in the record and
-# then in its sub-records META. `--field reward=path.to.it` puts a name before these.
+# Names of a trace's fields in logs; the first match counts, in the record and then in its sub-records META.
+# `--field reward=path.to.it` puts a path before these names.
 FIELDS: dict[str, tuple[str, ...]] = {
   "reward": ("reward", "score", "correct", "is_correct", "accuracy", "acc"),
   "question": ("question_id", "qid", "problem_id", "task_id", "prompt_id", "example_id"),
@@ -85,15 +85,15 @@ FIELDS: dict[str, tuple[str, ...]] = {
 META = ("metadata", "meta", "extra", "extra_info", "info", "reward_info")
 # Ids of questions are often unique only within one of these.
 _SCOPES = ("data_source", "dataset", "env_id", "domain")
-# What an object of several scores is worth: the first of these that it has.
+# The reward in an object of several scores: the first of these names that it has.
 _TOTALS = (*FIELDS["reward"], "score_total", "total", "overall", "final", "value")
 
 
 class Fields:
-  """Finds a trace's facts in a foreign record.
+  """Finds a trace's fields in a foreign record.
 
   Args:
-    names: {a name of FIELDS: dotted path}, looked for first.
+    names: {a name in FIELDS: dotted path}, which have priority.
   """
 
   def __init__(self, names: Mapping[str, str] | None = None):
@@ -103,13 +103,13 @@ class Fields:
 
   @property
   def messages(self) -> str | None:
-    """Where the messages are, if that was said."""
+    """The dotted path of the messages, if one was given."""
     return self._names.get("messages")
 
   def find(self, record: Mapping[str, Any], field: str, known: Mapping[str, Any] | None = None
            ) -> tuple[str, Any]:
-    """(name, value) of one field; ("", None) if the record has none. What a format `known`s itself
-    goes before the usual names, and after a path that was given."""
+    """(name, value) of one field; ("", None) if the record has none. The order: a path that was given, the values
+    `known` from the format, the usual names."""
     if field in self._names:
       return self._names[field], value_at(record, self._names[field])
     if known and known.get(field) is not None:

@@ -1,4 +1,4 @@
-"""When to worry: rules on the figures, each a sentence that names its numbers.
+"""Warnings: rules on the figures; each gives a sentence with its numbers.
 
 In: overall shares and those over time. Out: [{"kind", "text"}, ...], worst first.
 """
@@ -19,14 +19,14 @@ _GAP = 0.25  # all-wrong tool subgroups; the paper finds about 0.4 under GRPO
 def warnings(overall: Mapping[str, Share],
              over_time: Sequence[tuple[int | str, Mapping[str, Share]]],
              rollouts: int) -> list[dict[str, str]]:
-  """The warnings; none means that no rule fired, not that all is well."""
+  """The warnings of the rules that fired. An empty list does not mean that all is well."""
   found = [("collapse", collapse(over_time)), ("no_tools", _no_tools(overall, rollouts)),
            ("thinking_acting_gap", _gap(overall)), ("tools_cost", _tools_cost(overall))]
   return [{"kind": kind, "text": text} for kind, text in found if text]
 
 
 def collapse(over_time: Sequence[tuple[int | str, Mapping[str, Share]]]) -> str | None:
-  """Says when tool use collapsed; None if it did not, or if fewer than four times are known."""
+  """A sentence about when tool use collapsed; None if it did not, or with fewer than four times."""
   times = [when for when, _ in over_time]
   tried = [found["tool_attempt_rate"] for _, found in over_time]
   if len(tried) < _FEWEST_TIMES:
