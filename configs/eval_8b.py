@@ -7,7 +7,7 @@ The folder holds one folder a benchmark (docs/data.md says which files go into i
 with --config.eval.benchmarks="('vstar','mathvision')". Four rollouts a question with up to five turns
 and all three tools; answers that no rule can match go to a judge, if there is one
 (--config.eval.judge.url=http://localhost:8000/v1 --config.eval.judge.model=...). Every rollout is kept
-in eval/<benchmark>/; the same command goes on where it was stopped. What to expect, from the paper's
+in eval/<benchmark>/; the same command resumes where it was stopped. What to expect, from the paper's
 Table 1 (8B, mean Pass@1 / Pass@4): 54.4 / 69.6 as released, 58.5 / 72.2 after SFT, 60.5 / 74.0 after
 GRPO, 62.3 / 75.8 after AXPO.
 """

@@ -1,4 +1,4 @@
-"""One run of the comparison that lasts long enough to tell: `evidence_tiny.py` for 120 steps.
+"""One run of the longer comparison: `evidence_tiny.py` for 120 steps.
 
   python launch/sweep.py --config=configs/horizon_tiny.py --points=configs/sweeps/horizon.py \
     --workdir=runs/horizon --parallel=2

@@ -47,8 +47,8 @@ class Actor:
 
   Attributes:
     environment: what the episodes are about; by default nothing but their questions.
-    reward: of finished rollouts; None: whoever asked for them scores them.
-    check: raises for a transcript that nothing can be done with, such as one that cannot be packed.
+    reward: of finished rollouts; None: the caller scores them.
+    check: raises for a transcript that cannot be used, such as one that cannot be packed.
   """
 
   engine: Engine
@@ -96,9 +96,9 @@ async def sample_step(actor: Actor, questions: Iterator[Sequence[Question]], cou
     count: B, questions to train on.
     n: N, rollouts a question.
     seed: of the step.
-    resampling: what is certain to be resampled begins meanwhile, unless `dynamic` chooses the questions first.
-    dynamic: off, the first B questions are trained on. Otherwise the first B that can teach something;
-      fewer if the rounds end before, and the first B of all if none can.
+    resampling: what is certain to be resampled starts meanwhile, unless `dynamic` chooses the questions first.
+    dynamic: if off, the step trains on the first B questions. Otherwise on the first B informative ones; on
+      fewer if the rounds end before; and on the first B of all if none is informative.
   """
   sampled, kept, config = [], [], resampling.config
   for number in range(1 + dynamic.rounds):
@@ -123,7 +123,7 @@ async def sample_groups(actor: Actor, questions: Sequence[Question], n: int, see
 
   Args:
     seed: of the step; rollout i of question q draws from derive(seed, q, i).
-    resampling: is told of every question that has ended.
+    resampling: gets every question whose rollouts have ended.
     progress: label of a progress bar; empty for none.
   """
   async def of_question(q: int, question: Question, start: Transcript | None) -> Group:
@@ -163,10 +163,10 @@ async def resample(actor: Actor, groups: Sequence[Group], config: ResampleConfig
 
 
 class Resampling:
-  """AXPO's branches of one step. A prefix's continuations begin when it is certain that the plan has it.
+  """AXPO's branches of one step. A prefix's continuations start as soon as it is certain that the plan selects it.
 
-  So the prefixes are those that a plan behind all rollouts would choose, and never more. Leaving the context
-  cancels what still runs.
+  So the prefixes are exactly those that the plan selects after all rollouts. Leaving the context cancels
+  continuations that still run.
 
   Args:
     seed: of the step; continuation k of rollout i of question q draws from derive(seed, "k", q, i, k).

@@ -1,15 +1,15 @@
-"""Trajectories of other makers for SFT: OpenAI chat, ATIF, ShareGPT, and what else diagnose reads.
+"""Trajectories in foreign formats for SFT: OpenAI chat, ATIF, ShareGPT, and the others that diagnose reads.
 
-In: a file of records (JSON lines, or one JSON list), with images beside it. Out: a sequence of Rollouts, each
-made when it is asked for. A conversation becomes
+In: a file of records (JSON lines, or one JSON list), with images beside it. Out: a sequence of Rollouts, each made
+on access. The parts of a conversation become
 
   system, tools, first message(s) of the user   the prompt, in the policy's own chat template
-  each turn of the agent                        sampled tokens: thinking, text, calls; all of it carries loss
+  each turn of the agent                        sampled tokens: thinking, text, calls; all of them carry loss
   results of calls, later messages of the user  given tokens
 
-ATIF may hold the token ids of its turns. They are taken as they are if they decode to the step's own text, so
-that what `stages.export` wrote comes back token for token; other text is tokenised anew. What no notation
-explains (`events.Walk.unread`) is left out: it would teach not to act.
+ATIF may hold the token ids of its turns. They are used if they decode to the step's own text, so that what
+`stages.export` wrote comes back token for token; other text is tokenised. A conversation with calls in an unknown
+notation (`events.Walk.unread`) is left out, since it would teach not to act.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ _SPACE = re.compile(r"\s+")
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-  """What a conversation needs to become the policy's.
+  """What is needed to turn a conversation into a rollout of the policy.
 
   Attributes:
     chat: template and tokenizer.
     processor: makes the images' patches.
-    question_limits, tool_limits: pixels that the policy is shown of each.
-    system, tools: of conversations that bring none of their own.
-    max_images: of a conversation.
-    vocab_size: ids of the model are below it.
+    question_limits, tool_limits: least and most pixels of images of questions and of tools.
+    system, tools: for conversations without their own.
+    max_images: most images of a conversation.
+    vocab_size: the model's ids are below it.
   """
 
   chat: Chat
@@ -69,7 +69,7 @@ class Prompts:
 class Conversations(Sequence[Rollout]):
   """The trajectories of a file, or of all files in a folder.
 
-  A record that cannot be read is a failed rollout with the reason in `error`: SFT counts it and goes on.
+  A record that cannot be read is a failed rollout with the reason in `error`: SFT counts it and continues.
 
   Raises:
     ConfigError: a file cannot be read, or none of its first records can.
@@ -101,14 +101,14 @@ class Conversations(Sequence[Rollout]):
       if record is None:
         record = json.loads(files.line_at(path, start))
       return _rollout(record, path, place, self._prompts)
-    except Exception as error:  # strangers' files: whatever one record does, the others are learnt from
+    except Exception as error:  # untrusted files: one record must not stop the others
       logging.log_first_n(logging.WARNING, "%s is left out: %s", 5, place, str(error)[:500])
       empty = Transcript(SpecialIds.from_chat(self._prompts.chat))
       return Rollout.broken(place, empty, 0, error)
 
 
 def _records(path: epath.Path) -> list[tuple[epath.Path, int, Any]]:
-  """Where the records of a file are; of JSON that is not in lines, the records themselves."""
+  """The positions of a file's records; for JSON that is not in lines, the records themselves."""
   if path.suffix != ".jsonl":
     return [(path, row, record) for row, record in files.records(path, lambda names: names)]
   return [(path, start, None) for start in files.line_starts(path)]
@@ -126,12 +126,12 @@ def _rollout(record: Any, path: epath.Path, place: str, prompts: Prompts) -> Rol
   facts = Fields().common(conversation.record, conversation.facts)
   made = _Maker(conversation, path.parent, prompts).transcript()
   reward = facts["reward"]
-  # Without a reward the file is its maker's choice of what is good.
+  # Without a reward the maker of the file has selected good trajectories.
   return Rollout(str(facts.get("question", place)), made, 1.0 if reward is None else reward, None, ANSWER, [], 0, 0, 0)
 
 
 class _Maker:
-  """Makes one transcript."""
+  """Makes the transcript of one conversation."""
 
   def __init__(self, conversation: envelopes.Conversation, folder: epath.Path, prompts: Prompts):
     self._conversation, self._folder, self._prompts = conversation, folder, prompts
@@ -160,7 +160,7 @@ class _Maker:
 
   def transcript(self) -> Transcript:
     parts = [(kind, list(events)) for kind, events in itertools.groupby(self._walk.events, _part)]
-    while parts and parts[-1][0] != "agent":  # nothing was learnt from the last result
+    while parts and parts[-1][0] != "agent":  # what follows the last turn of the agent carries no loss
       parts.pop()
     at = next(i for i, (kind, _) in enumerate(parts) if kind == "agent")
     before = [event for _, events in parts[:at] for event in events]
@@ -192,7 +192,7 @@ class _Maker:
     tools = tools or written
     tools = [tool if "function" in tool else {"type": "function", "function": tool}
              for tool in tools or () if isinstance(tool, Mapping)]
-    # The template takes the system prompt for the run's own text, and would make special tokens of it.
+    # The template trusts the system prompt, and would turn such text into special tokens.
     if self._chat.encode(system) != self._chat.encode_plain(system):
       raise TraceError("the system prompt holds the text of a special token")
     return system or self._prompts.system, tools or self._prompts.tools
@@ -244,8 +244,8 @@ class _Maker:
   # ---- token ids ----
 
   def _exact(self, images: Sequence[EpisodeImage]) -> Transcript | None:
-    """The transcript of the token ids in an ATIF record; None where there are none, or where they are not
-    those of this tokenizer."""
+    """The transcript from the token ids in an ATIF record; None if there are none, or if they are not of this
+    tokenizer."""
     steps = [step for step in self._conversation.record.get("steps") or ()
              if isinstance(step, Mapping) and step.get("source") == "agent" and not step.get("is_copied_context")]
     made, used = Transcript(SpecialIds.from_chat(self._chat)), 0
@@ -272,7 +272,7 @@ class _Maker:
             and all(type(i) is int and 0 <= i < self._prompts.vocab_size for i in value))
 
   def _says(self, ids: Sequence[int], step: Mapping[str, Any]) -> bool:
-    """Whether the ids decode to what the step says."""
+    """Whether the ids decode to the text of the step."""
     decoded = _SPACE.sub("", self._chat.decode(ids))
     texts = [step.get("reasoning_content"), step.get("message"),
              *(call.get("function_name") for call in step.get("tool_calls") or ())]
@@ -280,7 +280,7 @@ class _Maker:
 
 
 def _part(event: Event) -> str:
-  """Events of one part become one turn: of the agent, of tools, or of the user."""
+  """The kind of turn that an event belongs to: the agent's, one of results, or the user's."""
   return "agent" if event.kind in AGENT else event.kind if event.kind == RESULT else USER
 
 

@@ -1,11 +1,11 @@
-"""A run's trajectories for others, and for SFT: `python -m axpo_jax.stages.export RUN OUT`.
+"""Exports a run's trajectories, for SFT or other trainers: `python -m axpo_jax.stages.export RUN OUT`.
 
 In: rollout dumps (`step_*.jsonl`, `rollouts_*.jsonl`) below a folder, except those of the stage "eval": held-out
 questions and benchmarks are not for training. Out: OUT/trajectories.jsonl with the right rollouts, and OUT/images. By default each line is a trajectory in ATIF 1.8, with the token ids and log-probabilities
-of its turns, so that `config.sft.source="conversations"` trains on exactly the tokens that were sampled;
-`--format=chat` writes OpenAI messages, which most trainers read, and which are tokenised anew.
+of its turns, so that `config.sft.source="conversations"` trains on exactly the sampled tokens. `--format=chat`
+writes OpenAI messages, which most trainers read; their text is tokenised again.
 
-A dump that has the text of its tokens needs no tokenizer; dumps of runs have it.
+Dumps of runs hold the text of their tokens, so that no tokenizer is needed.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Turn:
   stop: int
   thinking: str = ""
   text: str = ""
-  calls: list[ToolCall | str] = dataclasses.field(default_factory=list)  # a text is no readable call
+  calls: list[ToolCall | str] = dataclasses.field(default_factory=list)  # a text if it cannot be parsed
   results: list[Part] = dataclasses.field(default_factory=list)  # of the calls
   reply: Part | None = None  # of the environment, as a message of the user
 
@@ -80,14 +80,14 @@ class Episode:
 
 
 def episode(record: Mapping[str, Any], pieces: Sequence[str]) -> Episode:
-  """Takes a rollout of a dump apart.
+  """Splits a rollout of a dump into turns.
 
   Args:
     record: a line of a dump.
     pieces: the text of each of its tokens.
 
   Raises:
-    KeyError, ValueError: it is no whole record.
+    KeyError, ValueError: the record is incomplete.
   """
   kinds, images = dumps.kinds_of(record["transcript"]), iter(record["transcript"]["images"])
   if len(pieces) != len(kinds):
@@ -124,7 +124,8 @@ def _turn(pieces: Sequence[str], kinds: Sequence[int], start: int, stop: int) ->
 
 
 def _blocks(pieces: Sequence[str], names: Sequence[str]) -> list[tuple[str, Part]]:
-  """(role, content) of every message of a prompt. Its marks are whole tokens: text cannot hold one."""
+  """(role, content) of every message in a part of a transcript. The template's marks are whole tokens, which text
+  cannot hold."""
   out: list[tuple[str, Part]] = []
   for piece, name in zip(pieces, names):
     if piece == "<|im_start|>":
@@ -211,7 +212,7 @@ FORMATS = {"atif": to_atif, "chat": to_chat}
 
 
 def _unread_calls(turn: Turn) -> str:
-  """The turn's text, with the calls that are no JSON as they were written."""
+  """The turn's text, followed by the calls that could not be parsed, as written."""
   return "\n".join([turn.text, *(f"<tool_call>\n{call}\n</tool_call>" for call in turn.calls
                                  if isinstance(call, str))]).strip()
 
@@ -226,7 +227,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def chosen(folder: pathlib.Path, everything: bool) -> Iterator[tuple[pathlib.Path, int, dict[str, Any]]]:
-  """(file, line, record) of the trajectories below a folder: the right ones, or all that the policy ended.
+  """(file, line, record) of the trajectories below a folder: the right ones, or all that did not fail.
 
   Raises:
     ValueError: a line is damaged.
@@ -246,10 +247,10 @@ def chosen(folder: pathlib.Path, everything: bool) -> Iterator[tuple[pathlib.Pat
 
 
 def export(run: pathlib.Path, out: pathlib.Path, form: str = "atif", everything: bool = False) -> int:
-  """Writes OUT/trajectories.jsonl and the images in it; returns how many trajectories.
+  """Writes OUT/trajectories.jsonl and its images; returns the number of trajectories.
 
   Raises:
-    ValueError: a damaged line, or a dump whose tokens no tokenizer explains.
+    ValueError: a damaged line, or a dump without texts whose tokenizer is not found.
     OSError: an image is missing.
   """
   (out / "images").mkdir(parents=True, exist_ok=True)
@@ -262,7 +263,7 @@ def export(run: pathlib.Path, out: pathlib.Path, form: str = "atif", everything:
           decoders[path.parent] = dumps.find_decode(path)
         pieces = dumps.pieces_of(record, decoders.get(path.parent), known)
         if pieces is None:
-          raise ValueError("it has no texts of tokens, and no tokenizer lies with the run")
+          raise ValueError("it has no texts of tokens, and the run's tokenizer was not found")
         name = f"{path.relative_to(run).with_suffix('').as_posix()}:{line}"
         written = FORMATS[form](record, episode(record, pieces), name)
         for key in {image["shown"] for image in record["transcript"]["images"]}:
@@ -285,12 +286,12 @@ def _copy(source: pathlib.Path, target: pathlib.Path, name: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog="python -m axpo_jax.stages.export",
-    description="Writes the right trajectories of a run as a set for SFT, or for other trainers.")
+    description="Writes the right trajectories of a run as a training set for SFT or other trainers.")
   parser.add_argument("run", type=pathlib.Path, help="a run's --workdir, or a folder of dumps")
   parser.add_argument("out", type=pathlib.Path, help="folder to write trajectories.jsonl and images/ to")
   parser.add_argument("--format", choices=FORMATS, default="atif",
                       help="atif keeps the token ids; chat is OpenAI's messages (default %(default)s)")
-  parser.add_argument("--all", action="store_true", help="wrong trajectories too")
+  parser.add_argument("--all", action="store_true", help="also write wrong trajectories")
   arguments = parser.parse_args(argv)
   if not arguments.run.is_dir():
     print(f"error: {arguments.run} is not a folder", file=sys.stderr)
