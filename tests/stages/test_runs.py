@@ -4,10 +4,13 @@ of `rigged`."""
 import asyncio
 import dataclasses
 import functools
+import http.server
+import io
 import json
 import pathlib
 import shutil
 import signal
+import threading
 
 import jax
 import numpy as np
@@ -20,7 +23,7 @@ from axpo_jax import paths
 from axpo_jax.config_checks import validate
 from axpo_jax.errors import ConfigError
 from axpo_jax.model import sharding
-from axpo_jax.rollouts import shards
+from axpo_jax.rollouts import dump, shards
 from axpo_jax.stages import engines, experiment, rl
 from axpo_jax.stages.context import run_context
 from axpo_jax.stages.metrics import read_metrics
@@ -361,3 +364,60 @@ def test_evaluation_of_benchmarks(overrides, one_device, tmp_path, capsys):
     assert row in printed
   experiment.run(config, run)  # nothing is left to do, and nothing changes
   assert json.loads((run / "eval" / "results.json").read_text()) == results
+
+
+class JudgeEndpoint(http.server.BaseHTTPRequestHandler):
+  """Says that nothing is right, and that every solution has one point of its rubric."""
+
+  bodies: tuple = ()
+
+  def do_POST(self):
+    body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+    type(self).bodies += (body,)
+    graded = body["response_format"]["json_schema"]["name"] == "grade"
+    said = json.dumps({"correct": False, "score": 1} if graded else {"verdict": "INCORRECT"})
+    answer = json.dumps({"choices": [{"message": {"content": said}, "finish_reason": "stop"}]}).encode()
+    self.send_response(200)
+    self.send_header("content-length", str(len(answer)))
+    self.end_headers()
+    self.wfile.write(answer)
+
+  def log_message(self, *arguments):
+    pass
+
+
+@pytest.mark.slow
+def test_a_judge_sees_what_the_official_one_sees(overrides, one_device, tmp_path):
+  """HR-MMSearch's the image, Math-VR's the whole response and the rubric."""
+  folder, picture = tmp_path / "benchmarks", io.BytesIO()
+  Image.new("RGB", (64, 48), "red").save(picture, "PNG")
+  rows = {"hr_mmsearch": {"sample_id": "1", "query": "Who?", "ground_truth": "Ada",
+                          "query_image": {"bytes": picture.getvalue(), "path": None}},
+          "mathvr": {"id": 1, "question": "Find $x$.", "answers": ["4"], "total_score": 2.0, "scores": [1, 1],
+                     "scoring_points": ["squares", "sums"]}}
+  for name, row in rows.items():
+    (folder / name).mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([row]), folder / name / "test.parquet")
+  small, config = micro(overrides), eval_8b.get_config()
+  config.update(model=small.model, agent=small.agent.copy_and_resolve_references(),
+                mesh=small.mesh, log=small.log, images=small.images)
+  config.rollout.update(engine="embedded", embedded=small.rollout.embedded)
+  handler = type("Handler", (JudgeEndpoint,), {})
+  with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    config.eval.update(folder=str(folder), benchmarks=tuple(rows), max_turns=2, max_new_tokens=64,
+                       max_response_tokens=192, max_total_tokens=384)
+    config.eval.judge.update(url=f"http://127.0.0.1:{server.server_port}/v1", model="m")
+    validate(config)
+    experiment.run(config, tmp_path / "run")
+    server.shutdown()
+  contents = [body["messages"][1]["content"] for body in handler.bodies]
+  seen = [content for content in contents if isinstance(content, list)]
+  graded = [json.loads(content) for content in contents if isinstance(content, str)]
+  assert seen and all([part["type"] for part in parts] == ["image_url", "text"] for parts in seen)
+  assert graded and all(asked["rubric"]["scoring_points"] == ["squares", "sums"] for asked in graded)
+  run = tmp_path / "run"
+  said = dump.responses(run / "eval" / "mathvr" / "rollouts_00000.jsonl", run_context(config).chat)
+  assert {asked["solution"] for asked in graded} <= set(said)
+  results = json.loads((run / "eval" / "results.json").read_text())
+  assert results["mathvr"]["process_score"] == pytest.approx(0.35) and results["hr_mmsearch"]["judged_share"] > 0
