@@ -1,17 +1,17 @@
-"""What an episode is about, when it is more than a question with tools: a game, a user, a machine.
+"""Environments: episodes that are more than a question with tools, such as a game, a user or a machine.
 
-In: the policy's turns. Out: what it is answered, and what each turn is worth. The loop stays
-`episode.continue_episode`, which samples turns, runs their calls, and then asks the environment:
+In: the policy's turns. Out: the reply to each turn, and its reward. The loop stays `episode.continue_episode`,
+which samples a turn, runs its calls, and then steps the environment:
 
     opening(question) ─▶ prompt ─▶ start(question) ─▶ [ turn ─▶ its calls ─▶ step(state, turn) ]... ─▶ close(state)
 
-An environment has a state of its own for each episode. A question with tools is `Environment` itself: it
-answers nothing, so an episode ends with the first turn that calls no tool.
+An environment has a state of its own for each episode. A question with tools is `Environment` itself: it never
+replies, so an episode ends with the first turn that calls no tool.
 
-An AXPO resample continues a transcript in the middle of an episode, and needs the state as it was there.
-`resume` says how an environment gives it: "replay" steps a fresh state through the turns so far, which
-must answer what they answered before; "copy" keeps a deep copy of the state at every turn; "none" gives
-none, and such rollouts are resampled from the question.
+An AXPO resample continues a transcript from the middle of an episode, and needs the state at that point. `resume`
+says how it is restored: "replay" steps a fresh state through the turns so far, and every reply must be the same
+as before; "copy" keeps a deep copy of the state after every turn; "none" cannot restore it, and such rollouts
+are resampled from the question.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MEMORY = "environment"  # where tools find the state: `episode.memory[MEMORY]`
 
 
 class EnvironmentFailed(RuntimeError):
-  """An environment that took too long, gave no step, or whose state could not be made again."""
+  """An environment took too long, returned no valid step, or could not restore its state."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +61,11 @@ class PolicyTurn:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """What the environment makes of a turn.
+  """The environment's response to a turn.
 
   Attributes:
-    reply: the next user message; None: nothing to say, which ends an episode whose turn made no call. A
-      turn with calls is answered by its tools, and has no reply.
+    reply: the next user message. None ends an episode whose turn made no call. A turn with calls is answered
+      by its tools, and has no reply.
     reward: of this turn.
     done: the episode is over.
     metadata: JSON values for the dump.
@@ -81,10 +81,10 @@ class Environment:
   """A question with tools, and the base of all environments.
 
   Attributes:
-    tools: offered beside the config's; they find the state in `episode.memory["environment"]`.
+    tools: offered in addition to the config's; they find the state in `episode.memory["environment"]`.
     resume: "replay", "copy" or "none"; see the module docstring.
-    waits: `start`, `step` and `close` wait for something outside, and run beside the sampling on the
-      tools' event loop. Others run on the spot and should take milliseconds.
+    waits: `start`, `step` and `close` wait for something outside, and run on the tools' event loop, during the
+      sampling. If False they run on the episode's loop, without a time limit, and should take milliseconds.
     time_limit: seconds that `start` and `step` may each take, if they wait.
   """
 
@@ -94,21 +94,21 @@ class Environment:
   time_limit: float = 60.0
 
   def opening(self, question: Question) -> Question:
-    """The question with the text and the images that the prompt shows. It depends on the question alone:
-    all rollouts of a question share one prompt. May block for a moment."""
+    """The question with the prompt's text and images. It must depend on the question alone, since all rollouts
+    of a question share one prompt. May block for a moment."""
     return question
 
   async def start(self, question: Question, episode: EpisodeState) -> Any:
-    """The state of a new episode. What is drawn must be drawn by `seed_of(question)`, so that the
-    rollouts of a question compare, and a replay meets the same."""
+    """The state of a new episode. Draw random numbers by `seed_of(question)`, so that all rollouts of a question
+    have the same task, and a replay has the same state."""
     return None
 
   async def step(self, state: Any, turn: PolicyTurn) -> Step:
-    """What follows the policy's turn. May change `state`."""
+    """The response to the policy's turn. May change `state`."""
     return Step()
 
   async def close(self, state: Any) -> None:
-    """The episode is over: lets go of what `state` holds."""
+    """The episode is over: releases what `state` holds."""
 
 
 # A turn, and the ids that answered it.
@@ -142,7 +142,7 @@ class Running:
       EnvironmentFailed: it cannot, or a replay answers otherwise than the transcript says.
     """
     if turns and len(states) == len(turns) and states[-1] is not None:
-      self._own(self._copy(states[-1]), episode)  # and no state is made that nobody would close
+      self._own(self._copy(states[-1]), episode)  # without `start`, whose state nobody would close
       return
     if turns and self._environment.resume != REPLAY:
       raise EnvironmentFailed(f"its state cannot be made again (resume={self._environment.resume!r}), so "
@@ -189,7 +189,7 @@ class Running:
     return dataclasses.replace(step, reply=reply)
 
   def copied(self) -> Any:
-    """A copy of the state to go back to; None where the environment keeps none."""
+    """A copy of the state for later resamples; None if the environment does not restore by copies."""
     return self._copy(self._state) if self._environment.resume == COPY else None
 
   def _copy(self, state: Any) -> Any:

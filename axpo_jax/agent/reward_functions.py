@@ -1,4 +1,4 @@
-"""What a finished rollout is worth: a sum of reward functions that the config names.
+"""The reward of a finished rollout: a weighted sum of functions that the config names.
 
 In: an expression such as "exact + 0.2 * my_module:brevity", and finished rollouts. Out: a `Score` each.
 A reward function is an async function of a `Finished` rollout that returns a number, or named parts:
@@ -49,7 +49,7 @@ class Finished:
 
   Attributes:
     question: with its gold answers.
-    transcript: everything that was said and seen; read it, never write it.
+    transcript: all tokens and images; read it, never write it.
     answer: of the last turn; None without one.
     stop: how the episode ended, one of `rollout.STOPS`.
     calls: that the episode made, with the kinds of their errors.
@@ -79,7 +79,7 @@ class Finished:
 
   @property
   def observations(self) -> list[str]:
-    """What it was answered, turn by turn, without special tokens around it."""
+    """The tools' results and the environment's replies, turn by turn, without special tokens around them."""
     out: list[list[int]] = []
     before = None
     for token, kind in zip(self.transcript.ids, self.transcript.kinds):
@@ -98,10 +98,10 @@ class Finished:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """What a rollout is worth.
+  """The reward of a rollout.
 
   Attributes:
-    reward: the sum that trains.
+    reward: the sum, on which the policy is trained.
     parts: of which it is the weighted sum, before weights; empty where the reward is one plain number.
     timed_out: a comparison of answers ran out of time or memory, and counts as wrong.
     error: why a function failed; the reward is then 0.

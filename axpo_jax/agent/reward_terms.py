@@ -41,8 +41,7 @@ exact.time_limit = math_verify.time_limit = None
 
 
 async def answer_format(rollout: Finished) -> float:
-  """1 if the last turn gives one answer in the form that the system prompt asks for, else 0: `<answer>`
-  around `\\boxed{}`, with nothing behind it."""
+  """1 if the last turn ends with one answer in the system prompt's form, `<answer>\\boxed{...}</answer>`; else 0."""
   if rollout.stop != ANSWER or not rollout.turns:
     return 0.0
   said = rollout.turns[-1].rpartition("</think>")[2]
@@ -57,7 +56,7 @@ async def length(rollout: Finished) -> float:
 
 
 async def environment(rollout: Finished) -> float:
-  """The sum of what the environment has paid for the turns."""
+  """The sum of the environment's rewards for the turns."""
   return float(sum(rollout.turn_rewards))
 
 

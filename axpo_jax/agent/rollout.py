@@ -1,4 +1,4 @@
-"""What one finished episode is: a transcript, how it ended, and how it was judged."""
+"""One finished episode: its transcript, how it ended, and its reward."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Rollout:
 
   Attributes:
     question_id: which question it answers.
-    transcript: everything that was said and seen.
-    reward: what trains: 0 or 1 by the default reward; 0 when the episode failed.
+    transcript: all tokens and images.
+    reward: on which the policy is trained: 0 or 1 by the default reward; 0 when the episode failed.
     answer: the answer found in the last turn; None without one.
     stop: one of STOPS.
     calls: the calls made by this episode (a continued prefix keeps its own in its own rollout).

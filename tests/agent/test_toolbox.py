@@ -42,6 +42,24 @@ def test_a_call_runs_with_defaults_filled_in():
   assert call(ToolBox([Echo()], ["read"]), "say", {"text": "a", "times": 3.0}).text == "aaa"
 
 
+def test_a_tool_that_does_not_end_leaves_no_other_open():
+  class Broken(Echo):
+    name, aliases = "broken", ()
+
+    def end(self, episode):
+      raise RuntimeError("stuck")
+
+  class Ended(Echo):
+    ended = False
+
+    def end(self, episode):
+      self.ended = True
+
+  last = Ended()
+  ToolBox([Broken(), last], ["read"]).end_episode(EpisodeState("q7", []))
+  assert last.ended
+
+
 def test_unknown_tool_names_the_known_ones():
   observation = call(ToolBox([Echo()], ["read"]), "browse")
   assert observation.error == "unknown_tool"

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import PIL.Image
+from absl import logging
 
 from axpo_jax.agent.parse import CallError, ToolCall
 from axpo_jax.agent.tools import background
@@ -164,7 +165,7 @@ class Tool:
     raise NotImplementedError
 
   def end(self, episode: EpisodeState) -> None:
-    """The episode is over: lets go of what `episode.memory` holds for this tool."""
+    """The episode is over: releases what `episode.memory` holds for this tool."""
 
 
 def _without_descriptions(schema: Any) -> Any:
@@ -256,9 +257,12 @@ class ToolBox:
     return observation
 
   def end_episode(self, episode: EpisodeState) -> None:
-    """Every tool lets go of what it holds for the episode."""
+    """Every tool releases what it holds for the episode, also where another one fails to."""
     for tool in self.tools:
-      tool.end(episode)
+      try:
+        tool.end(episode)
+      except Exception as error:  # the tool's fault; the rollout is finished
+        logging.log_first_n(logging.WARNING, "the tool %s did not end its episode: %r", 5, tool.name, error)
 
   async def _checked(self, tool, name, arguments, episode, clock) -> Observation:
     if tool is None:
