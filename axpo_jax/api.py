@@ -36,14 +36,17 @@ def load_config(file: str, overrides: Mapping[str, Any] | None = None) -> Config
     overrides: field -> value, such as {"model.checkpoint": "/models/Qwen3-VL-8B-Thinking"}.
 
   Raises:
-    ConfigError: there is no such file, or no such field.
+    ConfigError: there is no such file, no `get_config` in it, or no such field.
   """
   path = next((path for path in (pathlib.Path(file), repository.FOLDER / file) if path.is_file()), None)
   if path is None:
     raise ConfigError(f"{file}: there is no such file, and no shipped config of that name")
   sys.path.append(str(repository.FOLDER))  # configs derive from each other
   try:
-    config = runpy.run_path(str(path))["get_config"]()
+    get_config = runpy.run_path(str(path)).get("get_config")
+    if get_config is None:
+      raise ConfigError(f"{path} has no function get_config() that returns a config")
+    config = get_config()
   finally:
     sys.path.remove(str(repository.FOLDER))
   try:

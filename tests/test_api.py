@@ -48,7 +48,10 @@ def test_the_example_acts_learns_and_reads_its_log(tmp_path):
   assert (tmp_path / "out" / "policy" / "model.safetensors").read_bytes() != (policy / "model.safetensors").read_bytes()
 
 
-def test_a_config_that_is_not_there_is_one_clear_error():
+def test_a_config_that_is_not_there_is_one_clear_error(tmp_path):
+  (tmp_path / "mine.py").write_text("steps = 3\n")
+  with pytest.raises(axpo_jax.ConfigError, match="no function get_config"):
+    axpo_jax.load_config(str(tmp_path / "mine.py"))
   with pytest.raises(axpo_jax.ConfigError, match="no shipped config"):
     axpo_jax.load_config("configs/axpo_9b.py")
   with pytest.raises(axpo_jax.ConfigError, match="rolouts"):
