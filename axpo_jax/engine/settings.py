@@ -129,7 +129,7 @@ class SGLangConfig:
       quantise their weights.
     api_key: bearer token of the servers; empty for none.
     image_folder: folder that the servers see under the same path: images are sent as paths into it.
-      Empty: they are sent with each request.
+      Empty: of servers that the run starts one in the workdir; to others images are sent with each request.
     image_cache_bytes: encoded images that are kept.
   """
 

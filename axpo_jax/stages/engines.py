@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -71,6 +72,11 @@ def make_engine(config: ConfigDict, context: RunContext, params: nnx.State, urls
     skip_vision=vision_is_frozen(config, context.lora))
   if not distributed.is_main():
     return distributed.Follower(PushFolder(made.push, context.model_config).write)
+  if not config.rollout.urls and not made.image_folder:
+    # Servers of this machine read files, which spares both sides base64 in JSON at every turn.
+    images = paths.scratch(folder / "images")
+    shutil.rmtree(images, ignore_errors=True)  # of a run that was killed
+    made = dataclasses.replace(made, image_folder=os.path.abspath(images))
   kind = SGLangEngine if jax.process_count() == 1 else distributed.RemoteEngine
   return kind(urls, context.model_config, dataclasses.replace(
     made, api_key=os.environ.get(API_KEY_VARIABLE, "")))

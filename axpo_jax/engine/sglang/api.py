@@ -15,6 +15,7 @@ import struct
 from typing import Any
 
 import aiohttp
+import orjson
 
 from axpo_jax.engine.protocol import RequestError
 from axpo_jax.engine.settings import DELTA_LOADER
@@ -149,8 +150,10 @@ class Server:
     where = f"{self.url}{route}"
     limit = aiohttp.ClientTimeout(total=timeout)
     try:
+      # orjson: with images in the request the standard library's encoder takes five times as long, on the event loop.
+      sent = {} if body is None else {"data": orjson.dumps(body), "headers": {"Content-Type": "application/json"}}
       async with (aiohttp.ClientSession(timeout=limit, headers=self._headers) as session,
-                  session.request(method, where, json=body) as response):
+                  session.request(method, where, **sent) as response):
         text = await response.text(errors="replace")
         status = response.status
     except TimeoutError as error:
