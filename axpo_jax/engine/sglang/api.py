@@ -10,6 +10,7 @@ millisecond, and a server that was restarted never meets a connection to its pre
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import struct
 from typing import Any
@@ -120,6 +121,8 @@ class Server:
 
     Raises: as `load`.
     """
+    with contextlib.suppress(LoadError):  # there is none to end, unless a trainer died in the middle of this
+      await self._call("POST", "/end_weight_update", {}, timeout, refusal=LoadError)
     await self._call("POST", "/begin_weight_update", {}, timeout, refusal=LoadError)
     try:
       request = {"serialized_named_tensors": [_named(folder)] * ranks, "load_format": DELTA_LOADER,
