@@ -102,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     return split(args, case)
   began = time.perf_counter()
   for title, policies in TABLES.items():
-    table(title, case, policies)
+    first, *others = policies
+    table(title, case, {name: policies[name] for name in (first, *(name for name in others if args.only in name))})
   if args.plot:
     plot(case, Policy(args.staleness), args.plot)
   print(f"\n{time.perf_counter() - began:.0f} s", file=sys.stderr)
@@ -115,17 +116,19 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument("--trainers", type=int, default=4, help="GPUs of the preset that train")
   parser.add_argument("--gpus", type=int, default=0, help="in place of both: half of them sample")
   parser.add_argument("--tensor_parallel", type=int, default=1, choices=(1, 2, 4), help="GPUs of a server")
+  parser.add_argument("--slots", type=int, default=64, help="rollout.sglang.fleet.max_concurrent")
   parser.add_argument("--questions", type=int, default=128, help="B")
   parser.add_argument("--rollouts", type=int, default=8, help="N")
   parser.add_argument("--steps", type=int, default=8, help="steps to simulate, behind those that warm up")
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--only", default="", help="of each table the first row, and those with this in their name")
   parser.add_argument("--split", action="store_true", help="seconds of a step for ways to divide --gpus")
   parser.add_argument("--run", type=pathlib.Path, help="a run's folder, in place of the preset")
   parser.add_argument("--check", action="store_true", help="predict half of the run's steps from the other half")
   parser.add_argument("--plot", help="write a picture of a step to this file")
   parser.add_argument("--staleness", type=int, default=0, help="of the picture")
   args = parser.parse_args(argv)
-  for name in ("samplers", "trainers", "questions", "rollouts", "steps"):
+  for name in ("samplers", "trainers", "slots", "questions", "rollouts", "steps"):
     if getattr(args, name) < 1:
       parser.error(f"--{name}={getattr(args, name)} must be positive")
   if args.check and not args.run:
@@ -146,7 +149,7 @@ def _case(args: argparse.Namespace) -> Case:
     plant = fit_plant(config, [step for step in steps if not step.compiled], dumped)
     return Case(Measured(dumped), plant, config["rl"]["questions"], config["rl"]["num_rollouts"],
                 resample_config(config), 1, args.steps, args.seed)
-  return Case(WORKLOADS[args.workload], h100_8b(args.samplers, args.trainers, args.tensor_parallel), args.questions,
+  return Case(WORKLOADS[args.workload], h100_8b(args.samplers, args.trainers, args.tensor_parallel, args.slots), args.questions,
               args.rollouts, ResampleConfig(), args.tensor_parallel, args.steps, args.seed)
 
 
@@ -209,7 +212,8 @@ def split(args: argparse.Namespace, case: Case) -> None:
   for eighths in range(1, 8):
     samplers = args.gpus * eighths // 8 // args.tensor_parallel * args.tensor_parallel
     if samplers:
-      divided = dataclasses.replace(case, plant=h100_8b(samplers, args.gpus - samplers, args.tensor_parallel))
+      divided = dataclasses.replace(case, plant=h100_8b(
+        samplers, args.gpus - samplers, args.tensor_parallel, args.slots))
       means = [_s(np.mean([step.step_s for step in divided.run(policy)[1]])) for policy in policies.values()]
       print(f"| {samplers}, {args.gpus - samplers} | {' | '.join(means)} |", flush=True)
 

@@ -24,8 +24,8 @@ from benchmarks.simulate_steps import Question, Rollout, Turn
 # ---- the 8B on H100s
 
 
-def h100_8b(samplers: int, chips: int, tensor_parallel: int = 1) -> Plant:
-  """`samplers` GPUs sample, `chips` train."""
+def h100_8b(samplers: int, chips: int, tensor_parallel: int = 1, slots: int = 64) -> Plant:
+  """`samplers` GPUs sample, `chips` train; a server has so many slots (rollout.sglang.fleet.max_concurrent)."""
   servers, hosts = max(samplers // tensor_parallel, 1), math.ceil(samplers / 8)
   # Guess: each doubling of a server's GPUs makes it 1.6 times as fast.
   faster = 1.6 ** math.log2(tensor_parallel)
@@ -40,7 +40,7 @@ def h100_8b(samplers: int, chips: int, tensor_parallel: int = 1) -> Plant:
     # Llama-3.1-8B, prompts of 8,192 tokens: 27,670 tokens/s (sgl-project/sglang, pull request 1060).
     prefill_s=1 / 27_670 / faster,
     request_s=1e-3,  # guess
-    slots=64,  # rollout.sglang.fleet.max_concurrent
+    slots=slots,
     pool={1: 315_116, 2: 749_143, 4: 1_617_199}[tensor_parallel],  # docs/sidecar.md
     # 13.5 PFLOP of update and 3.1 of scoring for four rows of 24,576 tokens that are 96 % full (docs/performance.md,
     # benchmarks/README.md), at 25 % of 989 TFLOP/s: 1,400 tokens/s a chip. prime-rl, 4B, RL at 16k: 3,253 a chip.
