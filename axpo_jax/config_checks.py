@@ -75,7 +75,22 @@ def validate(config: ConfigDict) -> None:
   apply_recipe(config)
   _validate_values(config)
   hub.fetch_named(config)
-  model = config.model
+  _validate_model(config.model)
+  _validate_mesh(config.mesh)
+  _validate_data(config)
+  _validate_stages(config)
+  _validate_lengths(config)
+  _validate_limits(config)
+  _validate_rollout(config)
+  _validate_tools(config)
+  _validate_judges(config)
+  plugins.reward(config)
+  plugins.environment(config)
+  from axpo_jax.stages import sections  # loads JAX, which the checks above do not need
+  sections.check(config)
+
+
+def _validate_model(model: ConfigDict) -> None:
   if bool(model.checkpoint) == bool(model.preset):
     raise ConfigError(
       "set config.model.checkpoint to a Qwen3-VL folder in Hugging Face layout or its name on the hub "
@@ -86,9 +101,10 @@ def validate(config: ConfigDict) -> None:
     raise ConfigError("config.model.preset brings no tokenizer: set config.model.tokenizer to a "
                       "folder with tokenizer and preprocessor_config.json")
   _require_folder("config.model.tokenizer", model.tokenizer)
-  _validate_mesh(config.mesh)
-  _validate_data(config)
-  _validate_stages(config)
+
+
+def _validate_lengths(config: ConfigDict) -> None:
+  """Checks that episodes and trajectories fit a row of a batch."""
   if config.batch.length % 64:
     raise ConfigError(f"config.batch.length={config.batch.length} must be a multiple of 64")
   trained = config.agent.max_total_tokens
@@ -98,8 +114,10 @@ def validate(config: ConfigDict) -> None:
   if "sft" in config.stages and config.sft.max_length > config.batch.length:
     raise ConfigError(f"a trajectory of config.sft.max_length={config.sft.max_length} tokens does not fit "
                       f"a row of config.batch.length={config.batch.length}: raise the latter")
-  _validate_limits(config)
-  if (config.rollout.engine == "sglang" and not config.rollout.urls and not model.checkpoint
+
+
+def _validate_rollout(config: ConfigDict) -> None:
+  if (config.rollout.engine == "sglang" and not config.rollout.urls and not config.model.checkpoint
       and not _begins_without_policy(config)):
     raise ConfigError("servers start from a checkpoint folder: set config.model.checkpoint, or name "
                       "running ones in config.rollout.urls")
@@ -114,16 +132,14 @@ def validate(config: ConfigDict) -> None:
     raise ConfigError(f"config.rollout.presence_penalty={config.rollout.presence_penalty}: SGLang "
                       "reports log-probabilities behind the penalty, which the trainer cannot compute "
                       "again: set it to 0, or use config.rollout.engine='embedded'")
-  _validate_tools(config)
+
+
+def _validate_judges(config: ConfigDict) -> None:
   for name in ("agent", "eval"):
     judge = config[name].judge
     if bool(judge.url) != bool(judge.model):
       raise ConfigError(f"config.{name}.judge.url={judge.url!r} and config.{name}.judge.model="
                         f"{judge.model!r}: set both or neither")
-  plugins.reward(config)
-  plugins.environment(config)
-  from axpo_jax.stages import sections  # loads JAX, which the checks above do not need
-  sections.check(config)
 
 
 def _validate_values(config: ConfigDict) -> None:
