@@ -242,9 +242,9 @@ def _imported(name: str, names: Mapping[str, Function]) -> Function:
 # ---- the loop they run on ----
 #
 # One loop in one thread serves all functions. A function that never gives it back (an endless computation, a
-# request without a time limit) would hold up all others, so its loop is given up and the next reward gets a
-# new one. Python cannot end a thread: the old one gets an exception at its next instruction, which ends
-# a computation, but no call into C that does not return.
+# request without a time limit) would hold up all others. So its loop is given up: the others begin again, once, on a
+# new loop. Python cannot end a thread: the old one gets an exception at its next instruction, which ends a
+# computation, but no call into C that does not return.
 
 _lock = threading.Lock()
 _loop: _Loop | None = None
@@ -252,17 +252,18 @@ _given_up: list[threading.Thread] = []
 
 
 class _Loop:
-  """An event loop and its thread."""
+  """An event loop and its thread. `pending`: what it was given and has not finished."""
 
   def __init__(self):
     self.loop = asyncio.new_event_loop()
+    self.pending: set[concurrent.futures.Future] = set()
     self.thread = threading.Thread(target=self._serve, name="rewards", daemon=True)
     self.thread.start()
 
   def _serve(self) -> None:
     with contextlib.suppress(SystemExit):
       self.loop.run_forever()
-    # Interrupted. The functions that wait here are cancelled, and `_run` begins them again on the next loop.
+    # Given up. What still waits here is cancelled; nobody asks for it any more.
     self.loop.set_exception_handler(lambda *_: None)  # it would report the interrupted function
     self.loop.call_soon(self.loop.stop)
     self.loop.run_forever()  # once round: what was handed over meanwhile becomes tasks, and none of them runs
@@ -277,8 +278,8 @@ class _Loop:
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread.ident), ctypes.py_object(SystemExit))
 
 
-def _running() -> _Loop:
-  """The loop that serves. Raises RewardError where too many were given up, and their threads are still there."""
+def _submit(term: Term, rollout: Finished) -> tuple[_Loop, concurrent.futures.Future]:
+  """Begins a function on the loop. Raises RewardError if too many threads that were given up do not end."""
   global _loop
   with _lock:
     if _loop is None:
@@ -287,25 +288,35 @@ def _running() -> _Loop:
         raise RewardError(f"{len(_given_up)} functions hold up their threads and do not return: "
                           "await what waits, and give it a time limit")
       _loop = _Loop()
-    return _loop
+    future = asyncio.run_coroutine_threadsafe(_limited(term, rollout), _loop.loop)
+    _loop.pending.add(future)
+    return _loop, future
 
 
 def _give_up(held_up: _Loop) -> None:
+  """Cancels all that waits for this loop, and lets the next function have a new one."""
   global _loop
   with _lock:
-    if _loop is held_up:
-      _loop = None
-      _given_up.append(held_up.thread)
-      held_up.interrupt()
+    if _loop is not held_up:
+      return
+    _loop = None
+    _given_up.append(held_up.thread)
+    waiting = tuple(held_up.pending)
+  for future in waiting:
+    future.cancel()
+  held_up.interrupt()
 
 
 async def _run(term: Term, rollout: Finished) -> Any:
   """The function's value. Raises what it raises, TimeoutError, or RewardError where none can run."""
   limit = None if term.time_limit is None else term.time_limit + _GRACE_SECONDS
-  while True:
-    serving = _running()
-    future = asyncio.run_coroutine_threadsafe(_limited(term, rollout), serving.loop)
-    done, _ = await _wait(future, limit)
+  for _ in range(2):
+    serving, future = _submit(term, rollout)
+    try:
+      done, _ = await _wait(future, limit)
+    finally:
+      with _lock:
+        serving.pending.discard(future)
     if not done:
       future.cancel()
       _give_up(serving)
@@ -313,6 +324,7 @@ async def _run(term: Term, rollout: Finished) -> Any:
                          "loop: await what waits, or use asyncio.to_thread")
     if serving is _loop or not future.cancelled():
       return future.result()
+  raise TimeoutError("other rewards held up the event loop twice: await what waits, or use asyncio.to_thread")
 
 
 async def _wait(future: concurrent.futures.Future, seconds: float | None):

@@ -181,6 +181,29 @@ def test_an_endless_computation_is_ended_and_others_begin_again(finished, own, m
   assert len(reward_threads()) <= max(before, 1)
 
 
+def test_what_has_no_time_limit_does_not_wait_for_a_thread_that_is_lost(finished, own, monkeypatch):
+  """The shipped rules have none. A call into C that does not return cannot be interrupted."""
+  monkeypatch.setattr(reward_functions, "_GRACE_SECONDS", 0.1)
+  release = threading.Event()
+
+  async def blocks(rollout):
+    release.wait(60)
+
+  async def all_of_a_step():
+    return await asyncio.wait_for(asyncio.gather(*(
+      parse(name, time_limit=0.2)(finished) for name in ["own:blocks", "exact", "own:blocks", "own:blocks", "exact"])), 30)
+
+  own(blocks=blocks)
+  begin = time.monotonic()
+  *_, last = found = asyncio.run(all_of_a_step())
+  release.set()
+  assert time.monotonic() - begin < 10  # not one limit a rollout
+  assert [score.error is None for score in found[:1]] == [False] and "event loop" in found[2].error
+  assert last.reward == 1.0 or "twice" in last.error
+  for thread in list(reward_functions._given_up):
+    thread.join(10)
+
+
 def test_threads_that_cannot_be_ended_are_few(finished, own, monkeypatch):
   monkeypatch.setattr(reward_functions, "_GRACE_SECONDS", 0.1)
   monkeypatch.setattr(reward_functions, "MAX_BLOCKED", 1)
