@@ -1,6 +1,6 @@
 """Simulates training steps: where their time goes, and what each way of using the machines brings.
 
-  python benchmarks/simulate.py [--samplers=4 --trainers=4] [--workload=8b-long]   an 8B on H100s
+  python benchmarks/simulate.py [--samplers=4 --trainers=4]  an 8B on H100s
   python benchmarks/simulate.py --gpus=64 --split             how to divide GPUs
   python benchmarks/simulate.py --run=runs/axpo_tiny          a run's own rollouts and speeds
   python benchmarks/simulate.py --run=runs/axpo_tiny --check  predicts half of a run's steps from the other half

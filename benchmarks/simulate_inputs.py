@@ -104,7 +104,7 @@ class Synthetic:
 
 WORKLOADS = {
   "8b": Synthetic(think=(700, 0.7)),  # the lengths of benchmarks/programs.py
-  "8b-long": Synthetic(think=(2_000, 0.9)),  # guess: a thinking model; 2 % of the rollouts reach the limit
+  "8b-long": Synthetic(think=(2_000, 0.9)),  # guess: a thinking model; 4 % of the rollouts reach the limit
 }
 
 # ---- what a run has measured
