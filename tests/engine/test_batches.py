@@ -47,6 +47,11 @@ def test_a_prompt_expands_its_pictures(prompt, picture, image):
   assert pads.images_from(8) == [] and len(pads.images_from(7)) == 1
 
 
+def test_requests_of_one_prompt_are_one_for_planning(prompt, picture, image):
+  one, same, other = (prompt((7, *picture, 8), (image(number),)) for number in (0, 0, 1))
+  assert one is not same and one.digest == same.digest != other.digest
+
+
 def test_only_what_lacks_tokens_is_prefilled_and_only_what_moves_is_copied(prompt):
   whole, part = prompt(range(10, 20)), prompt(range(20, 27))
   jobs = [(whole, Move(1, 3, 9)), (whole, Move(2, 2, 9)), (part, Move(4, 5, 2))]

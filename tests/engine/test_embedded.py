@@ -24,7 +24,15 @@ the_embedded = pytest.mark.parametrize("_served", ["embedded"], indirect=True)
 
 
 @the_embedded
-def test_a_pool_smaller_than_the_work_gives_the_same_samples(subject, embedded, ask, text, image):
+def test_a_pool_smaller_than_the_work_gives_the_same_samples(
+  subject, embedded, ask, text, image, monkeypatch
+):
+  def planned(*args, capacity, **kwargs):
+    assert capacity  # else every block would look up the prompts of all that wait
+    return plan(*args, capacity=capacity, **kwargs)
+
+  plan = embedded_module.plan_wave
+  monkeypatch.setattr(embedded_module, "plan_wave", planned)
   small = embedded(rows=3, max_running=2)
 
   def episode(subject, number):
