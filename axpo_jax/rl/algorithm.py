@@ -101,18 +101,16 @@ def plan_resamples(
   budget cuts the queue. Ties fall to the smaller question index, then the smaller rollout key, so the plan
   does not depend on the order of questions or rollouts. Nothing carries over to the next step.
 
-  While rollouts of some questions still run, the plan has what is certain: what will be chosen however those
-  turn out. For each of them, as many prefixes as it has rollouts stand in the queue, before all others of
-  their round:
+  While some questions are unfinished, the plan holds only the prefixes that are chosen whatever those turn out
+  to be: each takes as many places in the queue as it has rollouts, before all others of the round.
 
     round 0   ?  ?  0.3  0.5     round 1   ?  ?  0.4     budget 3: 0.3 is certain, 0.5 must wait
 
   Args:
-    groups: all questions of the step that have ended, triggered or not.
+    groups: the step's finished questions, triggered or not.
     config: see ResampleConfig.
     rng_seed: used by choice="random" only; >= 0, change it every step.
-    num_rollouts: B * N as asked for, which the budget is a share of; None: the rollouts of `groups`,
-      right where none was lost to a fault.
+    num_rollouts: B * N, failed rollouts included, for the budget; None: the rollouts of `groups`.
     recovery: what earlier steps recovered; read by choice="recoverable" only, None: nothing yet.
     unfinished: the step's other questions: index -> N. `num_rollouts` must count them.
 
@@ -124,26 +122,26 @@ def plan_resamples(
   """
   resample_lib.check_indices(groups)
   queue: list[tuple[tuple, Selection | None]] = []
-
-  def line_up(index: int, rank: int, score: float, key: int, chosen: Selection | None) -> None:
-    turn = (rank if config.breadth_first else 0, score if config.round_order == "confidence" else 0.0,
-            index, rank, key)
-    queue.append((turn, chosen))
-
   for group in groups:
     if not triggered(group.rewards_N, group.used_tool_N, subgroup=config.subgroup):
       continue
     ranked = resample_lib.rank_candidates(group, config, rng_seed, recovery or Recovery())
-    for rank, (score, key, rollout) in enumerate(ranked):
-      line_up(group.index, rank, score, key, Selection(group.index, rollout, float(group.confidence_N[rollout])))
-  for index, n in unfinished.items():
-    for rank in range(n):
-      line_up(index, rank, -math.inf, -1, None)
+    queue += [(_queue_key(config, group.index, rank, score, key),
+               Selection(group.index, rollout, float(group.confidence_N[rollout])))
+              for rank, (score, key, rollout) in enumerate(ranked)]
+  queue += [(_queue_key(config, index, rank, -math.inf, -1), None)
+            for index, n in unfinished.items() for rank in range(n)]
   queue.sort(key=lambda entry: entry[0])
   if num_rollouts is None:
     num_rollouts = sum(len(group.rewards_N) for group in groups) + sum(unfinished.values())
   first = queue[:resample_lib.prefix_budget(num_rollouts, config)]
   return [chosen for _, chosen in first if chosen is not None]
+
+
+def _queue_key(config: ResampleConfig, index: int, rank: int, score: float, key: int) -> tuple:
+  """The sort key of a question's prefix number `rank` in the queue."""
+  return (rank if config.breadth_first else 0, score if config.round_order == "confidence" else 0.0,
+          index, rank, key)
 
 
 # ---- 5. resample
