@@ -13,6 +13,7 @@ from flax import nnx
 from axpo_jax.model import sharding
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.rl.loss_config import LossConfig
+from axpo_jax.rl.surrogates import BY_SEQUENCE
 from axpo_jax.train.batch import batch_shards, load_batch, targets
 from axpo_jax.train.optimizer_config import OptimizerConfig
 from axpo_jax.train.packing import pack
@@ -177,6 +178,33 @@ def test_a_mesh_changes_no_number(config, supervised, pack_with, host_params, tm
   _assert_close(grads8, grads, 1e-5)
   _assert_close(state8.params, state.params, 1e-5)
   assert metrics8 == pytest.approx(metrics, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", BY_SEQUENCE)
+def test_a_sequence_that_devices_share_has_one_ratio(config, pack_with, host_params, variant):
+  """Surrogates of whole sequences (GSPO, GMPO): a row's targets lie on two devices, and some sequence's do."""
+  loss = LossConfig(variant=variant, kl_coef=0.0, tis_cap=None, clip_low=0.1, clip_high=0.1)
+  (whole,) = pack_with(rows=4, rows_multiple_of=4)
+  rng = np.random.default_rng(0)
+  results = []
+  for mesh in (_mesh(data=1), _mesh(data=2, context=2, tensor=2)):
+    learner = _learner(config, policy_objective(loss), mesh)
+    params = _put(host_params, learner)
+    if not results:  # every other sequence is beyond the clip, where it is silenced
+      logp = np.asarray(learner.score(params, whole)[0])
+      beyond = np.where(whole.example_BxG % 2 == 0, 0.4 * np.sign(whole.advantages_BxG), 0)
+      old = logp - beyond + rng.normal(0, 0.05, logp.shape)
+      whole = dataclasses.replace(whole, old_logp_BxG=old.astype(np.float32))
+    grads, sums = learner.accumulate(params, learner.zeros(), whole)
+    results.append((jax.device_get(grads), {name: float(x) for name, x in sums.items()}))
+  half = whole.example_BxG.shape[1] // 2
+  cut = [set(row[:half]) & set(row[half:]) - {-1} for row in whole.example_BxG]
+  assert any(cut), "no sequence crosses the cut"
+  (grads, sums), (split_grads, split_sums) = results
+  assert sums["clip_low"] + sums["clip_high"] > 0
+  assert split_sums == pytest.approx(sums, rel=1e-5, abs=1e-6)
+  _assert_close(split_grads, grads, 1e-5)
 
 
 def test_policy_steps_in_bfloat16_with_a_frozen_vision_tower(
