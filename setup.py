@@ -46,11 +46,11 @@ _AOT = [f"jax[tpu]{_JAX}; {_X86}"]
 _AOT_GPU = [f"jax[cuda12-local]{_JAX}; {_X86}", f"nvidia-cuda-nvcc-cu12>=12.6; {_X86}"]
 
 # What a wheel has from outside the package; axpo_jax/repository.py finds it.
-_SHIPPED = ("launch/*.py", "configs/**/*.py", "requirements-sidecar*.txt")
+_SHIPPED = ("launch/*.py", "configs/**/*.py", "examples/*.py", "requirements-sidecar*.txt")
 
 
 class _BuildWithRepository(build_py):
-  """Copies the programs, the configs and the servers' requirements into the wheel."""
+  """Copies the programs, the configs, the examples and the servers' requirements into the wheel."""
 
   def run(self):
     super().run()

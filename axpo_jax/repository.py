@@ -1,4 +1,4 @@
-"""What lies beside the package in a checkout and inside it in a wheel: programs, configs, requirements.
+"""What lies beside the package in a checkout and inside it in a wheel: programs, configs, examples, requirements.
 
 The console scripts of a wheel (`axpo-train` and others) run the programs of launch/ as they are.
 """

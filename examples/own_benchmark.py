@@ -1,9 +1,11 @@
 """A public benchmark of your own: ChartQA, right within 5 % where the answer is a number.
 
     hf download HuggingFaceM4/ChartQA --repo-type dataset --local-dir bench/chartqa --include "*test*"
-    PYTHONPATH=examples python launch/main.py --config=configs/eval_8b.py --workdir=runs/chartqa \
-      --config.model.checkpoint=Qwen/Qwen3-VL-8B-Thinking --config.eval.folder=bench \
-      --config.eval.benchmarks="('own_benchmark:CHARTQA',)"
+    PYTHONPATH=examples axpo-train --config=configs/axpo_tiny.py --workdir=runs/chartqa \
+      --config.stages="('eval',)" --config.eval.folder=bench --config.eval.benchmarks="('own_benchmark:CHARTQA',)"
+
+The miniature's policy runs anywhere and cannot read charts. For one that can: --config=configs/eval_8b.py
+--config.model.checkpoint=Qwen/Qwen3-VL-8B-Thinking in the place of the first line's config and the stages.
 
 The files are in a folder of the benchmark's name below `eval.folder`. The layout says which column is what; a
 function `adapt` in its place makes records from other forms (axpo_jax/data/adapters has nine).

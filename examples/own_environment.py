@@ -1,8 +1,12 @@
 """An environment of your own: a guessing game against a user, who is scripted or an LLM.
 
-    PYTHONPATH=examples python launch/main.py --config=configs/axpo_tiny.py --workdir=runs/own_environment \
+    PYTHONPATH=examples axpo-train --config=configs/axpo_tiny.py --workdir=runs/own_environment \
       --config.agent.environment="own_environment:GuessingGame" --config.agent.reward="environment" \
-      --config.agent.max_turns=4
+      --config.agent.max_turns=4 \
+      --config.stages="('rl',)" --config.rl.steps=2 --config.rl.questions=4 --config.eval.every=-1
+
+Two steps, in a minute. Without the last line of the command it is the whole run, with SFT before and an evaluation
+behind.
 
 The user has a word in mind, the question's gold answer, and says whether it comes earlier or later in the
 alphabet than the guess. With --config.agent.environment_args='{"url": "http://localhost:8000/v1", "model":

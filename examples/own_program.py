@@ -1,8 +1,11 @@
 """A policy in one's own program: it acts, is cut and resampled, learns, and its log is read.
 
-    python examples/own_program.py my_config.py /models/Qwen3-VL-2B-Thinking questions.jsonl runs/own
+    python examples/own_program.py configs/axpo_tiny.py runs/own_reward/rl/policy questions.jsonl runs/own
 
-The config names a sampler: `rollout.engine="embedded"`, or "sglang" with the `rollout.urls` of servers that run. docs/api.md explains it. Nothing here knows a stage, a checkpoint's resume or a metrics file: the loop is yours.
+The arguments: a config, shipped or your own; a policy, here the one that examples/own_reward.py leaves; a file of
+questions (docs/data.md); a folder for what comes out. The config names a sampler: `rollout.engine="embedded"`, or
+"sglang" with the `rollout.urls` of servers that run. docs/api.md explains the code. Nothing here knows a stage, a
+checkpoint's resume or a metrics file: the loop is yours.
 """
 
 import asyncio

@@ -1,7 +1,11 @@
 """A reward of your own: the right answer, less a little for every call that failed.
 
-    PYTHONPATH=examples python launch/main.py --config=configs/axpo_tiny.py --workdir=runs/own_reward \
-      --config.agent.reward="exact + own_reward:care"
+    PYTHONPATH=examples axpo-train --config=configs/axpo_tiny.py --workdir=runs/own_reward \
+      --config.agent.reward="exact + own_reward:care" \
+      --config.stages="('rl',)" --config.rl.steps=2 --config.rl.questions=4 --config.eval.every=-1
+
+Two steps, in a minute. Without the last line of the command it is the whole run, with SFT before and an evaluation
+behind.
 
 `care` and its parts are metrics: rollout/reward/care/failed_calls and so on (docs/metrics.md).
 """

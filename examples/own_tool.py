@@ -1,7 +1,11 @@
 """A tool of your own: how bright a part of the image is.
 
-    PYTHONPATH=examples python launch/main.py --config=configs/axpo_tiny.py --workdir=runs/own_tool \
-      --config.agent.tools="('image_zoom_in','own_tool:brightness')"
+    PYTHONPATH=examples axpo-train --config=configs/axpo_tiny.py --workdir=runs/own_tool \
+      --config.agent.tools="('image_zoom_in','own_tool:brightness')" \
+      --config.stages="('rl',)" --config.rl.steps=2 --config.rl.questions=4 --config.eval.every=-1
+
+Two steps, in a minute. Without the last line of the command it is the whole run, with SFT before and an evaluation
+behind.
 
 The type hints become the schema that the policy reads, and calls are checked against it. The parameter of type
 `EpisodeState` is given the calling episode. What the function raises becomes an error that the policy reads.

@@ -1,46 +1,8 @@
 """The wheel: console scripts, shipped configs and the miniature, outside of a checkout."""
 
-import os
-import pathlib
-import shutil
-import subprocess
-import sys
-import venv
-
 import pytest
 
-REPO = pathlib.Path(__file__).parents[2]
-IGNORED = shutil.ignore_patterns(".git", ".venv", "runs", "build", "dist", "*.egg-info", "__pycache__", "docs", "tests",
-                                 ".*_cache")
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> pathlib.Path:
-  """The bin folder of a fresh environment with the wheel; its other packages are those of this Python."""
-  folder = tmp_path_factory.mktemp("wheel")
-  source = folder / "source"
-  shutil.copytree(REPO, source, ignore=IGNORED)  # a build leaves files beside setup.py
-  # Without isolation and dependencies nothing is fetched.
-  done = subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
-                         f"--wheel-dir={folder}", str(source)], capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  (wheel,) = folder.glob("axpo_jax-*.whl")
-  shutil.rmtree(source)
-  venv.create(folder / "env", with_pip=False)
-  python = folder / "env" / "bin" / "python"
-  (site,) = (folder / "env").glob("lib/python*/site-packages")
-  others = [path for path in sys.path if path.endswith("site-packages")]
-  done = subprocess.run([sys.executable, "-m", "pip", f"--python={python}", "install", "-q", "--no-deps", str(wheel)],
-                        capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  (site / "others.pth").write_text("\n".join(others) + "\n")
-  return folder / "env" / "bin"
-
-
-def run(installed, folder, name, *flags) -> subprocess.CompletedProcess:
-  environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-  return subprocess.run([str(installed / name), *flags], cwd=folder, env=environment, capture_output=True, text=True,
-                        timeout=1200)
+from tests.launch.conftest import run_installed as run
 
 
 @pytest.mark.slow
