@@ -21,6 +21,7 @@ _QUARTERS = [0, 25, 50, 75, 100]
 _POWERS = range(-9, 4)  # of ten, on logarithmic axes; Plotly's own exponents are outsized
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _DASHES = ("solid", "dot", "dash")
+_COLOURS = 6  # of assets/charts.js
 
 # (title, what it means, unit, ((label, metric), ...)); the first of the lines is the solid one.
 PANELS = (
@@ -32,9 +33,8 @@ PANELS = (
     ("before", "rollout/tool_all_wrong_rate"))),
   ("Recovered", "Of the triggered questions: a continuation of a frozen prefix got it right.", "%",
    (("recovered", "axpo/recovered_share"),)),
-  ("Reward by subgroup", "Mean reward of all rollouts, of those with a tool, of those without.", "%",
-   (("all", "rollout/reward_mean"), ("with a tool", "rollout/tool_success_rate"),
-    ("without", "rollout/no_tool_success_rate"))),
+  ("Right by subgroup", "Of the rollouts with a tool, and of those without: how many are right.", "%",
+   (("with a tool", "rollout/tool_success_rate"), ("without", "rollout/no_tool_success_rate"))),
   ("Held-out questions", "Right once, and right in at least one of four.", "%",
    (("Pass@1", "eval/pass_at_1"), ("Pass@4", "eval/pass_at_4"))),
   ("Sampler against trainer",
@@ -61,7 +61,9 @@ class Chart:
 
 def charts(methods: Sequence[Method]) -> list[Chart]:
   """Every figure that some run has data for."""
-  found = [_panel(methods, *panel) for panel in PANELS]
+  found = [_panel(methods, "Reward", "Mean over the rollouts; where it is a sum, of each part too.", "reward",
+                  _rewards(methods))]
+  found += [_panel(methods, *panel) for panel in PANELS]
   found += [_census(method, len(methods) > 1) for method in methods]
   return [chart for chart in found if chart is not None]
 
@@ -84,10 +86,21 @@ def _panel(methods: Sequence[Method], title: str, about: str, unit: str, lines) 
   figure.update_xaxes(title_text="step")
   if unit == "%":
     figure.update_yaxes(range=[-2, 102], tickvals=_QUARTERS, ticktext=_percent(_QUARTERS))
+  elif unit == "reward":
+    figure.update_yaxes(title_text=unit)
   else:
     figure.update_yaxes(type="log", title_text=unit, tickvals=[10.0**k for k in _POWERS],
                         ticktext=[f"10{str(k).translate(_RAISED)}" for k in _POWERS])
   return Chart(title, about, _json(figure))
+
+
+def _rewards(methods: Sequence[Method]) -> list[tuple[str, str]]:
+  """The lines of a reward, which may be any number and have parts of any name. Several methods: the mean alone."""
+  lines, part = [("mean", "rollout/reward_mean")], "rollout/reward/"
+  if len(methods) == 1:
+    parts = sorted({name for line in methods[0].metrics for name in line if name.startswith(part)})
+    lines += [(name.removeprefix(part), name) for name in parts if len(parts) > 1][:_COLOURS - 1]
+  return lines
 
 
 def _scaled(lines: Sequence[Mapping], metric: str, scale: float) -> tuple[list[int], list[float]]:
@@ -140,7 +153,7 @@ def _percent(values: Sequence[float]) -> list[str]:
 
 
 def _hover(unit: str) -> str:
-  value = "%{y:.1f} %" if unit == "%" else "%{y:.2e} " + unit
+  value = {"%": "%{y:.1f} %", "reward": "%{y:.3f}"}.get(unit, "%{y:.2e} " + unit)
   return f"step %{{x}}: {value}<extra>%{{fullData.name}}</extra>"
 
 

@@ -88,11 +88,20 @@ def test_benchmarks_are_averaged_in_every_run_before_its_seeds_are():
 def test_a_curve_is_the_mean_of_thin_ones():
   found = seeds.methods([run(f"{name}-seed{i}", i, [0.1 * (i + 1)] * 12, rl=name)
                          for name in ("grpo", "axpo") for i in (0, 1)])
-  rewards = next(chart for chart in charts.charts(found) if chart.title == "Reward by subgroup")
+  rewards = next(chart for chart in charts.charts(found) if chart.title == "Reward")
   lines = [(line["name"], line.get("showlegend", True), round(line["y"][-1], 6), line["meta"]["colour"])
            for line in rewards.figure["data"]]
-  assert lines == [(f"{name}, all", thick, value, colour) for colour, name in enumerate(("grpo", "axpo"))
-                   for thick, value in ((False, 10.0), (False, 20.0), (True, 15.0))]
+  assert lines == [(name, thick, value, colour) for colour, name in enumerate(("grpo", "axpo"))
+                   for thick, value in ((False, 0.1), (False, 0.2), (True, 0.15))]
+
+
+def test_a_reward_of_ones_own_has_a_curve_a_part_on_an_axis_of_its_own():
+  (method,) = seeds.methods([run("own-seed0", 0, [-0.5] * 12)])
+  for line in method.metrics:
+    line |= {"rollout/reward/exact": 0.1, "rollout/reward/care/length": -0.6}
+  chart = next(chart for chart in charts.charts([method]) if chart.title == "Reward")
+  assert {line["name"] for line in chart.figure["data"]} == {"mean", "exact", "care/length"}
+  assert "range" not in chart.figure["layout"]["yaxis"]  # it may be below zero
 
 
 @with_browser
