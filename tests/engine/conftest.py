@@ -59,9 +59,11 @@ ENGINE = EmbeddedConfig(
 class Reference:
   """The policy as plain full forward passes: no cache, one sequence at a time."""
 
-  def __init__(self, seed: int = 0):
+  def __init__(self, seed: int = 0, config: ModelConfig = CONFIG):
     def init():
-      return Qwen3VL(CONFIG, rngs=nnx.Rngs(seed))
+      return Qwen3VL(config, rngs=nnx.Rngs(seed))
+
+    self.config = config
 
     self.graphdef = nnx.graphdef(nnx.eval_shape(init))
     self.params = jax.jit(lambda: nnx.state(init()))()
@@ -169,7 +171,7 @@ def start_servers(sidecar_python, reference, tmp_path_factory) -> Callable[..., 
   """start_servers(count): real SGLang servers of the reference's weights, not started yet."""
   checkpoint = tmp_path_factory.mktemp("served") / "checkpoint"
   hf.save_checkpoint_hf(checkpoint, reference.params, CONFIG)
-  _write_processor(checkpoint)
+  write_processor(checkpoint)
 
   def make(count: int = 1, **fields) -> Sidecar:
     spec = SidecarSpec(
@@ -254,17 +256,17 @@ class Proxy:
 
 @pytest.fixture(scope="session")
 def connect(tmp_path_factory):
-  """connect(urls, push={}, fleet={}, **fields): an SGLang engine."""
-  def make(urls, push=None, fleet=None, **fields) -> SGLangEngine:
+  """connect(urls, push={}, fleet={}, model=CONFIG, **fields): an SGLang engine."""
+  def make(urls, push=None, fleet=None, model=CONFIG, **fields) -> SGLangEngine:
     push = PushConfig(**{"folder": str(tmp_path_factory.mktemp("push")), "dtype": "float32",
                          "shard_bytes": 50_000, **(push or {})})
     fleet = FleetConfig(**{"probe_s": 0.5, "deadline_s": 60.0, **(fleet or {})})
-    return SGLangEngine(urls, CONFIG, SGLangConfig(push=push, fleet=fleet, length=LENGTH, **fields))
+    return SGLangEngine(urls, model, SGLangConfig(push=push, fleet=fleet, length=LENGTH, **fields))
 
   return make
 
 
-def _write_processor(folder: pathlib.Path) -> None:
+def write_processor(folder: pathlib.Path) -> None:
   """What a server needs beside the weights: a tokenizer of as many words, and image sizes."""
   special = {"<|vision_start|>": START, "<|vision_end|>": END, "<|image_pad|>": PAD, "<|video_pad|>": 3}
   words = {f"w{i}": i for i in range(CONFIG.text.vocab_size) if i not in special.values()} | special

@@ -47,7 +47,7 @@ def test_logits(routed, make_case, name):
   assert max(relative(g, w) for g, w in zip(got, want, strict=True)) < LOGITS_TOLERANCE
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
 def test_gradient_of_every_parameter_with_the_balance_loss(routed, make_case, remat):
   case = make_case(GRIDS["several aspect ratios"], seed=3)
   targets = np.roll(case.ids_T, -1)[:-1]
@@ -118,7 +118,8 @@ def _run(layer, mesh, take):
 
 
 @pytest.mark.parametrize("stay", [False, True])
-@pytest.mark.parametrize("axes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "context": 2}])
+@pytest.mark.parametrize("axes", [
+  {"data": 2, "fsdp": 2, "tensor": 2}, pytest.param({"fsdp": 4, "context": 2}, marks=pytest.mark.slow)])
 def test_on_a_mesh(layer, axes, stay, monkeypatch):
   """Experts collected where the tokens are, and (as in decoding) tokens brought to the experts."""
   monkeypatch.setattr(sharding, "stays", lambda kernel, x: stay)
@@ -201,7 +202,8 @@ def test_all_layouts_are_read_alike(routed, tmp_path):
     hf.load_params(tmp_path / "cut", routed.config)
 
 
-@pytest.mark.parametrize("axes", [None, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize("axes", [
+  None, pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow)])
 def test_prefill_and_decode_equal_one_forward(routed, make_case, axes):
   """With the embedded engine's rules; rows are as many as devices that share none."""
   case, rows = make_case(), 4

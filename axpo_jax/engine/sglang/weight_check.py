@@ -36,7 +36,8 @@ class WeightCheck:
     """Raises LoadError if the server at `url`, which has `sums`, does not hold `push`."""
     if push.tag != self._tag:
       return  # it came back while the weights changed, and must take those of today before it is in
-    found = frozenset(key.partition("/")[2] for key in sums if key.endswith((".weight", ".bias")))
+    parameters = (".weight", ".bias", "_weight")  # the last of experts, w13_weight and w2_weight
+    found = frozenset(key.partition("/")[2] for key in sums if key.endswith(parameters))
     _agree(f"{url} holds other tensors than the model", found, self._names)
     old = self._before.get(frozenset(sums))
     if old is not None and push.changed is not None:

@@ -127,6 +127,9 @@ class SidecarSpec:
     if config.vision.rope_theta != VisionConfig.rope_theta:
       raise SidecarError(f"model={self.model!r}: vision rope_theta={config.vision.rope_theta:g}, and SGLang "
                          f"takes {VisionConfig.rope_theta:g} whatever config.json says")
+    if text.experts and len(config.vision.deepstack_layers) != 3:
+      raise SidecarError(f"model={self.model!r}: {len(config.vision.deepstack_layers)} DeepStack features, and SGLang "
+                         "adds three to a mixture of experts whatever config.json says")
     if text.num_heads % self.tensor_parallel:
       raise SidecarError(
         f"tensor_parallel={self.tensor_parallel} does not divide {text.num_heads} heads")
