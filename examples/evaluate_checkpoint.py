@@ -4,8 +4,8 @@
       --config.model.checkpoint=runs/own_reward/rl/policy --config.data.eval_path=questions.jsonl
 
 The checkpoint is a folder in Hugging Face layout or, for this config's parent `axpo_8b`, a name on the hub such as
-Qwen/Qwen3-VL-8B-Thinking. The run prints Pass@1 and Pass@4 with intervals, and leaves eval/results.json with every
-question's, and the rollouts beside it; `axpo-report runs/evaluated` makes a page of them.
+Qwen/Qwen3-VL-8B-Thinking. The run prints Pass@1 and Pass@4 with standard errors, and leaves eval/results.json, with
+every question's outcome and its rollouts in files beside it; `axpo-report runs/evaluated` makes a page of them.
 """
 
 from ml_collections import ConfigDict
