@@ -22,8 +22,9 @@ from axpo_jax.engine.embedded.engine import EmbeddedEngine
 from axpo_jax.engine.protocol import SampleRequest, SamplingParams
 from axpo_jax.engine.settings import EmbeddedConfig
 from axpo_jax.model import flops, hf, sharding
-from axpo_jax.model.config import PRESETS, ModelConfig
+from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.images import PatchFormat, ProcessedImage
+from axpo_jax.model.presets import PRESETS
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.model.vision_inputs import mrope_positions
 from axpo_jax.train.batch import Batch, targets

@@ -31,8 +31,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from axpo_jax.model import sharding
-from axpo_jax.model.config import PRESETS, ModelConfig
+from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.images import PatchFormat, ProcessedImage
+from axpo_jax.model.presets import PRESETS
 from axpo_jax.model.vision_inputs import mrope_positions
 from axpo_jax.stages import learners
 from axpo_jax.train.batch import Batch, packing_metrics, shape_of

@@ -35,7 +35,8 @@ from safetensors.numpy import save_file
 
 from axpo_jax.config import ASSETS
 from axpo_jax.model import hf, hf_names
-from axpo_jax.model.config import PRESETS, ModelConfig, TextConfig, VisionConfig
+from axpo_jax.model.config import ModelConfig, TextConfig, VisionConfig
+from axpo_jax.model.presets import PRESETS
 from experiments.miniworld.make_tokenizer import ADDED_TOKENS
 
 FIRST_ADDED = 151_643  # the id of <|endoftext|>; the other added tokens follow in their order

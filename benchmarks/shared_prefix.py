@@ -38,8 +38,9 @@ import numpy as np
 from PIL import Image
 
 from axpo_jax.model import attention_blocks, sharding
-from axpo_jax.model.config import PRESETS, ModelConfig
+from axpo_jax.model.config import ModelConfig
 from axpo_jax.model.images import PatchFormat, ProcessedImage
+from axpo_jax.model.presets import PRESETS
 from axpo_jax.model.vision_inputs import mrope_positions
 from axpo_jax.rl.algorithm import assign_credit
 from axpo_jax.rl.credit import BranchOutcome, CreditConfig, GroupOutcome

@@ -3,7 +3,8 @@
 import json
 import pathlib
 
-from axpo_jax.model.config import PRESETS, ModelConfig
+from axpo_jax.model.config import ModelConfig
+from axpo_jax.model.presets import PRESETS
 
 
 def write(folder: pathlib.Path, model: ModelConfig = PRESETS["8b"]) -> pathlib.Path:

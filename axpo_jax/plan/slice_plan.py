@@ -17,7 +17,8 @@ from axpo_jax.engine.embedded.call_sizes import CallSizes
 from axpo_jax.engine.sglang.server import sizing
 from axpo_jax.errors import ConfigError
 from axpo_jax.model import hf, sharding
-from axpo_jax.model.config import PRESETS, ModelConfig
+from axpo_jax.model.config import ModelConfig
+from axpo_jax.model.presets import PRESETS
 from axpo_jax.plan import aot, chips, slice_report
 from axpo_jax.rl.loss_config import LossConfig
 from axpo_jax.stages import learners, machine, sections

@@ -15,8 +15,9 @@ from axpo_jax import paths
 from axpo_jax.errors import ConfigError
 from axpo_jax.model import hf, sharding
 from axpo_jax.model.chat import Chat
-from axpo_jax.model.config import PRESETS, LoraConfig, ModelConfig
+from axpo_jax.model.config import LoraConfig, ModelConfig
 from axpo_jax.model.images import ImageProcessor
+from axpo_jax.model.presets import PRESETS
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.stages import sections
 from axpo_jax.stages.trackers import Tracker

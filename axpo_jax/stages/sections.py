@@ -21,14 +21,9 @@ from axpo_jax.errors import ConfigError
 from axpo_jax.miniworld import perception, reasoning, world
 from axpo_jax.miniworld.habits import TeacherConfig
 from axpo_jax.model import hf
-from axpo_jax.model.config import (
-  PRESETS,
-  LoraConfig,
-  ModelConfig,
-  UnsupportedConfig,
-  VisionConfig,
-)
+from axpo_jax.model.config import LoraConfig, ModelConfig, UnsupportedConfig, VisionConfig
 from axpo_jax.model.images import ImageProcessor
+from axpo_jax.model.presets import PRESETS
 from axpo_jax.model.vision_inputs import patch_lengths
 from axpo_jax.rl.recipes import Recipe
 from axpo_jax.stages import machine

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from axpo_jax.model import sharding
-from axpo_jax.model.config import PRESETS
+from axpo_jax.model.presets import PRESETS
 from axpo_jax.stages import learners
 from benchmarks import programs
 from configs import axpo_8b, axpo_tiny

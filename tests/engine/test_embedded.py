@@ -16,8 +16,8 @@ from axpo_jax.engine.embedded.engine import EmbeddedEngine
 from axpo_jax.engine.protocol import EngineClosed, RequestError
 from axpo_jax.engine.settings import EmbeddedConfig
 from axpo_jax.model import sharding
-from axpo_jax.model.config import PRESETS
 from axpo_jax.model.images import ImageLimits, ImageProcessor
+from axpo_jax.model.presets import PRESETS
 from axpo_jax.model.qwen3_vl import Qwen3VL
 
 the_embedded = pytest.mark.parametrize("_served", ["embedded"], indirect=True)

@@ -8,7 +8,7 @@ from axpo_jax.engine.embedded import memory as embedded_memory
 from axpo_jax.engine.embedded.device import Device
 from axpo_jax.engine.settings import EmbeddedConfig
 from axpo_jax.model import sharding
-from axpo_jax.model.config import PRESETS
+from axpo_jax.model.presets import PRESETS
 
 LARGE = EmbeddedConfig(rows=32, length=24_576, max_running=32, dtype="bfloat16")
 

@@ -171,7 +171,7 @@ def test_parameters_are_those_of_the_model():
   import jax
   from flax import nnx
 
-  from axpo_jax.model.config import PRESETS
+  from axpo_jax.model.presets import PRESETS
   from axpo_jax.model.qwen3_vl import Qwen3VL
 
   for name in ("tiny", "2b", "8b"):
@@ -182,7 +182,7 @@ def test_parameters_are_those_of_the_model():
 
 def test_kv_pool_of_the_8b_on_one_gpu():
   """36 layers x 8 heads x 128 x (K and V) x 2 bytes; 80 GB x 0.8 less 8.767 billion weights."""
-  from axpo_jax.model.config import PRESETS
+  from axpo_jax.model.presets import PRESETS
 
   assert sizing.kv_bytes_per_token(PRESETS["8b"]) == 147_456
   tokens = sizing.tokens_that_fit(PRESETS["8b"], 1, 80, 0.8)
@@ -190,7 +190,7 @@ def test_kv_pool_of_the_8b_on_one_gpu():
 
 
 def test_larger_policy_needs_more_gpus(tmp_path):
-  from axpo_jax.model.config import PRESETS
+  from axpo_jax.model.presets import PRESETS
 
   for name, gpus in (("2b", 1), ("8b", 1), ("32b", 2)):
     (tmp_path / "config.json").write_text(json.dumps(PRESETS[name].to_hf()))

@@ -12,7 +12,7 @@ DOWN, NORM = "model.layers.0.mlp.down_proj.weight", "model.norm.weight"
 
 
 def push(tag, changed=None):
-  return Push(version=0, tag=tag, folder=pathlib.Path("pushed"), changed=changed and frozenset(changed),
+  return Push(version=0, tag=tag, folder=pathlib.Path("pushed"), previous=None, changed=changed and frozenset(changed),
               bytes_written=8, seconds=0.1)
 
 

@@ -8,7 +8,7 @@ import pytest
 import axpo_jax
 from axpo_jax.engine.sglang.server import SidecarError, SidecarSpec
 from axpo_jax.engine.sglang.server.spec import process_environment, server_command
-from axpo_jax.model.config import PRESETS
+from axpo_jax.model.presets import PRESETS
 from axpo_jax.stages import distributed
 
 MODEL = f"{axpo_jax.__path__[0]}/assets/warm_start"

@@ -12,7 +12,8 @@ import axpo_jax
 from axpo_jax.config import base_config
 from axpo_jax.errors import ConfigError
 from axpo_jax.model import hf, hf_names
-from axpo_jax.model.config import PRESETS, ModelConfig, UnsupportedConfig
+from axpo_jax.model.config import ModelConfig, UnsupportedConfig
+from axpo_jax.model.presets import PRESETS
 from axpo_jax.stages.context import run_context
 from tests.hostile import corpus
 

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from axpo_jax.model.config import PRESETS, ModelConfig, UnsupportedConfig
+from axpo_jax.model.config import ModelConfig, UnsupportedConfig
+from axpo_jax.model.presets import PRESETS
 
 # hidden, layers, heads, kv, mlp, tied | depth, hidden, mlp, DeepStack: the published configs.
 RELEASED = {

@@ -14,7 +14,8 @@ from axpo_jax.engine.sglang.server import sizing
 from axpo_jax.engine.sglang.weight_push import server_name
 from axpo_jax.model import experts, experts_gpu, flops, hf, sharding
 from axpo_jax.model.cache import KVCache
-from axpo_jax.model.config import PRESETS, ExpertsConfig, LoraConfig, ModelConfig, UnsupportedConfig
+from axpo_jax.model.config import ExpertsConfig, LoraConfig, ModelConfig, UnsupportedConfig
+from axpo_jax.model.presets import PRESETS
 from tests import weights
 from tests.model.conftest import CONFIG, make_reference
 from tests.model.test_hf import tensors_of, write

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from axpo_jax.model import hf, hf_names, sharding
-from axpo_jax.model.config import PRESETS, ModelConfig
+from axpo_jax.model.config import ModelConfig
+from axpo_jax.model.presets import PRESETS
 from axpo_jax.model.qwen3_vl import Qwen3VL
 
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from axpo_jax.model import programs, sharding
-from axpo_jax.model.config import PRESETS
+from axpo_jax.model.presets import PRESETS
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.plan import aot
 from axpo_jax.train.optimizer_config import OptimizerConfig

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from axpo_jax.model import rope
-from axpo_jax.model.config import PRESETS
+from axpo_jax.model.presets import PRESETS
 
 
 @pytest.mark.parametrize("dim, theta", [

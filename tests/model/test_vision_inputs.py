@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from axpo_jax.model.config import PRESETS
+from axpo_jax.model.presets import PRESETS
 from axpo_jax.model.vision_inputs import (
   ImageTooLarge,
   VideoNotSupported,

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 import axpo_jax
 from axpo_jax.model import hf_names
 from axpo_jax.model.chat import Chat
-from axpo_jax.model.config import PRESETS
+from axpo_jax.model.presets import PRESETS
 
 TOKENIZER = pathlib.Path(axpo_jax.__file__).parent / "assets" / "tiny_tokenizer"
 

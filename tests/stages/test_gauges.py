@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from axpo_jax.model import flops
-from axpo_jax.model.config import PRESETS
+from axpo_jax.model.presets import PRESETS
 from axpo_jax.stages import gauges
 
 

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from axpo_jax.model.config import PRESETS
 from axpo_jax.model.images import PatchFormat, ProcessedImage
+from axpo_jax.model.presets import PRESETS
 from axpo_jax.model.qwen3_vl import Qwen3VL
 from axpo_jax.model.sharding import path_name
 from axpo_jax.model.vision_inputs import mrope_positions, pack_images

@@ -11,8 +11,8 @@ from PIL import Image
 from axpo_jax.agent.tools.zoom import ImageZoomIn
 from axpo_jax.config import base_config
 from axpo_jax.model import sharding
-from axpo_jax.model.config import PRESETS
 from axpo_jax.model.images import ImageLimits, PatchFormat, ProcessedImage
+from axpo_jax.model.presets import PRESETS
 from axpo_jax.model.vision_inputs import pack_images
 from axpo_jax.stages import sections
 from axpo_jax.train.batch import (

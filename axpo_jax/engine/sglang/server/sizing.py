@@ -5,7 +5,8 @@ In: sizes of a `ModelConfig`. Out: bytes, counts, and the table of docs/sidecar.
 """
 
 from axpo_jax.engine.sglang.server.spec import SidecarError, model_config
-from axpo_jax.model.config import PRESETS, ModelConfig
+from axpo_jax.model.config import ModelConfig
+from axpo_jax.model.presets import PRESETS
 
 _BYTES = 2
 LONGEST = 24_576  # tokens of the paper's longest training episode
