@@ -103,9 +103,8 @@ def test_a_game_of_the_package_with_its_rubric_judge(words, tmp_path):
   for rollout in dumped:
     noted = rollout["turn_metadata"][-1]
     assert rollout["reward"] == pytest.approx(noted["rewards"]["game_reward"] + noted["rewards"]["rubric"])
-    said = "".join(re.findall(r"\[[AB]\]", json.dumps(rollout)))
-    assert noted["rewards"]["rubric"] == (0.5 if "[A]" in said else 0.0)
-    assert noted["metrics"]["rubric/vowel"] == float("[A]" in said)
+    assert noted["rewards"]["rubric"] == 0.5 * noted["metrics"]["rubric/vowel"]
+  assert {rollout["turn_metadata"][-1]["metrics"]["rubric/vowel"] for rollout in dumped} == {0.0, 1.0}
   assert {rollout["turn_metadata"][-1]["rewards"]["game_reward"] for rollout in dumped} >= {0.0, 1.0}
 
 
