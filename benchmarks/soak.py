@@ -251,7 +251,8 @@ async def _soak(loop: Loop, seen: Seen, seconds: float, sidecar: Sidecar) -> Non
     seen.count(batch.groups, loop.config)
     await loop.dump(batch.groups, 0)
     print(f"{seen.seconds():6.0f} s   step {len(seen.steps)}: {seen.episodes} episodes, {seen.failed} "
-          f"failed, {seen.memory_mb[-1][1]:.0f} MB, reward {metrics['rollout/reward_mean']:.2f}",
+          f"failed, {seen.memory_mb[-1][1]:.0f} MB, {metrics['time/programs']:.0f} programs, "
+          f"reward {metrics['rollout/reward_mean']:.2f}",
           flush=True)
 
   await step()
