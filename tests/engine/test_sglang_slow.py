@@ -78,7 +78,8 @@ def servers(connect, reference):
     return found, [await server.start() for server in found]
 
   found, urls = loop.start(start()).result()
-  engine = connect(urls, fleet={"probe_s": 0.1, "probe_timeout_s": 2.0}, request_s=1.0, verify=False)
+  engine = connect(urls, fleet={"probe_s": 0.1, "probe_timeout_s": 2.0}, request_s=1.0, verify=False,
+                   push={"delta": False})
   asyncio.run(engine.update_weights(reference.params, 1))
   yield found, engine, lambda: [loop.start(server.answer()).result() for server in found]
   asyncio.run(engine.close())

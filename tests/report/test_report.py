@@ -158,7 +158,7 @@ def test_in_a_browser(report):
       plots.nth(i).scroll_into_view_if_needed()
       page.wait_for_function("plot => plot.dataset.drawn", arg=plots.nth(i).element_handle())
       assert plots.nth(i).locator("svg.main-svg").count() > 0
-    assert plots.count() == 7
+    assert plots.count() == 8
     index = block(report, "index")
     # Filters: as many as a count of the rows says.
     page.select_option("select[name=acting]", "continuation")
