@@ -93,18 +93,18 @@ def rehearse(args: argparse.Namespace, folder: pathlib.Path, watch: Watch) -> No
              f"--config.data.path={questions}",
              *(f"--config.{name}={value}" for name, value in OVERRIDES.items()), *args.override]
   print("command   " + " ".join(command), flush=True)
-  start, step = r"axpo:\s+0%", [("weights to the sampler", r"rollouts:\s+0%"),
-                                ("rollouts", r"continuations:"),
-                                # A bar that ends is overwritten by spaces.
-                                ("continuations", r"\n {20,}")]
+  start, step = r"rl: [\d,]+ parameters", [
+    ("weights to the sampler", r"rollouts:\s+0%"),
+    # A bar that ends is overwritten by spaces; that of the rollouts stands a line below and goes up again.
+    ("rollouts, continuations", r"\n {20,}(?!\s*\x1b\[A)")]
   first = watch.run("killed run: ", command, [
-    ("start, load", start), *step, ("update, checkpoint", r"axpo:\s+50%"),
+    ("start, load", start), *step, ("update, checkpoint", r"axpo 1/2 "),
     ("step 2 until kill -9", r"rollouts:\s+0%")],
     # It is written in the background: a kill before its end would resume from the beginning.
     kill=(run / "rl" / "checkpoints" / "1").exists)
   metrics = _metrics(run)
   again = watch.run("resumed run: ", command, [
-    ("start, load, restore", r"axpo:\s+50%"), *step, ("update, checkpoint", r"axpo: 100%"),
+    ("start, load, restore", start), *step, ("update, checkpoint", r"axpo 2/2 "),
     ("export", None)])
   metrics = [*metrics[:1], *_metrics(run)[1:]]
   for side in ("transformers", "ours"):
@@ -125,8 +125,8 @@ def check(first: str, again: str, metrics: Sequence[dict], folder: pathlib.Path)
   total = {name: sum(line[name] for line in metrics) for name in ("axpo/prefixes", "train/grad_norm")}
   missing = [what for what, seen in {
     "two steps": [line["step"] for line in metrics] == [1, 2],
-    "a kill in the second step": not re.search("axpo: 100%", first),
-    "a resume after the first step": not re.search(r"axpo:\s+0%", again),
+    "a kill in the second step": "axpo 2/2 " not in first,
+    "a resume after the first step": "axpo 1/2 " not in again,
     "a tool call": any(line["rollout/tool_attempt_rate"] > 0 for line in metrics),
     "a resampled prefix": total["axpo/prefixes"] >= 1,
     "an update": total["train/grad_norm"] > 0,
