@@ -144,7 +144,7 @@ class Request:
 
 
 class Server:
-  """One sampler with continuous batching. Prefill goes before decoding, which stands still meanwhile.
+  """One sampler with continuous batching. Prefill comes first; decoding waits for it.
 
   `_clock` counts decode iterations. Every running sequence advances by one token an iteration, so one that joins at
   clock c with n tokens to draw ends at clock c + n, however long iterations become.

@@ -95,7 +95,7 @@ def rehearse(args: argparse.Namespace, folder: pathlib.Path, watch: Watch) -> No
   print("command   " + " ".join(command), flush=True)
   start, step = r"rl: [\d,]+ parameters", [
     ("weights to the sampler", r"rollouts:\s+0%"),
-    # A bar that ends is overwritten by spaces; that of the rollouts stands a line below and goes up again.
+    # A bar that ends is overwritten by spaces. The rollouts' bar is a line below the other, so its end moves the cursor up.
     ("rollouts, continuations", r"\n {20,}(?!\s*\x1b\[A)")]
   first = watch.run("killed run: ", command, [
     ("start, load", start), *step, ("update, checkpoint", r"axpo 1/2 "),

@@ -2,7 +2,7 @@
 
     python examples/own_trainer.py
 
-It needs no JAX and no policy of ours. `sample` stands for your engine and `right` for your reward: here a coin that
+It needs no JAX and no policy of ours. Put your engine in the place of `sample` and your reward in that of `right`: here a coin that
 is lucky more often without the tool. What your trainer gets in the end is a list of sequences, each with an
 advantage and a mask, as it has them for GRPO; the loss stays its own.
 """
